@@ -488,7 +488,7 @@ class CudaGraph:
     nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
     """
 
-    def __init__(self, function, generator: torch.Generator, enabled: bool):
+    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
         self.function, self.generator, self.enabled = function, generator, enabled
         self.graph, self.warm_up_calls = None, 3
 
@@ -505,7 +505,8 @@ class CudaGraph:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function()
         self.graph.replay()
@@ -652,19 +653,18 @@ def human_normalized_score(env_id: str, score: float) -> float | None:
     return (score - random_score) / (human_score - random_score)
 
 
-def evaluate(agent: Agent, envs: list[gym.Env], seed: int, global_step: int) -> list[float]:
-    """Plays one whole game in each environment, side by side, with epsilon = 0, and returns the unclipped scores.
+def evaluate(policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device) -> list[float]:
+    """Plays one whole game in each environment, side by side, and returns the unclipped scores.
 
-    It depends on the weights, the seed and the step alone: the game is loaded anew (some games keep state across games),
-    and the random numbers are its own. So it changes nothing in the training, and the evaluations right before and right
-    after a reset play from the same starts.
+    `policy` maps observations (batch, 4, 84, 84) uint8 to actions (batch,). The scores depend on the policy, the seed and
+    the step alone: the games are loaded anew (some keep state from one game to the next), and the random numbers are
+    their own. So an evaluation changes nothing in the training, and the two around a reset play from the same starts.
     """
-    generator = torch.Generator(agent.device).manual_seed(derive_seed(seed, EVALUATION, global_step))
     observations = [env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0] for i, env in enumerate(envs)]
     scores, playing = [0.0] * len(envs), list(range(len(envs)))
     while playing:
-        actions, _ = agent.act(upload(np.stack([observations[i] for i in playing]), agent.device), generator)
-        for i, action in zip(list(playing), actions.tolist()):
+        actions = policy(upload(np.stack([observations[i] for i in playing]), device)).tolist()
+        for i, action in zip(tuple(playing), actions):
             observations[i], _, terminated, truncated, info = envs[i].step(action)
             if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
                 observations[i], info = envs[i].reset()
@@ -710,25 +710,11 @@ class RunFolder:
 
     def log_episode(self, global_step: int, episode: dict, wall_seconds: float) -> None:
         self.episodes.writerow((global_step, episode["r"], episode["l"], f"{wall_seconds:.2f}"))
-        self.writer.add_scalar("charts/episodic_return", episode["r"], global_step)
-        self.writer.add_scalar("charts/episodic_length", episode["l"], global_step)
+        self.log_scalars(global_step, {"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
 
-    def log_training(self, global_step: int, epsilon: float, steps_per_second: float, metrics: "Download | None") -> None:
-        self.writer.add_scalar("charts/epsilon", epsilon, global_step)
-        if metrics is not None:
-            self.writer.add_scalar("charts/SPS", steps_per_second, global_step)
-            for i, (loss, q_value) in enumerate(metrics.numpy().T):
-                self.writer.add_scalar(f"losses/td_loss_{i}", loss, global_step)
-                self.writer.add_scalar(f"losses/q_values_{i}", q_value, global_step)
-
-    def log_acting(self, global_step: int, oldest_agent: int, acting_counts: np.ndarray) -> None:
-        self.writer.add_scalar("rde/oldest_agent", oldest_agent, global_step)
-        if acting_counts.sum():
-            for i, fraction in enumerate(acting_counts / acting_counts.sum()):
-                self.writer.add_scalar(f"rde/acting_fraction_{i}", fraction, global_step)
-
-    def log_reset(self, global_step: int, reset_agent: int) -> None:
-        self.writer.add_scalar("rde/reset_agent", reset_agent, global_step)
+    def log_scalars(self, global_step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, global_step)
 
     def log_evaluation(self, global_step: int, phase: str, scores: list[float]) -> None:
         self.evaluations.writerows((global_step, phase, episode, score) for episode, score in enumerate(scores))
@@ -806,6 +792,11 @@ def train(args: Args) -> str:
     start_time = time.time()
     progress = tqdm(total=args.total_timesteps, unit="step", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 60)
 
+    def evaluate_and_log(phase: str) -> None:
+        generator = torch.Generator(device).manual_seed(derive_seed(args.seed, EVALUATION, global_step))
+        policy = lambda observations: agent.act(observations, generator)[0]
+        run.log_evaluation(global_step, phase, evaluate(policy, eval_envs, args.seed, global_step, device))
+
     while global_step < args.total_timesteps:
         step_started = time.perf_counter()
 
@@ -850,28 +841,32 @@ def train(args: Args) -> str:
         if previous_metrics is not None:
             check_finite(previous_metrics.numpy(), global_step - args.num_envs)
         if interval_has_passed(LOG_INTERVAL, global_step, args.num_envs):
-            steps_per_second = speed_steps / speed_seconds if speed_steps else math.nan
-            run.log_training(global_step, epsilon, steps_per_second, previous_metrics)
-            run.log_acting(global_step, agent.num_resets % args.num_agents, acting_counts)
+            scalars = {"charts/epsilon": epsilon, "rde/oldest_agent": agent.num_resets % args.num_agents}
+            if previous_metrics is not None:
+                scalars["charts/SPS"] = speed_steps / speed_seconds
+                for i, (loss, q_value) in enumerate(previous_metrics.numpy().T):
+                    scalars |= {f"losses/td_loss_{i}": loss, f"losses/q_values_{i}": q_value}
+            for i, count in enumerate(acting_counts):
+                scalars[f"rde/acting_fraction_{i}"] = count / max(1, acting_counts.sum())
             acting_counts[:] = 0
-            mean_return = f"{np.mean(last_returns):.0f}" if last_returns else "-"
-            speed = f"{steps_per_second:.0f}" if speed_steps else "-"
-            progress.set_postfix_str(f"return={mean_return} epsilon={epsilon:.2f} SPS={speed}", refresh=False)
+            run.log_scalars(global_step, scalars)
+            mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
+            progress.set_postfix_str(f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False)
         progress.update(args.num_envs)
 
         # Reset the oldest agent, between two evaluations. (Not at the very end: nothing would learn from it.)
         if resets_due(args, gradient_steps) > agent.num_resets and global_step < args.total_timesteps:
-            run.log_evaluation(global_step, "before_reset", evaluate(agent, eval_envs, args.seed, global_step))
+            evaluate_and_log("before_reset")
             reset_agent = agent.reset()
+            run.log_scalars(global_step, {"rde/reset_agent": reset_agent})
             tqdm.write(f"step {global_step}: reset {args.reset_depth} of agent {reset_agent} after {gradient_steps} gradient steps")
-            run.log_reset(global_step, reset_agent)
-            run.log_evaluation(global_step, "after_reset", evaluate(agent, eval_envs, args.seed, global_step))
+            evaluate_and_log("after_reset")
         elif interval_has_passed(args.eval_interval, global_step, args.num_envs) and global_step < args.total_timesteps:
-            run.log_evaluation(global_step, "scheduled", evaluate(agent, eval_envs, args.seed, global_step))
+            evaluate_and_log("scheduled")
 
-    check_finite(metrics.numpy(), global_step)
-    run.log_evaluation(global_step, "final", evaluate(agent, eval_envs, args.seed, global_step))
     progress.close()
+    check_finite(metrics.numpy(), global_step)
+    evaluate_and_log("final")
     for env in envs + eval_envs:
         env.close()
     run.close(agent.weights())

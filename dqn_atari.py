@@ -1,0 +1,800 @@
+"""DQN on Atari, with the settings of Atari-100k.
+
+    python dqn_atari.py --env-id AlienNoFrameskip-v4
+
+Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
+"""
+
+import copy
+import csv
+import dataclasses
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from fractions import Fraction
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+gym.register_envs(ale_py)
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, a part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator of the run"""
+    torch_deterministic: bool = True
+    """CUDA: let cuDNN choose deterministic kernels only"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    cuda_graphs: bool = True
+    """CUDA: capture acting and learning as CUDA graphs; the numbers are the same without"""
+    bf16: bool = False
+    """compute the networks in bfloat16 (parameters and targets stay float32)"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "rde"
+    """the project's name in Weights & Biases"""
+    wandb_entity: str | None = None
+    """the entity (team) of the project in Weights & Biases"""
+    capture_video: bool = False
+    """record the first game of every evaluation as a video in the run folder"""
+    runs_dir: str = "runs"
+    """the folder in which the run's own folder is made"""
+
+    env_id: str = "AlienNoFrameskip-v4"
+    """the game, as <Game>NoFrameskip-v4"""
+    total_timesteps: int = 100_000
+    """environment steps (agent actions, 4 emulator frames each) of the whole run"""
+    num_envs: int = 1
+    """environments that are advanced together, once in a loop step"""
+    learning_rate: float = 1e-4
+    """learning rate of Adam"""
+    buffer_size: int = 100_000
+    """transitions in the replay buffer"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """how far the target network moves towards the online network after a gradient step"""
+    batch_size: int = 32
+    """transitions in a mini-batch"""
+    replay_ratio: float = 1.0
+    """gradient steps per environment step; fractions are allowed"""
+    learning_starts: int = 10_000
+    """environment steps before the first gradient step"""
+    start_e: float = 1.0
+    """epsilon at the start"""
+    end_e: float = 0.01
+    """epsilon at the end of its decay"""
+    exploration_fraction: float = 0.1
+    """fraction of the run in which epsilon decays"""
+    max_grad_norm: float = 10.0
+    """the norm at which an agent's gradient is clipped"""
+    eval_interval: int = 5_000
+    """environment steps between two evaluations; 0 = only at the end"""
+    eval_episodes: int = 10
+    """whole games in an evaluation"""
+
+
+def fail(message: str) -> None:
+    """Ends the program because of a wrong argument: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before anything is created."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag} is {value}, but must be a finite number")
+        if isinstance(value, (int, float)) and value < 0:
+            fail(f"{flag} is {value}, but must not be negative")
+    for name in ("total_timesteps", "num_envs", "learning_rate", "buffer_size", "batch_size", "replay_ratio",
+                 "max_grad_norm", "eval_episodes"):  # fmt: skip
+        if getattr(args, name) == 0:
+            fail(f"--{name.replace('_', '-')} is 0, but must be positive")
+    for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction"):
+        if getattr(args, name) > 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must lie between 0 and 1")
+
+    games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4") and "-ram" not in env_id)
+    if args.env_id not in games:
+        stem = args.env_id.removeprefix("ALE/").split("-v")[0].removesuffix("NoFrameskip")
+        known = f"{stem}NoFrameskip-v4"
+        near = [known] if known in games else difflib.get_close_matches(known, games, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "an example is AlienNoFrameskip-v4"
+        if args.env_id in gym.registry and near:
+            fail(f"--env-id {args.env_id} repeats frames by itself, or has sticky actions or no picture; use {near[0]}")
+        fail(f"--env-id {args.env_id} is not a game of the form <Game>NoFrameskip-v4; {hint}")
+
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    if args.batch_size > min(args.learning_starts, args.buffer_size):
+        fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
+             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
+    if args.buffer_size < 5 * args.num_envs:
+        fail(f"--buffer-size {args.buffer_size} is too small for stacks of 4 frames and the next one in {args.num_envs} "
+             f"environment(s); it must be at least {5 * args.num_envs}")  # fmt: skip
+    if 0 < args.eval_interval < args.num_envs:
+        fail(f"--eval-interval {args.eval_interval} is shorter than one loop step of {args.num_envs} environments; "
+             f"use at least {args.num_envs}, or 0 to evaluate only at the end")  # fmt: skip
+    on_gpu = args.cuda and torch.cuda.is_available()
+    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    needed_bytes = ReplayBuffer.num_bytes(args.buffer_size, args.num_envs)
+    if needed_bytes > free_bytes:
+        fail(f"--buffer-size {args.buffer_size} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
+             f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
+    for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
+        if wanted and importlib.util.find_spec(package) is None:
+            fail(f"{flag} needs the package {package}: pip install {package}")
+
+
+# ------------------------------------------------------------------------------------------------------------ seeding
+
+# One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+
+
+def derive_seed(seed: int, purpose: int, *indices: int) -> int:
+    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
+    return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
+
+
+# ------------------------------------------------------------------------------------------------------- environments
+
+
+class AtariGame(gym.Wrapper):
+    """The emulator, one frame a step, and the statistics of whole games.
+
+    `step` returns None for the observation: of four frames two are looked at, and `MaxAndSkip` reads those itself. At the
+    end of a game `info["episode"]` holds the unclipped return "r" and the length "l" in emulator frames, the no-ops
+    included (as stable-baselines3's Monitor counts it).
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.ale = env.unwrapped.ale
+        self.ale_actions = self.ale.getMinimalActionSet()
+
+    def reset(self, **kwargs):
+        self.episodic_return, self.episodic_length = 0.0, 0
+        return self.env.reset(**kwargs)
+
+    def step(self, action: int):
+        reward = self.ale.act(self.ale_actions[action])
+        self.episodic_return += reward
+        self.episodic_length += 1
+        terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+        info = {}
+        if terminated or truncated:
+            info["episode"] = {"r": self.episodic_return, "l": self.episodic_length}
+        return None, reward, terminated, truncated, info
+
+
+class NoopReset(gym.Wrapper):
+    """Starts a game with 1 to 30 no-ops."""
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        for _ in range(self.unwrapped.np_random.integers(1, 31)):
+            _, _, terminated, truncated, _ = self.env.step(0)
+            if terminated or truncated:
+                self.env.reset()
+        return None, info
+
+
+class MaxAndSkip(gym.Wrapper):
+    """Repeats an action for 4 frames; the observation is the maximum of the last two RGB screens, (210, 160, 3) uint8.
+
+    The cut of a game at its frame cap can fall into the four frames. Then the last two frames before the cut are taken,
+    because a truncation bootstraps from them. (At a game's end the screens are stale: nothing looks at them.)
+    """
+
+    def __init__(self, env: gym.Env, skip: int = 4):
+        super().__init__(env)
+        self.skip = skip
+        self.ale = env.unwrapped.ale
+        self.frame_cap = self.ale.getInt("max_num_frames_per_episode")  # 108,000; 0 = none
+        height, width = self.ale.getScreenDims()
+        self.screen, self.previous_screen = np.zeros((2, height, width, 3), np.uint8)
+
+    def read_screen(self) -> None:
+        self.screen, self.previous_screen = self.previous_screen, self.screen
+        self.ale.getScreenRGB(self.screen)
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        self.read_screen()
+        return self.screen, info
+
+    def step(self, action: int):
+        num_frames = self.skip
+        if self.frame_cap:
+            num_frames = min(num_frames, self.frame_cap - self.ale.getEpisodeFrameNumber())
+        total_reward = 0.0
+        for frame in range(num_frames):
+            _, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += reward
+            if terminated or truncated:
+                break
+            if frame == num_frames - 2:
+                self.read_screen()
+        self.read_screen()
+        return np.maximum(self.screen, self.previous_screen), total_reward, terminated, truncated, info
+
+
+class EpisodicLife(gym.Wrapper):
+    """Makes the loss of a life terminal for learning; the game itself is only reset when it is over."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.ale = env.unwrapped.ale
+        self.lives, self.game_is_over = 0, True
+
+    def step(self, action: int):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.game_is_over = terminated or truncated
+        lives = self.ale.lives()
+        if 0 < lives < self.lives:  # Qbert stays at 0 lives for some frames before its game is over
+            terminated = True
+        self.lives = lives
+        return observation, reward, terminated, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Goes on after a lost life with a no-op. If that ends the game, info["episode"] says so and a new one begins."""
+        if self.game_is_over or seed is not None:
+            observation, info = self.env.reset(seed=seed, options=options)
+        else:
+            observation, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                observation, _ = self.env.reset()
+        self.lives = self.ale.lives()
+        return observation, info
+
+
+class FireReset(gym.Wrapper):
+    """Presses FIRE (and the action after it) at the start of a game or life, in games that wait for it."""
+
+    def reset(self, **kwargs):
+        observation, info = self.env.reset(**kwargs)
+        for action in (1, 2):
+            observation, _, terminated, truncated, step_info = self.env.step(action)
+            info = info | step_info
+            if terminated or truncated:
+                observation, reset_info = self.env.reset()
+                info = info | reset_info
+        return observation, info
+
+
+class GrayResize(gym.ObservationWrapper):
+    """Grayscale, then 84x84 by area interpolation: (84, 84) uint8."""
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        gray = cv2.cvtColor(observation, cv2.COLOR_RGB2GRAY)
+        return cv2.resize(gray, (84, 84), interpolation=cv2.INTER_AREA)
+
+
+class ClipReward(gym.RewardWrapper):
+    """The sign of the reward."""
+
+    def reward(self, reward: float) -> float:
+        return float(np.sign(reward))
+
+
+class FrameStack(gym.Wrapper):
+    """The last 4 frames, oldest first, (4, 84, 84) uint8, with zeros before the first frame of an episode or life."""
+
+    def __init__(self, env: gym.Env, num_frames: int = 4):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (num_frames, 84, 84), np.uint8)
+        self.frames = np.zeros((num_frames, 84, 84), np.uint8)
+
+    def reset(self, **kwargs):
+        frame, info = self.env.reset(**kwargs)
+        self.frames[:] = 0
+        self.frames[-1] = frame
+        return self.frames.copy(), info
+
+    def step(self, action: int):
+        frame, reward, terminated, truncated, info = self.env.step(action)
+        self.frames[:-1] = self.frames[1:]
+        self.frames[-1] = frame
+        return self.frames.copy(), reward, terminated, truncated, info
+
+
+def make_env(env_id: str, video_folder: str | None = None, **kwargs) -> gym.Env:
+    """The game with the wrappers of stable-baselines3's `make_atari_env` and `VecFrameStack`, in their order."""
+    env = gym.make(env_id, render_mode="rgb_array" if video_folder else None, **kwargs)
+    env = AtariGame(env)
+    env = NoopReset(env)
+    env = MaxAndSkip(env)
+    if video_folder:
+        env = gym.wrappers.RecordVideo(
+            env, video_folder, episode_trigger=lambda episode: True, name_prefix="evaluation", fps=15, disable_logger=True
+        )
+    env = EpisodicLife(env)
+    if "FIRE" in env.unwrapped.get_action_meanings():
+        env = FireReset(env)
+    env = GrayResize(env)
+    env = ClipReward(env)
+    return FrameStack(env)
+
+
+# ------------------------------------------------------------------------------------------------------ replay buffer
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, to be drawn uniformly; every 84x84 frame is stored once, as uint8, on `device`.
+
+    A transition keeps the places of its five frames: its stack of 4 and the next frame. Frames before the first one of
+    an episode or life are the place of a black frame. So the boundaries of episodes, lives and truncations are settled
+    once, when a transition is written, and a mini-batch is gathered by two look-ups. The frames are written into a ring
+    of their own; a transition leaves the buffer before one of its frames is overwritten.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, device, generator
+        self.num_frames = self.frame_capacity(capacity, num_envs)
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
+        self.places = torch.zeros((capacity, 5), dtype=torch.int64, device=device)  # of the transitions' frames
+        self.actions = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(capacity, dtype=torch.float32, device=device)
+        self.terminated = torch.zeros(capacity, dtype=torch.float32, device=device)
+        # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
+        self.oldest, self.size = 0, 0
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, size)
+        # Frames are numbered as they are written; None stands for black.
+        self.frames_written = 0
+        self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations
+        self.oldest_frames = np.zeros(capacity, np.int64)  # no frame before this one is needed by the transition
+
+    @staticmethod
+    def frame_capacity(capacity: int, num_envs: int) -> int:
+        """One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games."""
+        return capacity + 10 * num_envs + capacity // 100
+
+    @staticmethod
+    def num_bytes(capacity: int, num_envs: int) -> int:
+        return (ReplayBuffer.frame_capacity(capacity, num_envs) + 1) * 84 * 84 + capacity * (5 * 8 + 8 + 4 + 4 + 8)
+
+    def start_episode(self, env_index: int, frame: np.ndarray) -> None:
+        """Begins an episode or life with its first frame, (84, 84) uint8."""
+        self.stacks[env_index] = [None, None, None, self._write_frame(frame)]
+
+    def add(self, env_index: int, action: int, reward: float, next_frame: np.ndarray, terminated: bool) -> None:
+        """Stores a transition. The next frame of a terminated one is never looked at and not stored.
+
+        After a truncation, too, `next_frame` is the episode's own last frame, from which the transition bootstraps;
+        `start_episode` must follow.
+        """
+        stack = self.stacks[env_index]
+        oldest_frame = min(number for stack in self.stacks for number in stack if number is not None)
+        next_number = None if terminated else self._write_frame(next_frame)
+        if self.size == self.capacity:
+            self.oldest, self.size = (self.oldest + 1) % self.capacity, self.size - 1
+        position = (self.oldest + self.size) % self.capacity
+        places = [self.num_frames if number is None else number % self.num_frames for number in (*stack, next_number)]
+        self.places[position] = upload(np.array(places), self.device)
+        self.actions[position] = action
+        self.rewards[position] = reward
+        self.terminated[position] = float(terminated)
+        self.oldest_frames[position] = oldest_frame
+        self.size += 1
+        self._publish_drawable()
+        self.stacks[env_index] = [*stack[1:], next_number]
+
+    def _write_frame(self, frame: np.ndarray) -> int:
+        number = self.frames_written
+        while self.size and self.oldest_frames[self.oldest] <= number - self.num_frames:  # only with many truncations
+            self.oldest, self.size = (self.oldest + 1) % self.capacity, self.size - 1
+            self._publish_drawable()
+        self.frames[number % self.num_frames] = upload(frame, self.device)
+        self.frames_written += 1
+        return number
+
+    def _publish_drawable(self) -> None:
+        self.drawable[0], self.drawable[1] = self.oldest, self.size
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draws transitions uniformly, with replacement.
+
+        Returns frames (batch_size, 5, 84, 84) uint8 (the first 4 are the observation, the last 4 the next observation),
+        actions (batch_size,) int64, rewards and terminated (batch_size,) float32.
+        """
+        draws = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=self.generator)
+        oldest, size = self.drawable
+        positions = (oldest + (draws * size).long()) % self.capacity  # (batch_size,)
+        places = self.places[positions]  # (batch_size, 5)
+        frames = self.frames.index_select(0, places.flatten()).view(batch_size, 5, 84, 84)
+        return frames, self.actions[positions], self.rewards[positions], self.terminated[positions]
+
+
+# ------------------------------------------------------------------------------------------------ devices and copying
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device. On CUDA the copy is asynchronous, from pinned memory, which PyTorch keeps until it is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Download:
+    """The copy of a tensor on its way to the host; `numpy` waits for it, and for nothing that was launched after it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.event = tensor, None
+        if tensor.is_cuda:
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def numpy(self) -> np.ndarray:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor.numpy()
+
+
+class CudaGraph:
+    """A function without arguments that reads and writes fixed tensors, captured as a CUDA graph and replayed.
+
+    The first calls run as they are, for PyTorch to set itself up, and count like all others; the capture itself computes
+    nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
+    """
+
+    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
+        self.function, self.generator, self.enabled = function, generator, enabled
+        self.graph, self.warm_up_calls = None, 3
+
+    def __call__(self):
+        if not self.enabled:
+            return self.function()
+        if self.warm_up_calls:
+            self.warm_up_calls -= 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
+# -------------------------------------------------------------------------------------------------------------- agent
+
+
+class QNetwork(nn.Module):
+    """Nature DQN: (batch, 4, 84, 84) in [0, 1] to (batch, num_actions), with PyTorch's initialisation."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+            nn.Flatten(),
+        )  # fmt: skip
+        self.hidden = nn.Linear(3136, 512)
+        self.output = nn.Linear(512, num_actions)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.output(F.relu(self.hidden(self.convolutions(observations))))
+
+
+def network_input(frames: torch.Tensor) -> torch.Tensor:
+    """Stacks of frames, uint8, as the network wants them: float32 in [0, 1], channels last (faster convolutions)."""
+    return frames.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+class Agent:
+    """DQN."""
+
+    def __init__(self, args: Args, num_actions: int, buffer: ReplayBuffer, device: torch.device):
+        self.args, self.num_actions, self.buffer, self.device = args, num_actions, buffer, device
+        # PyTorch's global generator initialises networks and serves no other purpose.
+        torch.manual_seed(derive_seed(args.seed, INITIALISATION))
+        self.q_network = QNetwork(num_actions)
+        self.q_network.to(device, memory_format=torch.channels_last)
+        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
+        self.optimizer = optim.Adam(
+            self.q_network.parameters(), lr=args.learning_rate, fused=True, capturable=device.type == "cuda"
+        )
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor) -> torch.Tensor:
+        """Greedy actions, (num_envs,), for observations (num_envs, 4, 84, 84) uint8."""
+        with self.autocast():
+            return self.q_network(network_input(observations)).argmax(dim=1)
+
+    def update(self) -> torch.Tensor:
+        """One gradient step on one mini-batch. Returns TD loss and mean Q-value, (2,)."""
+        args = self.args
+        frames, actions, rewards, terminated = self.buffer.sample(args.batch_size)
+        observations, next_observations = network_input(frames[:, :4]), network_input(frames[:, 1:])
+        self.optimizer.zero_grad()
+        with self.autocast():
+            with torch.no_grad():
+                next_q_values = self.target_network(next_observations).float().amax(dim=1)  # (batch_size,)
+                td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (batch_size,)
+            q_values = self.q_network(observations).float().gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
+        loss = F.smooth_l1_loss(q_values, td_targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.q_network.parameters(), args.max_grad_norm, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():  # the whole target network in one call
+            torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), args.tau)
+        return torch.stack([loss.detach(), q_values.detach().mean()])
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False)
+
+    def weights(self) -> dict:
+        """What model.pt holds."""
+        return {"q_network": self.q_network.state_dict()}
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+# Mean scores of a random player and of a human, the 26 games of Atari-100k (as in Dopamine, SPR, BBF and DreamerV3).
+RANDOM_AND_HUMAN_SCORES = {
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5), "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
+}  # fmt: skip
+
+
+def human_normalized_score(env_id: str, score: float) -> float | None:
+    """(score - random) / (human - random), or None for a game that is not one of the 26."""
+    if (game := env_id.removesuffix("NoFrameskip-v4")) not in RANDOM_AND_HUMAN_SCORES:
+        return None
+    random_score, human_score = RANDOM_AND_HUMAN_SCORES[game]
+    return (score - random_score) / (human_score - random_score)
+
+
+def evaluate(policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device) -> list[float]:
+    """Plays one whole game in each environment, side by side, and returns the unclipped scores.
+
+    `policy` maps observations (batch, 4, 84, 84) uint8 to actions (batch,). The scores depend on the policy, the seed and
+    the step alone: the games are loaded anew (some keep state from one game to the next), and the random numbers are
+    their own. So an evaluation changes nothing in the training, and the two around a reset play from the same starts.
+    """
+    observations = [env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0] for i, env in enumerate(envs)]
+    scores, playing = [0.0] * len(envs), list(range(len(envs)))
+    while playing:
+        actions = policy(upload(np.stack([observations[i] for i in playing]), device)).tolist()
+        for i, action in zip(tuple(playing), actions):
+            observations[i], _, terminated, truncated, info = envs[i].step(action)
+            if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
+                observations[i], info = envs[i].reset()
+            if "episode" in info:
+                scores[i] = info["episode"]["r"]
+                playing.remove(i)
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+LOG_INTERVAL = 100  # environment steps between two points of the training curves
+
+
+class RunFolder:
+    """What a run leaves behind: TensorBoard events, args.json, episodes.csv, evaluations.csv and model.pt."""
+
+    def __init__(self, args: Args, device: torch.device):
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path, self.env_id = os.path.join(args.runs_dir, name), args.env_id
+        os.makedirs(self.path)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=name, config=vars(args), sync_tensorboard=True
+            )
+        self.writer = SummaryWriter(self.path)
+        packages = ("torch", "numpy", "gymnasium", "ale-py", "opencv-python-headless")
+        versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        with open(os.path.join(self.path, "args.json"), "w") as file:
+            json.dump({"args": vars(args), "versions": versions, "device": device_name}, file, indent=2)
+        self.episodes = self.open_csv("episodes.csv", "global_step", "episodic_return", "episodic_length", "wall_seconds")
+        self.evaluations = self.open_csv("evaluations.csv", "global_step", "phase", "episode", "episodic_return")
+
+    def open_csv(self, name: str, *columns: str):
+        file = open(os.path.join(self.path, name), "w", newline="", buffering=1)  # every row is written as it ends
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(columns)
+        return rows
+
+    def log_episode(self, global_step: int, episode: dict, wall_seconds: float) -> None:
+        self.episodes.writerow((global_step, episode["r"], episode["l"], f"{wall_seconds:.2f}"))
+        self.log_scalars(global_step, {"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+
+    def log_scalars(self, global_step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, global_step)
+
+    def log_evaluation(self, global_step: int, phase: str, scores: list[float]) -> None:
+        self.evaluations.writerows((global_step, phase, episode, score) for episode, score in enumerate(scores))
+        mean, normalized = float(np.mean(scores)), human_normalized_score(self.env_id, float(np.mean(scores)))
+        line = f"step {global_step}: evaluation ({phase.replace('_', ' ')}) mean {mean:.1f}"
+        self.writer.add_scalar("eval/episodic_return", mean, global_step)
+        if normalized is not None:
+            line += f", human-normalized {normalized:.3f}"
+            self.writer.add_scalar("eval/human_normalized_score", normalized, global_step)
+        tqdm.write(f"{line}, games {' '.join(f'{score:g}' for score in scores)}")
+
+    def close(self, weights: dict) -> None:
+        torch.save(weights, os.path.join(self.path, "model.pt"))
+        self.writer.close()
+        tqdm.write(f"the run is in {self.path}")
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """`start` at step 0, `end` from step `duration` on."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+def gradient_steps_due(args: Args, global_step: int) -> int:
+    """Gradient steps that belong to the first `global_step` environment steps; exact for fractions such as 0.29."""
+    return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
+
+
+def interval_has_passed(interval: int, global_step: int, num_envs: int) -> bool:
+    """Whether the loop step that ends at `global_step` reached or passed a multiple of the interval; 0 = never."""
+    return interval > 0 and global_step // interval > (global_step - num_envs) // interval
+
+
+def check_finite(metrics: np.ndarray, global_step: int) -> None:
+    if not np.isfinite(metrics).all():
+        raise FloatingPointError(
+            f"the loss or a Q-value is not finite any more at step {global_step} (losses {metrics[0].tolist()}, "
+            f"Q-values {metrics[1].tolist()}); try a lower --learning-rate or --max-grad-norm"
+        )
+
+
+def train(args: Args) -> str:
+    """Trains, and returns the path of the run folder."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    run = RunFolder(args, device)
+
+    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+    video_folder = os.path.join(run.path, "videos") if args.capture_video else None
+    eval_envs = [make_env(args.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
+    exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
+    mini_batches = torch.Generator(device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
+
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, device, mini_batches)
+    num_actions = int(envs[0].action_space.n)
+    agent = Agent(args, num_actions, buffer, device)
+    device_observations = torch.zeros((args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
+    capture = args.cuda_graphs and device.type == "cuda"
+    act = CudaGraph(lambda: agent.act(device_observations), None, capture)
+    update = CudaGraph(agent.update, mini_batches, capture)
+
+    observations = np.zeros((args.num_envs, 4, 84, 84), np.uint8)
+    for i, env in enumerate(envs):
+        observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
+        buffer.start_episode(i, observations[i, -1])
+    global_step, gradient_steps, metrics = 0, 0, None
+    speed_steps, speed_seconds = 0, 0.0  # since learning began, without the evaluations
+    last_returns = deque(maxlen=10)
+    start_time = time.time()
+    progress = tqdm(total=args.total_timesteps, unit="step", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 60)
+
+    def evaluate_and_log(phase: str) -> None:
+        run.log_evaluation(global_step, phase, evaluate(agent.act, eval_envs, args.seed, global_step, device))
+
+    while global_step < args.total_timesteps:
+        step_started = time.perf_counter()
+
+        # Act: greedy actions, and on top, per environment, random ones with probability epsilon.
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
+        explore = exploration.random(args.num_envs) < epsilon
+        actions = exploration.integers(num_actions, size=args.num_envs)
+        if not explore.all():
+            device_observations.copy_(upload(observations, device), non_blocking=True)
+            greedy_actions = Download(act())
+
+        # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.
+        previous_metrics = metrics
+        if global_step >= args.learning_starts:
+            new_gradient_steps = gradient_steps_due(args, global_step + args.num_envs) - gradient_steps
+            for _ in range(new_gradient_steps):
+                metrics = update()
+            if new_gradient_steps:
+                metrics = Download(metrics)
+                gradient_steps += new_gradient_steps
+
+        # Step the environments and store what happened.
+        if not explore.all():
+            actions = np.where(explore, actions, greedy_actions.numpy())
+        global_step += args.num_envs
+        for i, env in enumerate(envs):
+            next_observation, reward, terminated, truncated, info = env.step(actions[i])
+            buffer.add(i, actions[i], reward, next_observation[-1], terminated)
+            if terminated or truncated:
+                next_observation, reset_info = env.reset()
+                buffer.start_episode(i, next_observation[-1])
+                info = info | reset_info
+            observations[i] = next_observation
+            if "episode" in info:
+                last_returns.append(info["episode"]["r"])
+                run.log_episode(global_step, info["episode"], time.time() - start_time)
+        if gradient_steps:
+            speed_steps, speed_seconds = speed_steps + args.num_envs, speed_seconds + time.perf_counter() - step_started
+
+        # Log. The losses are those of the loop step before: they are on the host by now, and cost no wait.
+        if previous_metrics is not None:
+            check_finite(previous_metrics.numpy(), global_step - args.num_envs)
+        if interval_has_passed(LOG_INTERVAL, global_step, args.num_envs):
+            scalars = {"charts/epsilon": epsilon}
+            if previous_metrics is not None:
+                scalars["charts/SPS"] = speed_steps / speed_seconds
+                scalars["losses/td_loss"], scalars["losses/q_values"] = previous_metrics.numpy()
+            run.log_scalars(global_step, scalars)
+            mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
+            progress.set_postfix_str(f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False)
+        progress.update(args.num_envs)
+
+        if interval_has_passed(args.eval_interval, global_step, args.num_envs) and global_step < args.total_timesteps:
+            evaluate_and_log("scheduled")
+
+    progress.close()
+    check_finite(metrics.numpy(), global_step)
+    evaluate_and_log("final")
+    for env in envs + eval_envs:
+        env.close()
+    run.close(agent.weights())
+    return run.path
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    check_args(args)
+    try:
+        train(args)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The wrappers against stable-baselines3's make_atari_env + VecFrameStack, byte for byte."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
+
+NUM_STEPS = 3_000
+
+
+def play_ours(rde, env_id, seed, actions, **kwargs):
+    """One row per step: observation to act on next, reward, end, truncation, (return, length) of a finished game."""
+    env = rde.make_env(env_id, **kwargs)
+    observation, _ = env.reset(seed=seed)
+    yield observation, None, None, None, None, None
+    for action in actions:
+        observation, reward, terminated, truncated, info = env.step(int(action))
+        last_observation = observation
+        if terminated or truncated:
+            observation, reset_info = env.reset()
+            info = info | reset_info
+        game = (info["episode"]["r"], info["episode"]["l"]) if "episode" in info else None
+        yield observation, reward, terminated or truncated, truncated and not terminated, last_observation, game
+
+
+def play_stable_baselines3(env_id, seed, actions, **kwargs):
+    """The same rows. Games are read off the Monitor, because one that ends inside a reset is in nobody's info."""
+    vec_env = make_atari_env(env_id, n_envs=1, seed=seed, env_kwargs=kwargs)
+    monitor = vec_env.envs[0]
+    while type(monitor).__name__ != "Monitor":
+        monitor = monitor.env
+    envs = VecTransposeImage(VecFrameStack(vec_env, n_stack=4))
+    observations = envs.reset()
+    yield observations[0], None, None, None, None, None
+    for action in actions:
+        games_before = len(monitor.get_episode_rewards())
+        observations, rewards, dones, infos = envs.step([int(action)])
+        game = None
+        if len(monitor.get_episode_rewards()) > games_before:
+            game = (monitor.get_episode_rewards()[-1], monitor.get_episode_lengths()[-1])
+        last = infos[0].get("terminal_observation")
+        yield observations[0], rewards[0], bool(dones[0]), infos[0]["TimeLimit.truncated"], last, game
+
+
+# Breakout waits for FIRE; Freeway has no lives; Qbert stays at 0 lives before a game ends; the last two are cut.
+@pytest.mark.parametrize(
+    "env_id, kwargs",
+    [
+        ("AlienNoFrameskip-v4", {}),
+        ("BreakoutNoFrameskip-v4", {}),
+        ("QbertNoFrameskip-v4", {}),
+        ("FreewayNoFrameskip-v4", {}),
+        ("MsPacmanNoFrameskip-v4", {}),
+        ("PongNoFrameskip-v4", {"max_num_frames_per_episode": 2_001}),
+        ("SeaquestNoFrameskip-v4", {"max_num_frames_per_episode": 1_000}),
+    ],
+)
+def test_equal_to_stable_baselines3(rde, env_id, kwargs):
+    num_actions = gym.make(env_id).action_space.n
+    actions = np.random.default_rng(3).integers(num_actions, size=NUM_STEPS)
+    ends, truncations, games = 0, 0, 0
+    ours, theirs = play_ours(rde, env_id, 7, actions, **kwargs), play_stable_baselines3(env_id, 7, actions, **kwargs)
+    for step, (our_row, their_row) in enumerate(zip(ours, theirs, strict=True)):
+        assert our_row[0].dtype == their_row[0].dtype == np.uint8
+        np.testing.assert_array_equal(our_row[0], their_row[0], err_msg=f"observation at step {step}")
+        assert our_row[1:4] == their_row[1:4], f"reward, end, truncation at step {step}"
+        assert our_row[5] == their_row[5], f"return and length of the finished game at step {step}"
+        ends, truncations, games = ends + bool(our_row[2]), truncations + bool(our_row[3]), games + (our_row[5] is not None)
+    assert (truncations > 0) == bool(kwargs)
+    assert games > 0 and (ends > games or env_id.startswith(("Freeway", "Pong")))
+
+
+@pytest.mark.parametrize("frame_cap", [400, 401, 402, 403])
+def test_truncated_game_ends_in_its_own_last_two_frames(rde, frame_cap):
+    """Wherever the cap falls within the four frames of a step, against a plain emulator that plays the same frames."""
+    env = rde.make_env("AlienNoFrameskip-v4", max_num_frames_per_episode=frame_cap)
+    env.reset(seed=5)
+    plain = gym.make("AlienNoFrameskip-v4", max_num_frames_per_episode=frame_cap)
+    plain.reset(seed=5)
+    for _ in range(env.unwrapped.ale.getEpisodeFrameNumber()):
+        screen = plain.step(0)[0]
+    rng, truncated = np.random.default_rng(0), False
+    while not truncated:
+        action = int(rng.integers(18))
+        observation, _, terminated, truncated, _ = env.step(action)
+        assert not terminated
+        while plain.unwrapped.ale.getEpisodeFrameNumber() < env.unwrapped.ale.getEpisodeFrameNumber():
+            previous_screen, screen = screen, plain.step(action)[0]
+    assert env.unwrapped.ale.getEpisodeFrameNumber() == frame_cap
+    gray_resize = rde.GrayResize(gym.make("AlienNoFrameskip-v4"))
+    np.testing.assert_array_equal(observation[-1], gray_resize.observation(np.maximum(screen, previous_screen)))
+
+
+def test_frames_that_are_thrown_away_are_not_read(rde):
+    """Two screens per step of four frames, and no observation of the inner environment at all."""
+    env = rde.make_env("AlienNoFrameskip-v4")
+    env.reset(seed=1)
+    reads = []
+
+    class CountingEmulator:
+        def __init__(self, ale):
+            self.ale = ale
+
+        def __getattr__(self, name):
+            if name.startswith("getScreen"):
+                reads.append(name)
+            return getattr(self.ale, name)
+
+    env.unwrapped._get_obs = lambda: pytest.fail("the inner environment made an observation")
+    layer = env
+    while layer is not env.unwrapped:
+        if "ale" in vars(layer):
+            layer.ale = CountingEmulator(layer.ale)
+        layer = layer.env
+    for _ in range(50):
+        env.step(0)
+    assert reads == ["getScreenRGB"] * 100
+
+
+def test_evaluation_depends_on_seed_and_step_alone(rde):
+    """Freeway keeps state across games: without loading it anew, the second evaluation would differ."""
+
+    class RandomAgent:
+        device = rde.torch.device("cpu")
+
+        def act(self, observations, generator):
+            actions = rde.torch.randint(3, (len(observations),), generator=generator)
+            return actions, actions
+
+    envs = [rde.make_env("FreewayNoFrameskip-v4", max_num_frames_per_episode=3_000) for _ in range(2)]
+    first = rde.evaluate(RandomAgent(), envs, seed=1, global_step=500)
+    other = rde.evaluate(RandomAgent(), envs, seed=1, global_step=1_000)
+    again = rde.evaluate(RandomAgent(), envs, seed=1, global_step=500)
+    fresh = rde.evaluate(RandomAgent(), [rde.make_env("FreewayNoFrameskip-v4", max_num_frames_per_episode=3_000) for _ in range(2)], 1, 500)
+    assert first == again == fresh
+    assert len({*first, *other}) > 1
