@@ -136,14 +136,15 @@ def check_args(args: Args) -> None:
         if getattr(args, name) > 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must lie between 0 and 1")
 
-    games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4") and "-ram" not in env_id)
+    games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
     if args.env_id not in games:
         stem = args.env_id.removeprefix("ALE/").split("-v")[0].removesuffix("NoFrameskip")
         known = f"{stem}NoFrameskip-v4"
         near = [known] if known in games else difflib.get_close_matches(known, games, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "an example is AlienNoFrameskip-v4"
-        if args.env_id in gym.registry and near:
-            fail(f"--env-id {args.env_id} repeats frames by itself, or has sticky actions or no picture; use {near[0]}")
+        if args.env_id in gym.registry and str(gym.spec(args.env_id).entry_point).startswith("ale_py") and near:
+            fail(f"--env-id {args.env_id} skips frames by itself or has sticky actions, and either would be applied twice or "
+                 f"against the protocol; use {near[0]}")  # fmt: skip
         fail(f"--env-id {args.env_id} is not a game of the form <Game>NoFrameskip-v4; {hint}")
 
     if args.learning_starts >= args.total_timesteps:
@@ -154,9 +155,10 @@ def check_args(args: Args) -> None:
     if args.buffer_size < 5 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for stacks of 4 frames and the next one in {args.num_envs} "
              f"environment(s); it must be at least {5 * args.num_envs}")  # fmt: skip
-    if 0 < args.eval_interval < args.num_envs:
-        fail(f"--eval-interval {args.eval_interval} is shorter than one loop step of {args.num_envs} environments; "
-             f"use at least {args.num_envs}, or 0 to evaluate only at the end")  # fmt: skip
+    for name in ("eval_interval", "checkpoint_interval"):
+        if 0 < getattr(args, name) < args.num_envs:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
+                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
     on_gpu = args.cuda and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     needed_bytes = ReplayBuffer.num_bytes(args.buffer_size, args.num_envs)
