@@ -889,6 +889,9 @@ def replaced_when_written(path: str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
     except BaseException:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
@@ -938,7 +941,7 @@ def save_checkpoint(path: str, state: dict, frames: torch.Tensor) -> None:
             file.write(part)
 
 
-def load_checkpoint(path: str, args: Args) -> tuple[dict, torch.Tensor]:
+def load_checkpoint(path: str, args: Args, device: torch.device) -> tuple[dict, torch.Tensor]:
     """The state and the frames. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
     content = np.memmap(path, np.uint8, mode="c") if os.path.getsize(path) else np.zeros(0, np.uint8)
     if len(content) < CHECKPOINT_HEADER.size:
@@ -949,17 +952,15 @@ def load_checkpoint(path: str, args: Args) -> tuple[dict, torch.Tensor]:
     content = content[CHECKPOINT_HEADER.size :]
     if zlib.crc32(content) != checksum:
         raise RunError(f"{path} is damaged or cut off: its checksum is wrong")
-    state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True)
+    state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
     if state["script"] != os.path.basename(__file__):
         raise RunError(f"{path} was written by {state['script']}, not by {os.path.basename(__file__)}")
     for name, value in vars(args).items():
         if name not in ("resume", "runs_dir", "total_timesteps") and state["args"].get(name) != value:
             raise RunError(f"{path} was written with {name} = {state['args'].get(name)}, but args.json says {value}")
-    for name, version in package_versions().items():
-        if state["versions"].get(name) != version:
-            raise RunError(
-                f"{path} was written with {name} {state['versions'].get(name)}, this is {version}; it would not go on exactly"
-            )
+    for name, value in (package_versions() | {"device": device.type}).items():
+        if (written := state["versions"].get(name)) != value:
+            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
     return state, torch.from_numpy(content[state_size:]).view(-1, 84, 84)
 
 
@@ -1027,7 +1028,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
     speed_steps, speed_seconds, wall_seconds = 0, 0.0, 0.0  # the speed since learning began, without evaluations
     last_returns, acting_counts = deque(maxlen=10), np.zeros(args.num_agents, np.int64)
     if os.path.exists(run.checkpoint_path):
-        state, frames = load_checkpoint(run.checkpoint_path, args)
+        state, frames = load_checkpoint(run.checkpoint_path, args, device)
         buffer.frames[: len(frames)] = frames
         buffer.restore(state["buffer"])
         agent.restore(state["agent"])
@@ -1042,6 +1043,8 @@ def train(args: Args, resume_path: str | None = None) -> None:
         speed_steps, speed_seconds, wall_seconds = state["speed_steps"], state["speed_seconds"], state["wall_seconds"]
         last_returns.extend(state["last_returns"])
         acting_counts[:] = state["acting_counts"].numpy()
+        if "final" in agenda and global_step < args.total_timesteps:  # the end was postponed
+            agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
         run.open(state["file_sizes"])
         tqdm.write(f"continuing {run.path} at step {global_step}")
         del state, frames
@@ -1056,7 +1059,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
 
     def save() -> None:
         state = {
-            "script": os.path.basename(__file__), "args": vars(args), "versions": package_versions(),
+            "script": os.path.basename(__file__), "args": vars(args), "versions": package_versions() | {"device": device.type},
             "buffer": buffer.state(), "agent": agent.state(), "environments": [environment_state(env) for env in envs],
             "exploration": exploration.bit_generator.state, "mini_batches": mini_batches.get_state(),
             "selection": selection.get_state(), "observations": torch.from_numpy(observations),
