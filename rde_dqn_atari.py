@@ -66,7 +66,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     cuda_graphs: bool = True
-    """CUDA: capture acting and learning as CUDA graphs; the numbers are the same without"""
+    """CUDA: capture acting and learning as CUDA graphs"""
     bf16: bool = False
     """compute the networks in bfloat16 (parameters and targets stay float32)"""
     track: bool = False

@@ -123,7 +123,7 @@ def test_tensorboard(runs):
     scalars = lambda run, tag: [(event.step, event.value) for event in accumulators[run].Scalars(tag)]
     assert scalars(rde, "rde/reset_agent") == [(440, 0), (680, 1)]
     assert [step for step, _ in scalars(rde, "charts/epsilon")] == [100, 200, 300, 400, 500, 600, 700]
-    assert dict(scalars(rde, "rde/oldest_agent")) == {step: float(step > 440) for step in range(100, 701, 100)}
+    assert dict(scalars(rde, "rde/oldest_agent")) == {step: float(440 < step < 680) for step in range(100, 701, 100)}
     for step, fraction in scalars(rde, "rde/acting_fraction_0"):
         other = dict(scalars(rde, "rde/acting_fraction_1"))[step]
         assert fraction + other == pytest.approx(1)
