@@ -211,7 +211,10 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-    rows = {"emulator alone, 4 frames": EmulatorAlone(args.env_id), "emulator + wrappers (the ceiling)": RandomPlay(args.env_id)}
+    rows = {
+        "emulator alone, 4 frames": EmulatorAlone(args.env_id),
+        "emulator + wrappers (the ceiling)": RandomPlay(args.env_id),
+    }
     for num_agents in args.num_agents:
         for replay_ratio in args.replay_ratios:
             name = f"training loop, N = {num_agents}, replay ratio {replay_ratio}"
@@ -238,7 +241,9 @@ def main() -> None:
     table = []
     for name in rows:
         per_second = statistics.median(1 / value for value in seconds[name])
-        table.append((name, f"{per_second:.1f}", f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio(name, ceiling):.3f}"))
+        table.append(
+            (name, f"{per_second:.1f}", f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio(name, ceiling):.3f}")
+        )
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
                             capture_output=True, text=True, check=False).stdout.strip() or "no commit"  # fmt: skip
@@ -257,7 +262,9 @@ def main() -> None:
     ]:
         if first in rows:
             print(f"{first}, over {second}: {ratio(first, second):.2f}")
-    print(f"floor of one agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = {gflop / gflops * 1e3:.2f} ms")
+    print(
+        f"floor of one agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = {gflop / gflops * 1e3:.2f} ms"
+    )
     print(f"replay buffer of 100,000 transitions: {rde.ReplayBuffer.num_bytes(100_000, 1) / 1e9:.3f} GB")
     print(f"peak memory of this process with all rows: {psutil.Process().memory_info().rss / 1e9:.2f} GB on the host", end="")
     print(f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU" if device.type == "cuda" else "")

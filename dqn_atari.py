@@ -1008,12 +1008,17 @@ def train(args: Args, resume_path: str | None = None) -> None:
                 break
             agenda.pop(0)
         finished = global_step >= args.total_timesteps and not agenda
-        checkpoint_is_due = interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        checkpoint_is_due = (
+            interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        )
         if stop.received or checkpoint_is_due and not finished:
             save()
         if stop.received:
             progress.close()
-            print(f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}", file=sys.stderr)
+            print(
+                f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}",
+                file=sys.stderr,
+            )
             sys.exit(128 + stop.received)
         if finished:
             break
@@ -1065,7 +1070,9 @@ def train(args: Args, resume_path: str | None = None) -> None:
                 scalars["losses/td_loss"], scalars["losses/q_values"] = previous_metrics.numpy()
             run.log_scalars(global_step, scalars)
             mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
-            progress.set_postfix_str(f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False)
+            progress.set_postfix_str(
+                f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False
+            )
         progress.update(args.num_envs)
 
         agenda = agenda_due(args, global_step)
@@ -1128,8 +1135,8 @@ def resume_args(args: Args, path: str) -> Args:
     if args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
     if args.total_timesteps > saved.total_timesteps:
-        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of epsilon, "
-              "a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
+        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of "
+              "epsilon, a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
     return args
 
 

@@ -178,7 +178,8 @@ def check_args(args: Args) -> None:
         fail(f"--num-agents is {args.num_agents}, but an ensemble has at least 1 agent")
     shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
     if 0 < args.reset_interval < shortest:
-        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; use at least {shortest}, or 0 for never")
+        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
+             f"use at least {shortest}, or 0 for never")  # fmt: skip
 
     on_gpu = args.cuda and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
@@ -641,7 +642,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Greedy actions of the ensemble and the agents that proposed them, each (num_envs,), for (num_envs, 4, 84, 84) uint8."""
+        """The ensemble's greedy actions and who proposed them, each (num_envs,), for (num_envs, 4, 84, 84) uint8."""
         observations = network_input(observations)
         with self.autocast():
             q_values = torch.stack([q_network(observations) for q_network in self.q_networks])  # (N, num_envs, actions)
@@ -1090,17 +1091,24 @@ def train(args: Args, resume_path: str | None = None) -> None:
             if agenda[0] == "reset":
                 reset_agent = agent.reset()
                 run.log_scalars(global_step, {"rde/reset_agent": reset_agent})
-                tqdm.write(f"step {global_step}: reset {args.reset_depth} of agent {reset_agent} after {gradient_steps} gradient steps")
+                tqdm.write(
+                    f"step {global_step}: reset {args.reset_depth} of agent {reset_agent} after {gradient_steps} gradient steps"
+                )
             elif not evaluate_and_log(agenda[0]):
                 break
             agenda.pop(0)
         finished = global_step >= args.total_timesteps and not agenda
-        checkpoint_is_due = interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        checkpoint_is_due = (
+            interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        )
         if stop.received or checkpoint_is_due and not finished:
             save()
         if stop.received:
             progress.close()
-            print(f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}", file=sys.stderr)
+            print(
+                f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}",
+                file=sys.stderr,
+            )
             sys.exit(128 + stop.received)
         if finished:
             break
@@ -1157,7 +1165,9 @@ def train(args: Args, resume_path: str | None = None) -> None:
             acting_counts[:] = 0
             run.log_scalars(global_step, scalars)
             mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
-            progress.set_postfix_str(f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False)
+            progress.set_postfix_str(
+                f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False
+            )
         progress.update(args.num_envs)
 
         agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
@@ -1220,8 +1230,8 @@ def resume_args(args: Args, path: str) -> Args:
     if args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
     if args.total_timesteps > saved.total_timesteps:
-        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of epsilon, "
-              "a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
+        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of "
+              "epsilon, a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
     return args
 
 

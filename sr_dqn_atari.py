@@ -171,7 +171,8 @@ def check_args(args: Args) -> None:
                  f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
     shortest = math.ceil(args.num_envs * args.replay_ratio)
     if 0 < args.reset_interval < shortest:
-        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; use at least {shortest}, or 0 for never")
+        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
+             f"use at least {shortest}, or 0 for never")  # fmt: skip
 
     on_gpu = args.cuda and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
@@ -1049,12 +1050,17 @@ def train(args: Args, resume_path: str | None = None) -> None:
                 break
             agenda.pop(0)
         finished = global_step >= args.total_timesteps and not agenda
-        checkpoint_is_due = interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        checkpoint_is_due = (
+            interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        )
         if stop.received or checkpoint_is_due and not finished:
             save()
         if stop.received:
             progress.close()
-            print(f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}", file=sys.stderr)
+            print(
+                f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}",
+                file=sys.stderr,
+            )
             sys.exit(128 + stop.received)
         if finished:
             break
@@ -1106,7 +1112,9 @@ def train(args: Args, resume_path: str | None = None) -> None:
                 scalars["losses/td_loss"], scalars["losses/q_values"] = previous_metrics.numpy()
             run.log_scalars(global_step, scalars)
             mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
-            progress.set_postfix_str(f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False)
+            progress.set_postfix_str(
+                f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False
+            )
         progress.update(args.num_envs)
 
         agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
@@ -1169,8 +1177,8 @@ def resume_args(args: Args, path: str) -> Args:
     if args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
     if args.total_timesteps > saved.total_timesteps:
-        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of epsilon, "
-              "a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
+        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of "
+              "epsilon, a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
     return args
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: two workers share the cores
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ATARI_SCRIPTS = ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari"]
 
@@ -30,7 +32,6 @@ def command(script: str, *arguments) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread, so that tests that run side by side don't fight for the cores."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 

@@ -255,7 +255,9 @@ def test_reset_touches_the_named_layers_of_one_agent_and_nothing_else(script, de
                 assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
             else:
                 assert torch.equal(target.get_parameter(name), targets_before[i].get_parameter(name))
-                old = moments_before[len(list(networks(agent)[0].parameters())) * i + [n for n, _ in network.named_parameters()].index(name)]
+                old = moments_before[
+                    len(list(networks(agent)[0].parameters())) * i + [n for n, _ in network.named_parameters()].index(name)
+                ]
                 assert state["step"] == 3 and torch.equal(state["exp_avg"], old["exp_avg"])
                 assert torch.equal(state["exp_avg_sq"], old["exp_avg_sq"])
     for name, value in buffer.items():

@@ -58,6 +58,7 @@ WRONG = [
     ("--checkpoint-interval -1", "must not be negative"),
     ("--checkpoint-interval 3 --num-envs 4", "--checkpoint-interval 3 is shorter than one loop step"),
     ("--track", "--track needs the package wandb: pip install wandb"),
+    ("--capture-video", "--capture-video needs the package moviepy: pip install moviepy"),
     # by tyro: in a frame, with near matches
     ("--seed one", "invalid literal"),
     ("--seed 1.5", "invalid literal"),
@@ -93,6 +94,10 @@ def main_in_process(script: str, arguments: list[str], monkeypatch, capsys):
     module = load_script(script)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
     monkeypatch.setattr(module, "train", lambda *args: None)
+    find_spec = module.importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name, *rest: None if name in ("wandb", "moviepy") else find_spec(name, *rest)
+    )
     try:
         module.main()
     except SystemExit as end:
@@ -136,7 +141,9 @@ def test_help_names_every_argument():
         assert "--" + name.replace("_", "-") in result.stdout
 
 
-NUMBERS = st.one_of(st.integers(-(10**9), 10**9), st.floats(), st.sampled_from(["", "x", "1e", "-", "None", "[]", "∞"])).map(str)
+NUMBERS = st.one_of(st.integers(-(10**9), 10**9), st.floats(), st.sampled_from(["", "x", "1e", "-", "None", "[]", "∞"])).map(
+    str
+)
 
 
 @pytest.mark.parametrize("script", ATARI_SCRIPTS)

@@ -55,7 +55,9 @@ def assert_same_end(path: pathlib.Path, undisturbed: pathlib.Path) -> None:
     ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (path, undisturbed))
     assert ours.keys() == theirs.keys()
     for key in ours:
-        for a, b in zip(*(model[key] if isinstance(model[key], list) else [model[key]] for model in (ours, theirs)), strict=True):
+        for a, b in zip(
+            *(model[key] if isinstance(model[key], list) else [model[key]] for model in (ours, theirs)), strict=True
+        ):
             assert a == b if isinstance(a, int) else all(torch.equal(a[name], b[name]) for name in b)
     assert not (path / "checkpoint.pt").exists() and not list(path.glob("*.tmp"))
 
@@ -186,7 +188,11 @@ def test_a_signal_saves_and_says_how_to_go_on(number, name, tmp_path, undisturbe
     assert started.end(number) == int(name)
     path = only_run(runs_dir)
     last_line = started.printed().strip().splitlines()[-1]
-    step = int(re.fullmatch(rf"stopped at step (\d+); to continue: python .*rde_dqn_atari.py --resume {re.escape(str(path))}", last_line)[1])
+    step = int(
+        re.fullmatch(
+            rf"stopped at step (\d+); to continue: python .*rde_dqn_atari.py --resume {re.escape(str(path))}", last_line
+        )[1]
+    )
     assert step == 440 and (path / "checkpoint.pt").exists() and "Traceback" not in started.printed()
     result = run_script("rde_dqn_atari", "--resume", path)
     assert result.returncode == 0, result.stderr
@@ -203,7 +209,9 @@ def test_a_second_signal_ends_at_once(rde, monkeypatch):
     assert handlers == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_DFL}
 
 
-@pytest.mark.parametrize("game", ["BreakoutNoFrameskip-v4", "QbertNoFrameskip-v4", "FreewayNoFrameskip-v4", "KungFuMasterNoFrameskip-v4"])
+@pytest.mark.parametrize(
+    "game", ["BreakoutNoFrameskip-v4", "QbertNoFrameskip-v4", "FreewayNoFrameskip-v4", "KungFuMasterNoFrameskip-v4"]
+)
 def test_an_environment_goes_on_in_another_process_of_the_emulator(rde, game):
     """Saved at several moments of a game and restored into a fresh environment: the next 200 steps are the same bytes."""
     rng, env = np.random.default_rng(1), rde.make_env(game)
@@ -347,7 +355,9 @@ def test_two_processes_in_one_folder(copy_of_stopped_run, rde):
     try:
         code, line = resume(copy_of_stopped_run)
         assert code == 1 and line == f"error: another process is at work in {copy_of_stopped_run}"
-        args = rde.dataclasses.replace(rde.read_run_args(str(copy_of_stopped_run)), runs_dir=str(copy_of_stopped_run.parent), resume="auto")
+        args = rde.dataclasses.replace(
+            rde.read_run_args(str(copy_of_stopped_run)), runs_dir=str(copy_of_stopped_run.parent), resume="auto"
+        )
         assert rde.find_unfinished_run(args) is None
     finally:
         os.close(folder)
@@ -368,7 +378,9 @@ def test_a_raised_total_goes_on(copy_of_stopped_run):
 def small_disk(path: pathlib.Path, size: str):
     """A real file system of that size; needs the right to mount."""
     path.mkdir(parents=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no right to mount a small file system here")
     try:
         yield path

@@ -140,7 +140,9 @@ def test_what_a_person_sees(runs):
     lines = [line.strip() for line in (run.result.stdout + run.result.stderr).replace("\r", "\n").splitlines()]
     said = [line for line in lines if line.startswith(("step", "the run"))]
     assert len(said) == 10
-    assert re.fullmatch(r"step 300: evaluation \(scheduled\) mean \d+\.\d, human-normalized -?\d\.\d{3}, games \d+ \d+", said[0])
+    assert re.fullmatch(
+        r"step 300: evaluation \(scheduled\) mean \d+\.\d, human-normalized -?\d\.\d{3}, games \d+ \d+", said[0]
+    )
     assert said[2] == "step 440: reset last1 of agent 0 after 60 gradient steps"
     assert [line.split(" mean")[0] for line in said if "evaluation" in line] == [
         "step 300: evaluation (scheduled)", "step 440: evaluation (before reset)", "step 440: evaluation (after reset)",
@@ -194,7 +196,6 @@ def test_a_run_with_two_agents_stays_below_1_6_gigabytes(tmp_path):
     )
     arguments = [*QUICK, "--buffer-size", 100_000, "--batch-size", 32, "--eval-episodes", 10, "--runs-dir", tmp_path]
     python, *rest = command("rde_dqn_atari", *arguments, "--total-timesteps", 400, "--checkpoint-interval", 250)
-
 
     result = subprocess.run([python, "-c", code, *rest], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
