@@ -409,13 +409,15 @@ def test_disk_full_while_a_checkpoint_is_written(tmp_path, undisturbed):
         assert_same_end(path, undisturbed("dqn_atari"))
 
 
-def test_disk_full_while_rows_are_written(tmp_path):
+@pytest.mark.parametrize("free_kilobytes", [0, 8, 16, 24])
+def test_disk_full_while_files_are_written(free_kilobytes, tmp_path):
+    """At the folder's first file, at the CSV files, at TensorBoard's second page, at model.pt: one line, and what is there stays."""
     with small_disk(tmp_path / "disk", "64k") as disk:
-        filler = disk / "filler"
-        filler.write_bytes(bytes(40 * 1024))
-        result = run_script("dqn_atari", *arguments_of("dqn_atari"), "--checkpoint-interval", "0", "--runs-dir", disk / "runs")
-        line = error_line(result)
-        assert "No space left on device" in line
+        (disk / "filler").write_bytes(bytes((64 - free_kilobytes) * 1024))
+        arguments = [*QUICK, "--total-timesteps", "400", "--checkpoint-interval", "0"]
+        result = run_script("dqn_atari", *arguments, "--runs-dir", disk / "runs")
+        assert "No space left on device" in error_line(result)
+        assert not list(disk.glob("runs/*/model.pt*"))
 
 
 def test_read_only_folder(tmp_path, stopped_run):
