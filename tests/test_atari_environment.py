@@ -118,22 +118,23 @@ def test_frames_that_are_thrown_away_are_not_read(rde):
     assert reads == ["getScreenRGB"] * 100
 
 
-def test_evaluation_depends_on_seed_and_step_alone(rde):
-    """Freeway keeps state across games: without loading it anew, the second evaluation would differ."""
+def test_evaluation_depends_on_policy_seed_and_step_alone(rde):
+    """Assault keeps state from one game to the next: without loading it anew, the second evaluation would differ."""
+    cpu = rde.torch.device("cpu")
+    make_envs = lambda: [rde.make_env("AssaultNoFrameskip-v4", max_num_frames_per_episode=2_400) for _ in range(2)]
 
-    class RandomAgent:
-        device = rde.torch.device("cpu")
+    class NoSignal:
+        received = 0
 
-        def act(self, observations, generator):
-            actions = rde.torch.randint(3, (len(observations),), generator=generator)
-            return actions, actions
+    def play(envs, seed, global_step):
+        generator = rde.torch.Generator().manual_seed(3)
+        policy = lambda observations: rde.torch.randint(7, (len(observations),), generator=generator)
+        return rde.evaluate(policy, envs, seed, global_step, cpu, NoSignal())
 
-    envs = [rde.make_env("FreewayNoFrameskip-v4", max_num_frames_per_episode=3_000) for _ in range(2)]
-    first = rde.evaluate(RandomAgent(), envs, seed=1, global_step=500)
-    other = rde.evaluate(RandomAgent(), envs, seed=1, global_step=1_000)
-    again = rde.evaluate(RandomAgent(), envs, seed=1, global_step=500)
-    fresh = rde.evaluate(
-        RandomAgent(), [rde.make_env("FreewayNoFrameskip-v4", max_num_frames_per_episode=3_000) for _ in range(2)], 1, 500
-    )
-    assert first == again == fresh
-    assert len({*first, *other}) > 1
+    envs = make_envs()
+    first, other_step, other_seed, again = (play(envs, *case) for case in ((1, 500), (1, 1_000), (2, 500), (1, 500)))
+    assert first == again == play(make_envs(), 1, 500)
+    assert first != other_step and first != other_seed and all(score > 0 for score in first)
+    stopped = NoSignal()
+    stopped.received = 15
+    assert rde.evaluate(None, envs, 1, 500, cpu, stopped) is None
