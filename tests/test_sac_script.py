@@ -1,0 +1,239 @@
+"""rde_sac_dmc.py as a whole: what a run does and leaves behind, that it can be repeated, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+TINY = {
+    "env_id": "cartpole-balance", "hidden_dim": 8, "batch_size": 16, "buffer_size": 2_000, "learning_starts": 100,
+    "total_timesteps": 300, "replay_ratio": 0.5, "eval_interval": 0, "eval_episodes": 1, "reset_interval": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sac():
+    return load_script("rde_sac_dmc")
+
+
+def read_csv(folder, name):
+    with open(f"{folder}/{name}") as file:
+        return list(csv.DictReader(file))
+
+
+def run_outcome(folder):
+    """What a run computed: its evaluations, its episodes without the wall clock, and all weights."""
+    episodes = [(row["global_step"], row["episodic_return"], row["episodic_length"]) for row in read_csv(folder, "episodes.csv")]
+    with open(f"{folder}/evaluations.csv") as file:
+        return file.read(), episodes, torch.load(f"{folder}/model.pt")
+
+
+def flat_weights(model):
+    return torch.cat([tensor.ravel() for part in ("actors", "critics") for tensor in model[part].values()] + [model["log_alphas"]])
+
+
+def command(options):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [sys.executable, str(ROOT / "rde_sac_dmc.py"), *flags]
+
+
+def test_end_to_end(tmp_path):
+    options = TINY | {
+        "env_id": "hopper-hop", "total_timesteps": 1_100, "reset_interval": 800, "eval_interval": 600, "num_agents": 2,
+        "eval_episodes": 2, "runs_dir": str(tmp_path), "seed": 3,
+    }  # fmt: skip
+    result = subprocess.run(command(options), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("hopper-hop__rde_sac_dmc__3__")
+    assert f"the run is in {folder}" in result.stdout
+
+    # Gradient steps: one every 2 steps after step 100. A reset event every 800 / 2 of them.
+    evaluations = read_csv(folder, "evaluations.csv")
+    phases = [("600", "scheduled"), ("900", "before_reset"), ("900", "after_reset"), ("1100", "final")]
+    assert [(row["global_step"], row["phase"], row["episode"]) for row in evaluations] == [
+        (step, phase, episode) for step, phase in phases for episode in ("0", "1")
+    ]
+    assert all(0 <= float(row["episodic_return"]) <= 1_000 for row in evaluations)
+    (episode,) = read_csv(folder, "episodes.csv")
+    assert (episode["global_step"], episode["episodic_length"]) == ("1000", "1000")
+    assert 0 <= float(episode["episodic_return"]) <= 1_000 and float(episode["wall_seconds"]) > 0
+
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"]["reset_interval"] == 800 and record["args"]["gamma"] == 0.99 and record["device"]
+    assert {"python", "torch", "dm_control", "mujoco"} <= record["versions"].keys()
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    keys = set(events.Tags()["scalars"])
+    assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return", "rde/oldest_agent"} <= keys
+    assert [event.value for event in events.Scalars("rde/reset_agent")] == [0]
+    for name in ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/alpha", "rde/acting_fraction"):
+        assert {f"{name}_0", f"{name}_1"} <= keys
+    fractions = [[event.value for event in events.Scalars(f"rde/acting_fraction_{i}")] for i in range(2)]
+    assert fractions[0][0] == fractions[1][0] == 0  # random actions are no agent's
+    np.testing.assert_allclose(np.sum(fractions, axis=0)[1:], 1, rtol=1e-6)
+
+    model = torch.load(folder / "model.pt")
+    assert model["oldest_agent"] == 1 and flat_weights(model).isfinite().all()
+
+
+def test_same_seed_same_files_and_two_seeds_differ(sac, tmp_path):
+    options = TINY | {"total_timesteps": 1_050, "learning_starts": 950, "reset_interval": 80, "num_agents": 2}
+    outcomes = [
+        run_outcome(sac.train(sac.Args(**options, seed=seed, runs_dir=str(tmp_path / f"run{number}"))))
+        for number, seed in enumerate((1, 1, 2))
+    ]
+    assert outcomes[0][:2] == outcomes[1][:2]
+    assert outcomes[0][0] != outcomes[2][0] and outcomes[0][1] != outcomes[2][1] and len(outcomes[0][1]) == 1
+    first, again, other = (flat_weights(outcome[2]) for outcome in outcomes)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_evaluating_more_changes_nothing_in_the_training(sac, tmp_path):
+    outcomes = [
+        run_outcome(sac.train(sac.Args(**(TINY | {"eval_interval": interval}), runs_dir=str(tmp_path / str(interval)))))
+        for interval in (0, 170)
+    ]
+    assert len(outcomes[1][0]) > len(outcomes[0][0])
+    assert outcomes[0][0].splitlines()[-1] == outcomes[1][0].splitlines()[-1]  # the final evaluation, the same to the digit
+    assert torch.equal(flat_weights(outcomes[0][2]), flat_weights(outcomes[1][2]))
+
+
+def test_the_loop_stores_and_trains_what_it_should(sac, tmp_path, monkeypatch):
+    """Two environments side by side, over the end of an episode, which bootstraps from its own last observation."""
+    added, updates, acted = [], [], []
+    real_add, real_update, real_act = sac.ReplayBuffer.add, sac.Agent.update, sac.Agent.act
+
+    def add(buffer, *transition):
+        added.append(tuple(np.copy(part) for part in transition))
+        real_add(buffer, *transition)
+
+    def update(agent):
+        updates.append(len(added))
+        return real_update(agent)
+
+    def act(agent, observations, generator, deterministic=False):
+        if not deterministic:
+            acted.append(len(added))
+        return real_act(agent, observations, generator, deterministic)
+
+    monkeypatch.setattr(sac.ReplayBuffer, "add", add)
+    monkeypatch.setattr(sac.Agent, "update", update)
+    monkeypatch.setattr(sac.Agent, "act", act)
+    options = TINY | {"num_envs": 2, "total_timesteps": 2_100, "learning_starts": 1_900, "replay_ratio": 1}
+    sac.train(sac.Args(**options, runs_dir=str(tmp_path)))
+
+    assert len(added) == 2_100
+    assert acted == list(range(1_900, 2_100, 2))
+    assert updates == [step for step in range(1_900, 2_100, 2) for _ in range(2)]  # before the step's transitions are stored
+    actions = np.array([transition[1] for transition in added[:1_900]])
+    assert abs(actions.mean()) < 0.05 and actions.std() == pytest.approx(1 / np.sqrt(3), rel=0.05)
+    for i in range(2):
+        transitions = added[i::2]
+        for step, (transition, following) in enumerate(zip(transitions, transitions[1:]), start=1):
+            observation, _, _, terminated, next_observation = transition
+            assert not terminated
+            assert np.array_equal(next_observation, following[0]) == (step != 1_000)
+            assert not np.array_equal(observation, next_observation)
+    first_episodes = read_csv(next(tmp_path.iterdir()), "episodes.csv")
+    assert [row["global_step"] for row in first_episodes] == ["2000", "2000"]
+    for i, row in enumerate(first_episodes):
+        assert float(row["episodic_return"]) == pytest.approx(sum(float(transition[2]) for transition in added[i:2_000:2]))
+
+
+def test_evaluation_depends_on_weights_seed_and_step_alone(sac):
+    """Neither on what the environments played before nor on their number."""
+    policy = lambda observations: torch.sin(observations[:, :2].sum(dim=1, keepdim=True))
+    used, fresh = ([sac.make_env("cartpole-swingup") for _ in range(2)] for _ in range(2))
+    cpu = torch.device("cpu")
+    first = sac.evaluate(policy, used, 1, 500, cpu)
+    other_step = sac.evaluate(policy, used, 1, 1_000, cpu)
+    other_seed = sac.evaluate(policy, used, 2, 500, cpu)
+    assert first == sac.evaluate(policy, used, 1, 500, cpu) == sac.evaluate(policy, fresh, 1, 500, cpu)
+    assert len({*first, *other_step, *other_seed}) == 6
+    assert sac.evaluate(policy, fresh[:1], 1, 500, cpu) == first[:1]
+
+
+def test_gradient_steps_and_resets_that_are_due(sac):
+    args = sac.Args(replay_ratio=0.29, learning_starts=100, num_agents=3, reset_interval=600)
+    assert [sac.gradient_steps_due(args, step) for step in (0, 100, 103, 104, 200, 1_100)] == [0, 0, 0, 1, 29, 290]
+    assert [sac.resets_due(args, steps) for steps in (0, 199, 200, 599, 600)] == [0, 0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- bad arguments
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"env_id": "walker_run"}, "did you mean walker-run"),
+        ({"env_id": "hoper-hop"}, "did you mean hopper-hop"),
+        ({"env_id": "dm_control/cheetah-run-v0"}, "did you mean cheetah-run"),
+        ({"env_id": "AlienNoFrameskip-v4"}, "an example is hopper-hop"),
+        ({"env_id": "lqr-lqr_2_1"}, "actions without bounds"),
+        ({"num_agents": 0}, "at least 1 agent"),
+        ({"num_agents": -1}, "--num-agents is -1"),
+        ({"hidden_dim": 0}, "--hidden-dim is 0"),
+        ({"num_hidden_layers": 0}, "--num-hidden-layers is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"batch_size": 101}, "the 100 transitions that are stored"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"beta": float("inf")}, "--beta is inf"),
+        ({"gamma": 1.5}, "between 0 and 1"),
+        ({"tau": -0.1}, "must not be negative"),
+        ({"learning_starts": 300}, "leaves nothing of --total-timesteps 300"),
+        ({"replay_ratio": 0.004}, "without a gradient step"),
+        ({"reset_interval": 3, "num_agents": 4, "replay_ratio": 1.0}, "more than one reset in a loop step; use at least 4"),
+        ({"eval_interval": 1, "num_envs": 2}, "shorter than one loop step"),
+        ({"num_envs": 200, "buffer_size": 150}, "--buffer-size 150 is too small"),
+        ({"buffer_size": 10**11}, "GB, but only"),
+        ({"eval_episodes": 0}, "--eval-episodes is 0"),
+    ],
+)
+def test_bad_arguments_are_refused(sac, options, expected, tmp_path, monkeypatch, capsys):
+    """One line that says what is wrong, exit code 2, and nothing is created."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        sac.check_args(sac.Args(**(TINY | options)))
+    output = capsys.readouterr()
+    assert exit.value.code == 2
+    assert expected in output.err and output.err.startswith("error: ") and output.err.count("\n") == 1 and not output.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_good_arguments_are_accepted(sac):
+    sac.check_args(sac.Args(buffer_size=10_000))
+    sac.check_args(sac.Args(**TINY))
+
+
+@pytest.mark.parametrize("options, expected", [({"env_id": "walker-runn"}, "walker-run"), ({"tau": 2}, "--tau is 2")])
+def test_bad_command_line(options, expected, tmp_path):
+    result = subprocess.run(command(options), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert expected in result.stderr and result.stderr.count("\n") == 1 and not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_says_so(sac, tmp_path, monkeypatch):
+    """At the step whose losses they are; the rewards are too large for float32."""
+    real_step = sac.DeepMindControl.step
+    monkeypatch.setattr(sac.DeepMindControl, "step", lambda env, action: (real_step(env, action)[0], 1e30, False, False, {}))
+    monkeypatch.setattr(sys, "argv", ["rde_sac_dmc.py", *command(TINY | {"runs_dir": str(tmp_path)})[2:]])
+    with pytest.raises(SystemExit) as exit:
+        sac.main()
+    message = exit.value.code
+    assert message.startswith("error: the loss or a Q-value is not finite any more at step 10") and "--learning-rate" in message
+
+
+def test_a_policy_that_diverges_says_so(sac, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rde_sac_dmc.py", *command(TINY | {"learning_rate": 1e30, "runs_dir": str(tmp_path)})[2:]])
+    with pytest.raises(SystemExit) as exit:
+        sac.main()
+    assert exit.value.code.startswith("error: an action is not finite any more at step 10")
