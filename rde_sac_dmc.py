@@ -143,7 +143,8 @@ def check_args(args: Args) -> None:
         fail(f"--num-agents is {args.num_agents}, but an ensemble has at least 1 agent")
     shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
     if 0 < args.reset_interval < shortest:
-        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; use at least {shortest}, or 0 for never")
+        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
+             f"use at least {shortest}, or 0 for never")  # fmt: skip
     for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
         if wanted and importlib.util.find_spec(package) is None:
             fail(f"{flag} needs the package {package}: pip install {package}")

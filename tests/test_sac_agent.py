@@ -112,10 +112,11 @@ class Reference:
 
     @staticmethod
     def copy_layers(stacked, network):
-        return [
-            (weight.detach()[network].T.double().clone().requires_grad_(), bias.detach()[network, 0].double().clone().requires_grad_())
+        parameters = [
+            (weight.detach()[network].T.double().clone(), bias.detach()[network, 0].double().clone())
             for weight, bias in zip(stacked.weights, stacked.biases)
         ]
+        return [(weight.requires_grad_(), bias.requires_grad_()) for weight, bias in parameters]
 
     @staticmethod
     def mlp(layers, inputs):
@@ -140,12 +141,12 @@ class Reference:
 
 def layer_gradients(stacked_parameters, networks):
     """The gradients that an optimizer's group holds, as {(layer, "weight" or "bias", network): gradient}."""
-    depth = len(stacked_parameters) // 2
-    return {
-        (number % depth, "weight" if number < depth else "bias", k): (gradient[k].T if number < depth else gradient[k, 0]).double()
-        for number, gradient in enumerate(stacked_parameters)
-        for k in range(networks)
-    }
+    depth, gradients = len(stacked_parameters) // 2, {}
+    for k in range(networks):
+        for layer in range(depth):
+            gradients[layer, "weight", k] = stacked_parameters[layer][k].T.double()
+            gradients[layer, "bias", k] = stacked_parameters[depth + layer][k, 0].double()
+    return gradients
 
 
 @pytest.mark.parametrize("num_agents", [1, 3])
@@ -371,7 +372,7 @@ def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
     for i in range(3):
         mean = Reference.mlp(Reference(agent, i).actor, observation.double())[:ACTION_DIM]
         proposals.append(mean.tanh().detach())
-        torch.testing.assert_close(actions[acting_agents == i].double(), proposals[i].expand((acting_agents == i).sum(), -1), rtol=0, atol=1e-5)
+        assert (actions[acting_agents == i].double() - proposals[i]).abs().max() < 1e-5
     expected = np.full(3, 1 / 3)
     if num_resets:
         judge = Reference(agent, num_resets % 3)
@@ -413,7 +414,8 @@ def test_cuda_graphs_give_the_same_numbers(sac):
         agent = sac.Agent(args, OBSERVATION_DIM, ACTION_DIM, buffer, device)
         update = sac.CudaGraph(agent.update, generator, capture)
         for step in range(130):
-            buffer.add(rng.normal(size=OBSERVATION_DIM), rng.uniform(-1, 1, ACTION_DIM), 1.0, False, rng.normal(size=OBSERVATION_DIM))
+            observation, next_observation = rng.normal(size=(2, OBSERVATION_DIM))
+            buffer.add(observation, rng.uniform(-1, 1, ACTION_DIM), 1.0, False, next_observation)
             if step >= 100:
                 update()
             if step == 115:

@@ -24,7 +24,8 @@ def play(env, seed, num_steps, first=None):
     rng = np.random.default_rng(0)
     trace = [env.reset(seed=seed)[0]] if first is None else [first]
     for _ in range(num_steps):
-        observation, reward, terminated, truncated, info = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        observation, reward, terminated, truncated, info = env.step(action)
         assert observation.dtype == np.float32 and observation.shape == env.observation_space.shape
         assert type(reward) is float and type(terminated) is bool and type(truncated) is bool
         assert not (terminated or truncated or info)
@@ -149,6 +150,7 @@ def test_video(tmp_path):
     """In a process of its own, because MuJoCo chooses how to draw when it is imported."""
     cv2 = pytest.importorskip("cv2")
     environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    environment["OMP_NUM_THREADS"] = "1"
     code = VIDEO.format(root=str(ROOT), folder=str(tmp_path))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if "no way to draw" in result.stderr:
