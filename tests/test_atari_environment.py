@@ -132,6 +132,8 @@ def test_evaluation_depends_on_seed_and_step_alone(rde):
     first = rde.evaluate(RandomAgent(), envs, seed=1, global_step=500)
     other = rde.evaluate(RandomAgent(), envs, seed=1, global_step=1_000)
     again = rde.evaluate(RandomAgent(), envs, seed=1, global_step=500)
-    fresh = rde.evaluate(RandomAgent(), [rde.make_env("FreewayNoFrameskip-v4", max_num_frames_per_episode=3_000) for _ in range(2)], 1, 500)
+    fresh = rde.evaluate(
+        RandomAgent(), [rde.make_env("FreewayNoFrameskip-v4", max_num_frames_per_episode=3_000) for _ in range(2)], 1, 500
+    )
     assert first == again == fresh
     assert len({*first, *other}) > 1

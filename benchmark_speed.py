@@ -1,0 +1,277 @@
+"""The speed of the training loop, of its parts, and of other people's loops, on a real game.
+
+    python benchmark_speed.py                     # prints one table, all rows measured in this process and in turn
+    python benchmark_speed.py --csv speed.csv --rounds 5
+
+Every row is measured in every round, for a few seconds each; a row's figure is the median over the rounds, and a ratio is
+the median of the ratios within a round. So what else goes on on the machine hits all rows alike.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import tyro
+from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecFrameStack
+
+import rde_dqn_atari as rde
+
+
+@dataclass
+class Args:
+    env_id: str = "AlienNoFrameskip-v4"
+    """the game, as <Game>NoFrameskip-v4"""
+    rounds: int = 5
+    """how often every row is measured"""
+    seconds: float = 2.0
+    """how long a row is measured in a round, about"""
+    num_agents: tuple[int, ...] = (1, 2, 4, 8)
+    """ensemble sizes"""
+    replay_ratios: tuple[int, ...] = (1, 2, 4)
+    """gradient steps per environment step"""
+    cuda: bool = True
+    """measure on the GPU if there is one"""
+    csv: str | None = None
+    """write the table to this file, too"""
+
+
+class EmulatorAlone:
+    """Four frames a step, random actions, nothing looked at: what no wrapper can beat."""
+
+    def __init__(self, env_id: str):
+        self.ale = gym.make(env_id).unwrapped.ale
+        self.actions = self.ale.getMinimalActionSet()
+        self.generator = np.random.default_rng(0)
+
+    def step(self) -> None:
+        action = self.actions[self.generator.integers(len(self.actions))]
+        for _ in range(4):
+            self.ale.act(action)
+        if self.ale.game_over():
+            self.ale.reset_game()
+
+
+class RandomPlay:
+    """The emulator and the wrappers with random actions: the ceiling of every training loop with one environment."""
+
+    def __init__(self, env_id: str):
+        self.env, self.generator = rde.make_env(env_id), np.random.default_rng(0)
+        self.env.reset(seed=0)
+
+    def step(self) -> None:
+        _, _, terminated, truncated, _ = self.env.step(self.generator.integers(self.env.action_space.n))
+        if terminated or truncated:
+            self.env.reset()
+
+
+class TrainingLoop:
+    """The meat of the script's loop: act, learn, step, store. Exploration and logging are left out."""
+
+    def __init__(self, env_id: str, device: torch.device, **arguments):
+        self.args = args = rde.Args(env_id=env_id, buffer_size=10_000, **arguments)
+        self.env, self.device = rde.make_env(env_id), device
+        self.buffer = rde.ReplayBuffer(args.buffer_size, 1, device, torch.Generator(device).manual_seed(0))
+        self.agent = rde.Agent(args, int(self.env.action_space.n), self.buffer, device)
+        self.agent.reset()  # so that the oldest agent judges
+        selection = torch.Generator(device).manual_seed(1)
+        self.device_observations = torch.zeros((1, 4, 84, 84), dtype=torch.uint8, device=device)
+        capture = args.cuda_graphs and device.type == "cuda"
+        self.act = rde.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
+        self.update = rde.CudaGraph(self.agent.update, self.buffer.generator, capture)
+        self.observations = np.zeros((1, 4, 84, 84), np.uint8)
+        self.observations[0], _ = self.env.reset(seed=0)
+        self.buffer.start_episode(0, self.observations[0, -1])
+        generator = np.random.default_rng(0)
+        for _ in range(500):
+            self.play(int(generator.integers(self.env.action_space.n)))
+
+    def play(self, action: int) -> None:
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.buffer.add(0, action, reward, observation[-1], terminated)
+        if terminated or truncated:
+            observation, _ = self.env.reset()
+            self.buffer.start_episode(0, observation[-1])
+        self.observations[0] = observation
+
+    def step(self) -> None:
+        self.device_observations.copy_(rde.upload(self.observations, self.device), non_blocking=True)
+        actions, _ = map(rde.Download, self.act())
+        for _ in range(int(self.args.replay_ratio)):
+            metrics = self.update()
+        rde.Download(metrics)
+        self.play(actions.numpy()[0])
+
+
+class NaiveLoop:
+    """The common form: a deque of tuples, np.stack, an update of its own for every agent."""
+
+    def __init__(self, env_id: str, device: torch.device, num_agents: int):
+        self.env, self.device = rde.make_env(env_id), device
+        self.networks = [rde.QNetwork(int(self.env.action_space.n)).to(device) for _ in range(num_agents)]
+        self.targets = [rde.copy.deepcopy(network) for network in self.networks]
+        self.optimizers = [torch.optim.Adam(network.parameters(), lr=1e-4) for network in self.networks]
+        self.transitions = deque(maxlen=10_000)
+        self.observation, _ = self.env.reset(seed=0)
+        for _ in range(500):
+            self.play(self.env.action_space.sample())
+
+    def play(self, action: int) -> None:
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.transitions.append((self.observation, action, reward, observation, float(terminated)))
+        if terminated or truncated:
+            observation, _ = self.env.reset()
+        self.observation = observation
+
+    def step(self) -> None:
+        with torch.no_grad():
+            observation = torch.tensor(self.observation, device=self.device).float().unsqueeze(0) / 255
+            q_values = [network(observation) for network in self.networks]
+            proposals = [values.argmax(1).item() for values in q_values]
+            judgement = np.array([q_values[0][0, action].item() for action in proposals])
+            probabilities = np.exp(50 * judgement / np.abs(judgement).max() - 50)
+            action = proposals[np.random.choice(len(proposals), p=probabilities / probabilities.sum())]
+        self.play(action)
+        batch = random.sample(self.transitions, 32)
+        columns = [torch.tensor(np.stack(column), device=self.device) for column in zip(*batch, strict=True)]
+        observations, next_observations = columns[0].float() / 255, columns[3].float() / 255
+        actions, rewards, terminated = columns[1], columns[2].float(), columns[4].float()
+        for network, target, optimizer in zip(self.networks, self.targets, self.optimizers, strict=True):
+            with torch.no_grad():
+                td_targets = rewards + 0.99 * target(next_observations).max(1).values * (1 - terminated)
+            loss = F.smooth_l1_loss(network(observations).gather(1, actions.unsqueeze(1)).squeeze(1), td_targets)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 10)
+            optimizer.step()
+            for target_parameter, parameter in zip(target.parameters(), network.parameters(), strict=True):
+                target_parameter.data.copy_(0.005 * parameter.data + 0.995 * target_parameter.data)
+
+
+class StableBaselines3:
+    """Its DQN with CnnPolicy, on its own wrappers, one gradient step per environment step."""
+
+    def __init__(self, env_id: str, device: torch.device):
+        env = VecFrameStack(make_atari_env(env_id, n_envs=1, seed=0), n_stack=4)
+        self.model = DQN("CnnPolicy", env, learning_rate=1e-4, buffer_size=10_000, learning_starts=100, batch_size=32, tau=0.005,
+                         train_freq=1, gradient_steps=1, target_update_interval=1, exploration_fraction=1e-9,
+                         exploration_final_eps=0.01, device=device)  # fmt: skip
+        self.model.learn(150)
+
+    def steps(self, count: int) -> None:
+        self.model.learn(count, reset_num_timesteps=False)
+
+
+def seconds_per_step(row, count: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    if hasattr(row, "steps"):
+        row.steps(count)
+    else:
+        for _ in range(count):
+            row.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def update_gflop(num_actions: int) -> float:
+    """One agent's update on a batch of 32: two forward passes, and a backward pass that costs two but for the first layer."""
+    layers = [20 * 20 * 32 * 4 * 64, 9 * 9 * 64 * 32 * 16, 7 * 7 * 64 * 64 * 9, 3136 * 512, 512 * num_actions]
+    return 32 * 2 * (4 * sum(layers) - layers[0]) / 1e9
+
+
+def matrix_gflops(device: torch.device) -> float:
+    """What the machine does in float32 (TF32 on a GPU): the best of some square matrix products, in GFLOP/s."""
+    matrix, best = torch.rand(2048, 2048, device=device), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()
+        best = max(best, 2 * 2048**3 / 1e9 / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    rde.check_args(rde.Args(env_id=args.env_id))
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    rows = {
+        "emulator alone, 4 frames": EmulatorAlone(args.env_id),
+        "emulator + wrappers (the ceiling)": RandomPlay(args.env_id),
+    }
+    for num_agents in args.num_agents:
+        for replay_ratio in args.replay_ratios:
+            name = f"training loop, N = {num_agents}, replay ratio {replay_ratio}"
+            rows[name] = TrainingLoop(args.env_id, device, num_agents=num_agents, replay_ratio=replay_ratio)
+    rows["training loop, N = 2, replay ratio 1, --bf16"] = TrainingLoop(args.env_id, device, num_agents=2, bf16=True)
+    if device.type == "cuda":
+        name = "training loop, N = 2, replay ratio 1, --no-cuda-graphs"
+        rows[name] = TrainingLoop(args.env_id, device, num_agents=2, cuda_graphs=False)
+    rows["naive loop, N = 1"] = NaiveLoop(args.env_id, device, 1)
+    rows["naive loop, N = 2"] = NaiveLoop(args.env_id, device, 2)
+    rows["stable-baselines3's DQN (N = 1)"] = StableBaselines3(args.env_id, device)
+
+    counts = {name: max(3, int(args.seconds / seconds_per_step(row, 5, device))) for name, row in rows.items()}
+    seconds = {name: [] for name in rows}
+    for round_number in range(args.rounds):
+        for name, row in rows.items():
+            seconds[name].append(seconds_per_step(row, counts[name], device))
+        print(f"round {round_number + 1} of {args.rounds}", file=sys.stderr)
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
+
+    ceiling = "emulator + wrappers (the ceiling)"
+    table = []
+    for name in rows:
+        per_second = statistics.median(1 / value for value in seconds[name])
+        table.append(
+            (name, f"{per_second:.1f}", f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio(name, ceiling):.3f}")
+        )
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                            capture_output=True, text=True, check=False).stdout.strip() or "no commit"  # fmt: skip
+    print(f"{args.env_id}, {device_name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+          f"commit {commit}, {datetime.date.today()}, median of {args.rounds} rounds\n")  # fmt: skip
+    print("| row | steps/s | ms per step | over the ceiling |\n|---|---|---|---|")
+    for line in table:
+        print("| " + " | ".join(line) + " |")
+
+    gflop, gflops = update_gflop(rows[ceiling].env.action_space.n), matrix_gflops(device)
+    print(f"\nwrappers over the emulator alone: {ratio(ceiling, 'emulator alone, 4 frames'):.2f}")
+    for first, second in [
+        ("training loop, N = 2, replay ratio 1", "naive loop, N = 2"),
+        ("training loop, N = 2, replay ratio 1, --bf16", "naive loop, N = 2"),
+        ("training loop, N = 1, replay ratio 1", "stable-baselines3's DQN (N = 1)"),
+    ]:
+        if first in rows:
+            print(f"{first}, over {second}: {ratio(first, second):.2f}")
+    print(
+        f"floor of one agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = {gflop / gflops * 1e3:.2f} ms"
+    )
+    print(f"replay buffer of 100,000 transitions: {rde.ReplayBuffer.num_bytes(100_000, 1) / 1e9:.3f} GB")
+    print(f"peak memory of this process with all rows: {psutil.Process().memory_info().rss / 1e9:.2f} GB on the host", end="")
+    print(f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU" if device.type == "cuda" else "")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file).writerows([("row", "steps_per_second", "ms_per_step", "over_ceiling"), *table])
+
+
+if __name__ == "__main__":
+    main()

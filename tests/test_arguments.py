@@ -1,0 +1,168 @@
+"""Wrong command lines: exit code 2, one line that says what is wrong and what would be right, nothing created."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import ATARI_SCRIPTS, ROOT, load_script, run_script
+
+# arguments, what the line must say
+WRONG = [
+    ("--env-id Alien", "did you mean AlienNoFrameskip-v4"),
+    ("--env-id AlienNoFrameskip", "did you mean AlienNoFrameskip-v4"),
+    ("--env-id AllienNoFrameskip-v4", "did you mean AlienNoFrameskip-v4"),
+    ("--env-id ALE/Alien-v5", "skips frames by itself or has sticky actions"),
+    ("--env-id Alien-v4", "use AlienNoFrameskip-v4"),
+    ("--env-id Alien-v0", "use AlienNoFrameskip-v4"),
+    ("--env-id AlienNoFrameskip-v0", "use AlienNoFrameskip-v4"),
+    ("--env-id CartPole-v1", "not a game of the form <Game>NoFrameskip-v4"),
+    ("--env-id pong", "PongNoFrameskip-v4"),
+    ("--env-id ../../etc/passwd", "not a game of the form"),
+    ("--env-id=", "not a game of the form"),
+    ("--seed -1", "--seed is -1, but must not be negative"),
+    ("--total-timesteps 0", "--total-timesteps is 0, but must be positive"),
+    ("--total-timesteps -5", "must not be negative"),
+    ("--total-timesteps 10000", "--learning-starts 10000 leaves nothing of --total-timesteps 10000"),
+    ("--learning-starts 200000", "leaves nothing of --total-timesteps 100000"),
+    ("--learning-starts -1", "must not be negative"),
+    ("--learning-starts 31", "--batch-size 32 is more than the 31 transitions"),
+    ("--batch-size 0", "--batch-size is 0, but must be positive"),
+    ("--batch-size 20000", "more than the 10000 transitions that are stored"),
+    ("--buffer-size 20", "--batch-size 32 is more than the 20 transitions"),
+    ("--buffer-size 4 --batch-size 2", "too small for stacks of 4 frames"),
+    ("--buffer-size 0", "--buffer-size is 0"),
+    ("--buffer-size 900000000", "GB are free"),
+    ("--num-envs 0", "--num-envs is 0"),
+    ("--num-envs -2", "must not be negative"),
+    ("--num-envs 8 --buffer-size 39", "it must be at least 40"),
+    ("--num-envs 6000", "--eval-interval 5000 is shorter than one loop step of 6000 environments"),
+    ("--learning-rate 0", "--learning-rate is 0"),
+    ("--learning-rate nan", "--learning-rate is nan, but must be a finite number"),
+    ("--learning-rate inf", "must be a finite number"),
+    ("--learning-rate -1e-4", "must not be negative"),
+    ("--gamma 1.5", "--gamma is 1.5, but must lie between 0 and 1"),
+    ("--gamma -0.1", "must not be negative"),
+    ("--tau 2", "must lie between 0 and 1"),
+    ("--replay-ratio 0", "--replay-ratio is 0"),
+    ("--replay-ratio -1", "must not be negative"),
+    ("--replay-ratio nan", "must be a finite number"),
+    ("--start-e 1.1", "must lie between 0 and 1"),
+    ("--end-e -0.1", "must not be negative"),
+    ("--exploration-fraction 3", "must lie between 0 and 1"),
+    ("--max-grad-norm 0", "--max-grad-norm is 0"),
+    ("--max-grad-norm inf", "must be a finite number"),
+    ("--eval-interval -1", "must not be negative"),
+    ("--eval-episodes 0", "--eval-episodes is 0"),
+    ("--checkpoint-interval -1", "must not be negative"),
+    ("--checkpoint-interval 3 --num-envs 4", "--checkpoint-interval 3 is shorter than one loop step"),
+    ("--track", "--track needs the package wandb: pip install wandb"),
+    ("--capture-video", "--capture-video needs the package moviepy: pip install moviepy"),
+    # by tyro: in a frame, with near matches
+    ("--seed one", "invalid literal"),
+    ("--seed 1.5", "invalid literal"),
+    ("--sed 1", "Perhaps you meant"),
+    ("--seed", "Missing value for argument '--seed'"),
+    ("--gamma high", "could not convert"),
+    ("extra", "Unrecognized options: extra"),
+]
+WRONG_RESETS = [
+    ("--reset-interval -1", "must not be negative"),
+    ("--reset-depth last3", "invalid choice 'last3'"),
+    ("--reset-interval 3 --num-envs 4", "asks for more than one reset in a loop step; use at least"),
+    ("--reset-interval 1 --replay-ratio 2", "asks for more than one reset in a loop step; use at least"),
+]
+WRONG_ENSEMBLES = [
+    ("--num-agents 0", "an ensemble has at least 1 agent"),
+    ("--num-agents -1", "must not be negative"),
+    ("--beta nan", "must be a finite number"),
+    ("--beta -50", "must not be negative"),
+    ("--reset-interval 15 --num-envs 4 --replay-ratio 2 --num-agents 2", "use at least 16"),
+]
+CASES = [
+    (script, arguments, message)
+    for script in ATARI_SCRIPTS
+    for arguments, message in WRONG
+    + (WRONG_RESETS if script != "dqn_atari" else [])
+    + (WRONG_ENSEMBLES if script == "rde_dqn_atari" else [])
+]  # fmt: skip
+
+
+def main_in_process(script: str, arguments: list[str], monkeypatch, capsys):
+    """The script's main with these arguments: exit code and what was printed. Training itself is not started."""
+    module = load_script(script)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
+    monkeypatch.setattr(module, "train", lambda *args: None)
+    find_spec = module.importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name, *rest: None if name in ("wandb", "moviepy") else find_spec(name, *rest)
+    )
+    try:
+        module.main()
+    except SystemExit as end:
+        return end.code, capsys.readouterr()
+    return 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("script, arguments, message", CASES, ids=lambda value: str(value).replace("/", "|"))
+def test_wrong_arguments(script, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, printed = main_in_process(script, arguments.split(), monkeypatch, capsys)
+    assert code == 2
+    assert message in " ".join(printed.err.replace("│", " ").split()), printed.err
+    assert printed.out == "" and "Traceback" not in printed.err
+    if printed.err.startswith("error: "):
+        assert printed.err.count("\n") == 1
+    else:  # what cannot be parsed at all is tyro's to say, in a frame of a few lines
+        assert "For full helptext" in printed.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_there_is_a_message_for_every_kind_of_mistake():
+    assert len(WRONG) + len(WRONG_RESETS) + len(WRONG_ENSEMBLES) >= 40
+
+
+def test_a_wrong_argument_as_a_command(tmp_path):
+    """As a person sees it."""
+    result = run_script("rde_dqn_atari", "--env-id", "ALE/Alien-v5", "--runs-dir", tmp_path / "runs")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: --env-id ALE/Alien-v5 skips frames by itself or has sticky actions, and either would be applied twice or "
+        "against the protocol; use AlienNoFrameskip-v4\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_every_argument():
+    result = run_script("rde_dqn_atari", "--help")
+    assert result.returncode == 0
+    for name in vars(load_script("rde_dqn_atari").Args()):
+        assert "--" + name.replace("_", "-") in result.stdout
+
+
+NUMBERS = st.one_of(st.integers(-(10**9), 10**9), st.floats(), st.sampled_from(["", "x", "1e", "-", "None", "[]", "∞"])).map(
+    str
+)
+
+
+@pytest.mark.parametrize("script", ATARI_SCRIPTS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_arguments_never_show_a_stack_trace(script, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fields = [name for name, value in vars(load_script(script).Args()).items() if not isinstance(value, bool)]
+    names = data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=4, unique=True))
+    arguments = [f"--{name.replace('_', '-')}={data.draw(NUMBERS)}" for name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        code, printed = main_in_process(script, arguments, patch, capsys)
+    assert code in (0, 1, 2) or isinstance(code, str) and code.startswith("error: ")
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("script", ATARI_SCRIPTS)
+def test_every_flag_has_an_effect(script):
+    """Every argument is read somewhere in the script beside its definition."""
+    source = (ROOT / f"{script}.py").read_text()
+    for name in vars(load_script(script).Args()):
+        assert source.count(f"args.{name}") >= 1, name

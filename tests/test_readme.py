@@ -1,0 +1,44 @@
+"""The README's claims that a program can hold it to."""
+
+import ast
+import re
+
+import pytest
+
+from conftest import ATARI_SCRIPTS, ROOT, load_script
+
+README = (ROOT / "README.md").read_text()
+ROWS = {
+    match[1]: match[2]
+    for match in re.finditer(r"^\| `--([a-z0-9-]+)`[^|]*\| ([^|]*) \| [^|]+ \|$", README.split("## Arguments")[1], re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize("script", ATARI_SCRIPTS)
+def test_the_table_of_arguments_is_that_of_the_script(script):
+    defaults = {name.replace("_", "-"): value for name, value in vars(load_script(script).Args()).items()}
+    assert defaults.keys() <= ROWS.keys()
+    for name, value in defaults.items():
+        if name == "exp-name":
+            continue  # the script's own name
+        written = ROWS[name].strip("`")
+        if isinstance(value, (bool, int, float)):
+            assert ast.literal_eval(written) == value, name
+        else:
+            assert written == (str(value) if value else "none"), name
+
+
+def test_the_table_names_no_argument_that_does_not_exist():
+    assert ROWS.keys() == {name.replace("_", "-") for name in vars(load_script("rde_dqn_atari").Args())}
+
+
+def test_the_logged_metrics_are_described():
+    for script in ATARI_SCRIPTS:
+        for tag in re.findall(r'"((?:charts|losses|eval|rde)/[a-zA-Z_]+)', (ROOT / f"{script}.py").read_text()):
+            assert f"`{tag.rstrip('_')}" in README, tag
+
+
+def test_the_files_that_the_readme_names_exist():
+    for name in re.findall(r"`([a-zA-Z_/]+\.(?:py|sh|txt|md|png|csv))`", README) + re.findall(r"\]\(([^)h][^)]*)\)", README):
+        if name not in ("episodes.csv", "evaluations.csv"):
+            assert (ROOT / name).exists(), name

@@ -1,0 +1,441 @@
+"""Killed, stopped, resumed: the end is that of the run that was never touched. And files that are not what they should be."""
+
+import contextlib
+import csv
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ATARI_SCRIPTS, QUICK, command, environment, load_script, run_script
+
+ARGUMENTS = {
+    "dqn_atari": [],
+    "sr_dqn_atari": ["--reset-interval", "60", "--reset-depth", "last2"],
+    "rde_dqn_atari": ["--reset-interval", "120", "--num-envs", "2"],
+}
+GAMES = ["BreakoutNoFrameskip-v4", "QbertNoFrameskip-v4"]
+
+
+def arguments_of(script: str, game: str = GAMES[0]) -> list[str]:
+    return [*QUICK, *ARGUMENTS[script], "--env-id", game, "--checkpoint-interval", "90"]
+
+
+def rows(path: pathlib.Path, name: str) -> list[tuple]:
+    """The rows of a CSV file, wall-clock times left out."""
+    with open(path / name, newline="") as file:
+        return [tuple(value for key, value in row.items() if key != "wall_seconds") for row in csv.DictReader(file)]
+
+
+def scalars(path: pathlib.Path) -> dict:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag != "charts/SPS"
+    }
+
+
+def assert_same_end(path: pathlib.Path, undisturbed: pathlib.Path) -> None:
+    for name in ("episodes.csv", "evaluations.csv"):
+        assert rows(path, name) == rows(undisturbed, name)
+    assert scalars(path) == scalars(undisturbed)
+    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (path, undisturbed))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        for a, b in zip(
+            *(model[key] if isinstance(model[key], list) else [model[key]] for model in (ours, theirs)), strict=True
+        ):
+            assert a == b if isinstance(a, int) else all(torch.equal(a[name], b[name]) for name in b)
+    assert not (path / "checkpoint.pt").exists() and not list(path.glob("*.tmp"))
+
+
+def only_run(runs_dir: pathlib.Path) -> pathlib.Path:
+    (path,) = runs_dir.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nobody stopped, by script and game. It has no checkpoints: they must not matter."""
+    done = {}
+
+    def get(script: str, game: str = GAMES[0]) -> pathlib.Path:
+        if (script, game) not in done:
+            runs_dir = tmp_path_factory.mktemp("undisturbed")
+            result = run_script(script, *arguments_of(script, game), "--checkpoint-interval", "0", "--runs-dir", runs_dir)
+            assert result.returncode == 0, result.stderr
+            done[script, game] = only_run(runs_dir)
+        return done[script, game]
+
+    return get
+
+
+class Started:
+    """A training process in a run folder of its own, to be killed when something has happened."""
+
+    def __init__(self, script: str, arguments: list[str], runs_dir: pathlib.Path):
+        self.log = open(runs_dir.parent / "log.txt", "w+")
+        arguments = [*arguments, "--checkpoint-interval", "90", "--runs-dir", runs_dir, "--resume", "auto"]
+        self.process = subprocess.Popen(
+            command(script, *arguments), env=environment(), stdout=self.log, stderr=subprocess.STDOUT
+        )
+        self.runs_dir = runs_dir
+
+    def wait_for(self, condition) -> None:
+        """Until the condition holds, or the process has ended."""
+        while self.process.poll() is None and not condition():
+            time.sleep(0.001)
+
+    def printed(self) -> str:
+        return pathlib.Path(self.log.name).read_text().replace("\r", "\n")
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=120)
+        self.log.close()
+        return code
+
+
+def when_a_checkpoint_is_being_written(started: Started):
+    return lambda: any(started.runs_dir.glob("*/checkpoint.pt.tmp"))
+
+
+def when_a_reset_happens(started: Started):
+    return lambda: "reset last" in started.printed()
+
+
+def when_a_game_has_ended(started: Started):
+    lines = lambda: sum(path.read_bytes().count(b"\n") for path in started.runs_dir.glob("*/episodes.csv"))
+    before = lines()
+    return lambda: lines() > before + 1
+
+
+def when_an_evaluation_has_begun(started: Started):
+    before = started.printed().count("evaluation (")
+    return lambda: started.printed().count("evaluation (") > before
+
+
+def after(seconds: float):
+    def when(started: Started):
+        deadline = time.monotonic() + seconds
+        return lambda: time.monotonic() > deadline
+
+    return when
+
+
+def kill_and_resume(script: str, game: str, runs_dir: pathlib.Path, moments: list, number=signal.SIGKILL) -> pathlib.Path:
+    """Starts the run, kills it at each moment and starts it again, and lets it finish in the end."""
+    runs_dir.mkdir()
+    for moment in moments:
+        started = Started(script, arguments_of(script, game), runs_dir)
+        started.wait_for(lambda: any(runs_dir.glob("*/evaluations.csv")))
+        started.wait_for(moment(started))
+        if started.end(number) == 0:
+            return only_run(runs_dir)  # it was faster
+    result = run_script(script, *arguments_of(script, game), "--runs-dir", runs_dir, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    return only_run(runs_dir)
+
+
+@pytest.mark.parametrize(
+    "script, game, moments",
+    [
+        ("dqn_atari", GAMES[0], [when_a_game_has_ended, when_a_checkpoint_is_being_written]),
+        ("sr_dqn_atari", GAMES[0], [when_a_reset_happens, after(0.3)]),
+        ("rde_dqn_atari", GAMES[1], [when_a_checkpoint_is_being_written, when_a_reset_happens]),
+    ],
+)
+def test_killed_and_resumed(script, game, moments, tmp_path, undisturbed):
+    path = kill_and_resume(script, game, tmp_path / "runs", moments)
+    assert_same_end(path, undisturbed(script, game))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ATARI_SCRIPTS)
+@pytest.mark.parametrize("game", GAMES)
+def test_killed_at_20_random_moments(script, game, tmp_path, undisturbed):
+    random.seed(f"{script} {game}")
+    moments = [when_a_checkpoint_is_being_written, when_a_game_has_ended, when_an_evaluation_has_begun]
+    moments += [when_a_reset_happens] if script != "dqn_atari" else []
+    for i in range(5):
+        for j in range(4):
+            sequence = [random.choice(moments + [after(random.uniform(0, 6))] * 3)]
+            if j == 3:
+                sequence.append(after(random.uniform(0, 2)))
+            path = kill_and_resume(script, game, tmp_path / f"runs{i}{j}", sequence)
+            assert_same_end(path, undisturbed(script, game))
+
+
+@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])
+def test_a_signal_saves_and_says_how_to_go_on(number, name, tmp_path, undisturbed):
+    runs_dir = tmp_path / "runs"
+    runs_dir.mkdir()
+    started = Started("rde_dqn_atari", arguments_of("rde_dqn_atari"), runs_dir)
+    started.wait_for(when_a_reset_happens(started))  # an evaluation begins: it is abandoned, and played again
+    assert started.end(number) == int(name)
+    path = only_run(runs_dir)
+    last_line = started.printed().strip().splitlines()[-1]
+    step = int(
+        re.fullmatch(
+            rf"stopped at step (\d+); to continue: python .*rde_dqn_atari.py --resume {re.escape(str(path))}", last_line
+        )[1]
+    )
+    assert step == 440 and (path / "checkpoint.pt").exists() and "Traceback" not in started.printed()
+    result = run_script("rde_dqn_atari", "--resume", path)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing {path} at step 440" in result.stdout + result.stderr
+    assert_same_end(path, undisturbed("rde_dqn_atari"))
+
+
+def test_a_second_signal_ends_at_once(rde, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(rde.signal, "signal", handlers.__setitem__)
+    stop = rde.StopSignal()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert stop.received == signal.SIGTERM
+    assert handlers == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_DFL}
+
+
+@pytest.mark.parametrize(
+    "game", ["BreakoutNoFrameskip-v4", "QbertNoFrameskip-v4", "FreewayNoFrameskip-v4", "KungFuMasterNoFrameskip-v4"]
+)
+def test_an_environment_goes_on_in_another_process_of_the_emulator(rde, game):
+    """Saved at several moments of a game and restored into a fresh environment: the next 200 steps are the same bytes."""
+    rng, env = np.random.default_rng(1), rde.make_env(game)
+    env.reset(seed=4)
+    for _ in range(4):
+        for _ in range(int(rng.integers(20, 120))):
+            _, _, terminated, truncated, _ = env.step(int(rng.integers(3)))
+            if terminated or truncated:
+                env.reset()
+        file = rde.io.BytesIO()
+        torch.save(rde.environment_state(env), file)
+        fresh = rde.make_env(game)
+        rde.restore_environment(fresh, torch.load(rde.io.BytesIO(file.getvalue()), weights_only=True))
+        for action in np.random.default_rng(2).integers(3, size=200):
+            outcomes = [one.step(int(action)) for one in (env, fresh)]
+            assert np.array_equal(outcomes[0][0], outcomes[1][0]) and outcomes[0][1:] == outcomes[1][1:]
+            if outcomes[0][2] or outcomes[0][3]:
+                resets = [one.reset() for one in (env, fresh)]
+                assert np.array_equal(resets[0][0], resets[1][0]) and resets[0][1].keys() == resets[1][1].keys()
+
+
+# ------------------------------------------------------------------------------------------- what is not as it should be
+
+
+@pytest.fixture(scope="session")
+def stopped_run(tmp_path_factory):
+    """A run that was stopped by SIGTERM after its first checkpoint."""
+    runs_dir = tmp_path_factory.mktemp("stopped") / "runs"
+    runs_dir.mkdir()
+    started = Started("rde_dqn_atari", arguments_of("rde_dqn_atari"), runs_dir)
+    started.wait_for(lambda: any(runs_dir.glob("*/checkpoint.pt")))
+    assert started.end(signal.SIGTERM) == 143
+    return only_run(runs_dir)
+
+
+@pytest.fixture
+def copy_of_stopped_run(stopped_run, tmp_path):
+    return pathlib.Path(shutil.copytree(stopped_run, tmp_path / "runs" / stopped_run.name))
+
+
+def resume(path, *arguments, script="rde_dqn_atari"):
+    """The exit code and the one line of a resume that must be refused, and leave all files as they are."""
+    files = {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {}
+    result = run_script(script, "--resume", path, *arguments)
+    assert "Traceback" not in result.stderr and result.returncode in (1, 2), result.stderr
+    (line,) = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    now = {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {}
+    assert {name for name in files if files[name] != now.get(name)} <= {"args.json"} and now.keys() == files.keys()
+    return result.returncode, line
+
+
+def flip_a_byte(path):
+    with open(path / "checkpoint.pt", "r+b") as file:
+        position = random.Random(1).randrange(100, os.path.getsize(path / "checkpoint.pt"))
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 4]))
+
+
+def cut_off(path):
+    os.truncate(path / "checkpoint.pt", os.path.getsize(path / "checkpoint.pt") // 2)
+
+
+def empty(path):
+    os.truncate(path / "checkpoint.pt", 0)
+
+
+def garbage(path):
+    (path / "checkpoint.pt").write_bytes(b"not a checkpoint" * 10)
+
+
+def other_number_of_agents(path):
+    content = json.loads((path / "args.json").read_text())
+    content["args"]["num_agents"] = 3
+    (path / "args.json").write_text(json.dumps(content))
+
+
+def rewrite_state(path, change):
+    """Writes the checkpoint anew with a changed state and a right checksum."""
+    rde = load_script("rde_dqn_atari")
+    content = (path / "checkpoint.pt").read_bytes()
+    _, _, size = struct.unpack("<8sIQ", content[:20])
+    state = torch.load(rde.io.BytesIO(content[20 : 20 + size]), weights_only=True)
+    change(state)
+    frames = torch.frombuffer(bytearray(content[20 + size :]), dtype=torch.uint8).view(-1, 84, 84)
+    rde.save_checkpoint(str(path / "checkpoint.pt"), state, frames)
+
+
+def other_script(path):
+    rewrite_state(path, lambda state: state.update(script="dqn_atari.py"))
+
+
+def other_version(path):
+    rewrite_state(path, lambda state: state["versions"].update(torch="1.0"))
+
+
+def other_device(path):
+    rewrite_state(path, lambda state: state["versions"].update(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "damage, code, message",
+    [
+        (flip_a_byte, 1, "is damaged or cut off: its checksum is wrong"),
+        (cut_off, 1, "is damaged or cut off: its checksum is wrong"),
+        (empty, 1, "checkpoint.pt is cut off"),
+        (garbage, 1, "is not a checkpoint of this version of the scripts"),
+        (other_number_of_agents, 1, "was written with num_agents = 2, but args.json says 3"),
+        (other_script, 1, "was written by dqn_atari.py, not by rde_dqn_atari.py"),
+        (other_version, 1, "was written with torch 1.0, but here is"),
+        (other_device, 1, "was written with device cuda, but here is cpu"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(copy_of_stopped_run, damage, code, message):
+    damage(copy_of_stopped_run)
+    got, line = resume(copy_of_stopped_run)
+    assert got == code and message in line
+
+
+def test_only_the_total_may_be_changed(copy_of_stopped_run):
+    assert resume(copy_of_stopped_run, "--seed", "7") == (
+        2, f"error: --seed 7 differs from the 1 of the run in {copy_of_stopped_run}; a resumed run keeps its arguments, "
+        "only --total-timesteps may be raised",
+    )  # fmt: skip
+    code, line = resume(copy_of_stopped_run, "--total-timesteps", "600")
+    assert code == 2 and "--total-timesteps 600 is less than the run's 700; it may only be raised" in line
+
+
+def test_folders_that_cannot_be_resumed(copy_of_stopped_run, tmp_path, undisturbed):
+    assert "is finished" in resume(undisturbed("dqn_atari"), script="dqn_atari")[1]
+    code, line = resume(tmp_path / "nothing")
+    assert code == 1 and "is not a run folder: args.json: No such file or directory" in line
+    code, line = resume(copy_of_stopped_run, script="dqn_atari")
+    assert code == 1 and "is not a run folder of dqn_atari.py: its args.json does not fit" in line
+
+
+def test_two_processes_in_one_folder(copy_of_stopped_run, rde):
+    folder = os.open(copy_of_stopped_run, os.O_RDONLY)
+    rde.fcntl.flock(folder, rde.fcntl.LOCK_EX)
+    try:
+        code, line = resume(copy_of_stopped_run)
+        assert code == 1 and line == f"error: another process is at work in {copy_of_stopped_run}"
+        args = rde.dataclasses.replace(
+            rde.read_run_args(str(copy_of_stopped_run)), runs_dir=str(copy_of_stopped_run.parent), resume="auto"
+        )
+        assert rde.find_unfinished_run(args) is None
+    finally:
+        os.close(folder)
+    assert rde.find_unfinished_run(args) == str(copy_of_stopped_run)
+    assert rde.find_unfinished_run(rde.dataclasses.replace(args, seed=5)) is None
+
+
+def test_a_raised_total_goes_on(copy_of_stopped_run):
+    result = run_script("rde_dqn_atari", "--resume", copy_of_stopped_run, "--total-timesteps", "760")
+    assert result.returncode == 0, result.stderr
+    assert "warning: with --total-timesteps 760 instead of 700 the decay of epsilon" in result.stderr
+    evaluations = rows(copy_of_stopped_run, "evaluations.csv")
+    assert [row[:2] for row in evaluations if row[1] == "final"] == [("760", "final")] * 2
+    assert json.loads((copy_of_stopped_run / "args.json").read_text())["args"]["total_timesteps"] == 760
+
+
+@contextlib.contextmanager
+def small_disk(path: pathlib.Path, size: str):
+    """A real file system of that size; needs the right to mount."""
+    path.mkdir(parents=True)
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("no right to mount a small file system here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def error_line(result) -> str:
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_disk_full_while_a_checkpoint_is_written(tmp_path, undisturbed):
+    """The first checkpoint fits, a second beside it does not: the first stays, and with more room the run goes on."""
+    with small_disk(tmp_path / "disk", "45m") as disk:
+        result = run_script("dqn_atari", *arguments_of("dqn_atari"), "--runs-dir", disk)
+        line = error_line(result)
+        path = only_run(disk)
+        assert re.search(r"checkpoint.pt was not written: it needs \d+ MB, the disk has \d+ MB", line)
+        assert (path / "checkpoint.pt").exists() and not (path / "checkpoint.pt.tmp").exists()
+        subprocess.run(["mount", "-o", "remount,size=300m", disk], check=True)
+        result = run_script("dqn_atari", "--resume", path)
+        assert result.returncode == 0, result.stderr
+        assert_same_end(path, undisturbed("dqn_atari"))
+
+
+def test_disk_full_while_rows_are_written(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(40 * 1024))
+        result = run_script("dqn_atari", *arguments_of("dqn_atari"), "--checkpoint-interval", "0", "--runs-dir", disk / "runs")
+        line = error_line(result)
+        assert "No space left on device" in line
+
+
+def test_read_only_folder(tmp_path, stopped_run):
+    with small_disk(tmp_path / "disk", "200m") as disk:
+        path = pathlib.Path(shutil.copytree(stopped_run, disk / stopped_run.name))
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        line = error_line(run_script("rde_dqn_atari", "--resume", path))
+        assert "Read-only file system" in line
+
+
+def test_nothing_in_a_checkpoint_is_executed(copy_of_stopped_run, rde):
+    """A file with a right checksum and a pickle that would run a command: refused, not run."""
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {copy_of_stopped_run}/executed",)
+
+    file = rde.io.BytesIO()
+    torch.save({"script": Command()}, file)
+    content = file.getvalue()
+    header = rde.CHECKPOINT_HEADER.pack(rde.CHECKPOINT_MAGIC, rde.zlib.crc32(content), len(content))
+    (copy_of_stopped_run / "checkpoint.pt").write_bytes(header + content)
+    run_script("rde_dqn_atari", "--resume", copy_of_stopped_run)
+    assert not (copy_of_stopped_run / "executed").exists()
