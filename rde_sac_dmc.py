@@ -11,19 +11,28 @@ Kim, Shin, Park, Sung, "Sample-Efficient and Safe Deep RL via Reset Deep Ensembl
 SAC: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018 (arXiv 1812.05905).
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
+import fcntl
+import glob
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
 import platform
+import shlex
+import shutil
+import signal
+import struct
 import sys
 import time
 import warnings
+import zlib
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
@@ -53,7 +62,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     cuda_graphs: bool = True
-    """CUDA: capture acting and learning as CUDA graphs; the numbers are the same without"""
+    """CUDA: capture acting and learning as CUDA graphs"""
     bf16: bool = False
     """compute the networks in bfloat16 (parameters and targets stay float32)"""
     track: bool = False
@@ -66,6 +75,11 @@ class Args:
     """record the first episode of every evaluation as a video in the run folder"""
     runs_dir: str = "runs"
     """the folder in which the run's own folder is made"""
+    checkpoint_interval: int = 25_000
+    """environment steps between two checkpoints; 0 = only when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
+    resume: str = ""
+    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised); "auto" = the newest
+    unfinished run with the same arguments, or a new one"""
 
     env_id: str = "hopper-hop"
     """the task of the DeepMind Control Suite, as domain-task"""
@@ -136,9 +150,10 @@ def check_args(args: Args) -> None:
              "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
     if args.buffer_size < args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for one step of {args.num_envs} environments")
-    if 0 < args.eval_interval < args.num_envs:
-        fail(f"--eval-interval {args.eval_interval} is shorter than one loop step of {args.num_envs} environments; "
-             f"use at least {args.num_envs}, or 0 to evaluate only at the end")  # fmt: skip
+    for name in ("eval_interval", "checkpoint_interval"):
+        if 0 < getattr(args, name) < args.num_envs:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
+                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
     if args.num_agents < 1:
         fail(f"--num-agents is {args.num_agents}, but an ensemble has at least 1 agent")
     shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
@@ -257,6 +272,50 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     return env
 
 
+# What the tasks write into the model of the physics at the start of an episode: targets, terrain, tendons, colors.
+MODEL_ARRAYS = ("body_pos", "body_quat", "dof_damping", "geom_pos", "geom_rgba", "geom_size", "hfield_data", "light_pos",
+                "site_pos", "site_rgba", "site_size", "wrap_prm")  # fmt: skip
+
+
+def environment_state(env: gym.Env) -> dict:
+    """The exact state of an environment in the middle of an episode, in plain values and tensors."""
+    import mujoco  # late, as in `import_suite`
+
+    control, physics, task = env.env, env.env.physics, env.env.task
+    _, random_key, *random_rest = task.random.get_state()
+    return {
+        # With the solver's warm start, which `physics.get_state()` alone lacks: without it many tasks go on wrongly.
+        "physics": torch.from_numpy(physics.get_state(int(mujoco.mjtState.mjSTATE_INTEGRATION))),
+        "model": {name: torch.from_numpy(np.array(getattr(physics.model, name))) for name in MODEL_ARRAYS},
+        "task": {name: value.item() if isinstance(value, np.generic) else value
+                 for name, value in vars(task).items() if isinstance(value, (int, float, np.generic))},
+        "random_generator": (torch.from_numpy(random_key.astype(np.int64)), *random_rest),
+        "step_count": control._step_count,
+        "reset_next_step": control._reset_next_step,
+        "episodic_return": env.episodic_return,
+        "episodic_length": env.episodic_length,
+    }  # fmt: skip
+
+
+def restore_environment(env: gym.Env, state: dict) -> None:
+    import mujoco  # late, as in `import_suite`
+
+    env.reset()
+    control, physics, task = env.env, env.env.physics, env.env.task
+    for name, array in state["model"].items():
+        getattr(physics.model, name)[:] = array.numpy()
+    physics.set_state(state["physics"].numpy(), int(mujoco.mjtState.mjSTATE_INTEGRATION))
+    warm_start = physics.data.qacc_warmstart.copy()
+    physics.forward()  # all that follows from the state; it starts the solver anew
+    physics.data.qacc_warmstart[:] = warm_start
+    for name, value in state["task"].items():
+        setattr(task, name, value)
+    random_key, *random_rest = state["random_generator"]
+    task.random.set_state(("MT19937", random_key.numpy().astype(np.uint32), *random_rest))
+    control._step_count, control._reset_next_step = state["step_count"], state["reset_next_step"]
+    env.episodic_return, env.episodic_length = state["episodic_return"], state["episodic_length"]
+
+
 # ------------------------------------------------------------------------------------------------------ replay buffer
 
 
@@ -284,8 +343,24 @@ class ReplayBuffer:
         """Stores a transition, over the oldest one if there is no room left."""
         row = np.concatenate([observation, action, [reward, terminated], next_observation], dtype=np.float32)
         self.rows[self.num_added % self.capacity] = upload(row, self.device)
-        self.num_added += 1
-        self.size.fill_(min(self.num_added, self.capacity))
+        self._count_added(self.num_added + 1)
+
+    def _count_added(self, num_added: int) -> None:
+        self.num_added = num_added
+        self.size.fill_(min(num_added, self.capacity))
+
+    def state(self) -> dict:
+        """Everything but the rows, which a checkpoint holds apart from the rest."""
+        return {"num_added": self.num_added}
+
+    def restore(self, state: dict, row_bytes: torch.Tensor) -> None:
+        self._count_added(state["num_added"])
+        used_rows = self.used_rows()
+        used_rows.copy_(row_bytes.view_as(used_rows))
+
+    def used_rows(self) -> torch.Tensor:
+        """The bytes of the rows that have been written (the first one in any case), (rows, 4 * width) uint8, without a copy."""
+        return self.rows[: max(1, min(self.num_added, self.capacity))].view(torch.uint8)
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draws transitions uniformly, with replacement, all float32.
@@ -438,9 +513,9 @@ class Agent:
         self.actor_optimizer = self.make_optimizer(list(self.actors.parameters()))
         self.critic_optimizer = self.make_optimizer(list(self.critics.parameters()))
         self.alpha_optimizer = self.make_optimizer([self.log_alphas])
-        self.num_resets = 0
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
+        self._count_resets(0)
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -552,13 +627,38 @@ class Agent:
             for parameter in optimizer.param_groups[index]["params"]:
                 for moment_or_step in optimizer.state[parameter].values():
                     moment_or_step.zero_()
-        self.num_resets += 1
-        self.oldest.fill_(self.num_resets % self.args.num_agents)
-        self.beta.fill_(self.args.beta)
+        self._count_resets(self.num_resets + 1)
         return index
+
+    def _count_resets(self, num_resets: int) -> None:
+        self.num_resets = num_resets
+        self.oldest.fill_(num_resets % self.args.num_agents)
+        self.beta.fill_(self.args.beta if num_resets else 0.0)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False)
+
+    def state(self) -> dict:
+        return {
+            "actors": self.actors.state_dict(),
+            "critics": self.critics.state_dict(),
+            "target_critics": self.target_critics.state_dict(),
+            "log_alphas": self.log_alphas.detach(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "num_resets": self.num_resets,
+            "initialisation": torch.get_rng_state(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> None:
+        """In place: the optimizers hold slices of the parameters."""
+        for name in ("actors", "critics", "target_critics", "actor_optimizer", "critic_optimizer", "alpha_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.log_alphas.copy_(state["log_alphas"])
+        self._count_resets(state["num_resets"])
+        torch.set_rng_state(state["initialisation"])
 
     def weights(self) -> dict:
         """What model.pt holds."""
@@ -573,8 +673,10 @@ class Agent:
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device) -> list[float]:
-    """Plays one whole episode in each environment, side by side, and returns the scores.
+def evaluate(
+    policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device, stop: "StopSignal"
+) -> list[float] | None:
+    """Plays one whole episode in each environment, side by side, and returns the scores (None if stopped).
 
     `policy` maps observations (batch, observation_dim) to actions (batch, action_dim). The scores depend on the policy, the
     seed and the step alone: the random numbers are their own. So an evaluation changes nothing in the training, and the two
@@ -583,6 +685,8 @@ def evaluate(policy, envs: list[gym.Env], seed: int, global_step: int, device: t
     observations = [env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0] for i, env in enumerate(envs)]
     scores, playing = [0.0] * len(envs), list(range(len(envs)))
     while playing:
+        if stop.received:
+            return None
         actions = policy(upload(np.stack([observations[i] for i in playing]), device)).cpu().numpy()
         for i, action in zip(tuple(playing), actions):
             observations[i], _, _, _, info = envs[i].step(action)
@@ -599,40 +703,81 @@ LOG_INTERVAL = 100  # environment steps between two points of the training curve
 
 
 class RunFolder:
-    """What a run leaves behind: TensorBoard events, args.json, episodes.csv, evaluations.csv and model.pt."""
+    """What a run leaves behind: TensorBoard events, args.json, episodes.csv, evaluations.csv, checkpoint.pt, model.pt."""
 
-    def __init__(self, args: Args, device: torch.device):
+    def __init__(self, args: Args, device: torch.device, path: str | None = None):
+        """Makes the folder, or takes that of an interrupted run; `open` then opens its files."""
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = os.path.join(args.runs_dir, name)
-        os.makedirs(self.path)
+        self.path, self.env_id = path or os.path.join(args.runs_dir, name), args.env_id
+        if path is None:
+            os.makedirs(self.path)
+        if not self.lock():
+            raise RunError(f"another process is at work in {self.path}")
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+        with replaced_when_written(os.path.join(self.path, "args.json")) as file:
+            content = {"args": arguments, "versions": package_versions(), "device": device_name}
+            file.write(json.dumps(content, indent=2).encode())
         if args.track:
             import wandb
 
-            wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=name, config=vars(args), sync_tensorboard=True
-            )
-        self.writer = SummaryWriter(self.path)
-        packages = ("torch", "numpy", "gymnasium", "dm_control", "mujoco")
-        versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        with open(os.path.join(self.path, "args.json"), "w") as file:
-            json.dump({"args": vars(args), "versions": versions, "device": device_name}, file, indent=2)
+            identity = os.path.basename(os.path.normpath(self.path))
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=identity, id=identity,
+                       resume="allow", config=arguments, sync_tensorboard=True)  # fmt: skip
+
+    def lock(self) -> bool:
+        """Keeps other processes out for as long as this one lives. False if another one was first."""
+        self.folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.folder)
+            return False
+        return True
+
+    def growing_files(self) -> list[str]:
+        events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
+        return events + [os.path.join(self.path, name) for name in ("episodes.csv", "evaluations.csv")]
+
+    def file_sizes(self) -> dict[str, int]:
+        """The sizes of the files that grow, so much of which is on the disk."""
+        self.writer.flush()
+        sizes = {}
+        for path in self.growing_files():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                sizes[os.path.basename(path)] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def open(self, file_sizes: dict[str, int]) -> None:
+        """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
+        for path in filter(os.path.exists, self.growing_files()):
+            if os.path.basename(path) in file_sizes:
+                os.truncate(path, file_sizes[os.path.basename(path)])
+            else:
+                os.remove(path)
         self.episodes = self.open_csv("episodes.csv", "global_step", "episodic_return", "episodic_length", "wall_seconds")
         self.evaluations = self.open_csv("evaluations.csv", "global_step", "phase", "episode", "episodic_return")
+        self.writer = SummaryWriter(self.path)
 
     def open_csv(self, name: str, *columns: str):
-        file = open(os.path.join(self.path, name), "w", newline="", buffering=1)  # every row is written as it ends
+        file = open(os.path.join(self.path, name), "a", newline="", buffering=1)  # every row is written as it ends
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(columns)
+        if file.tell() == 0:
+            rows.writerow(columns)
         return rows
 
-    def log_episode(self, global_step: int, episode: dict, wall_seconds: float) -> None:
-        self.episodes.writerow((global_step, episode["r"], episode["l"], f"{wall_seconds:.2f}"))
-        self.log_scalars(global_step, {"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+    @property
+    def checkpoint_path(self) -> str:
+        return os.path.join(self.path, "checkpoint.pt")
 
     def log_scalars(self, global_step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, global_step)
+
+    def log_episode(self, global_step: int, episode: dict, wall_seconds: float) -> None:
+        self.episodes.writerow((global_step, episode["r"], episode["l"], f"{wall_seconds:.2f}"))
+        self.log_scalars(global_step, {"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
 
     def log_evaluation(self, global_step: int, phase: str, scores: list[float]) -> None:
         self.evaluations.writerows((global_step, phase, episode, score) for episode, score in enumerate(scores))
@@ -641,10 +786,103 @@ class RunFolder:
         line = f"step {global_step}: evaluation ({phase.replace('_', ' ')}) mean {mean:.1f}"
         tqdm.write(f"{line}, episodes {' '.join(f'{score:.1f}' for score in scores)}")
 
-    def close(self, weights: dict) -> None:
-        torch.save(weights, os.path.join(self.path, "model.pt"))
+    def finish(self, weights: dict) -> None:
+        """Leaves the weights and takes away the checkpoint, which is of no use any more."""
+        with replaced_when_written(os.path.join(self.path, "model.pt")) as file:
+            torch.save(weights, file)
+        if os.path.exists(self.checkpoint_path):
+            os.remove(self.checkpoint_path)
         self.writer.close()
         tqdm.write(f"the run is in {self.path}")
+
+
+def package_versions() -> dict[str, str]:
+    packages = ("torch", "numpy", "gymnasium", "dm-control", "mujoco")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+@contextlib.contextmanager
+def replaced_when_written(path: str):
+    """A binary file that takes the place of `path` when it is wholly on the disk; until then the old one stays."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+class RunError(Exception):
+    """Something that its message explains to the person who typed the command, without a stack trace."""
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class StopSignal:
+    """Remembers SIGTERM (from a cluster's scheduler) or SIGINT (Ctrl-C); the second one ends the process at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        self.received = number
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+# A checkpoint file: this header (magic, CRC-32 of all that follows, size of the state), the state as torch.save writes it,
+# and the replay buffer's frames. They are written straight from memory: torch.save takes 3 times as long for them, copies
+# what is a part of a tensor, and torch.load does not notice a flipped bit.
+CHECKPOINT_HEADER = struct.Struct("<8sIQ")
+CHECKPOINT_MAGIC = b"RDEckpt1"
+
+
+def save_checkpoint(path: str, state: dict, frames: torch.Tensor) -> None:
+    """Replaces the checkpoint; the last one stays until the new one is on the disk."""
+    state_file = io.BytesIO()
+    torch.save(state, state_file)
+    parts = [state_file.getbuffer(), memoryview(frames.cpu().numpy()).cast("B")]
+    checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
+    needed_bytes, free_bytes = sum(map(len, parts)), shutil.disk_usage(os.path.dirname(path)).free
+    if needed_bytes > free_bytes:
+        raise RunError(f"{path} was not written: it needs {needed_bytes / 1e6:.0f} MB, the disk has {free_bytes / 1e6:.0f} MB")
+    with replaced_when_written(path) as file:
+        file.write(CHECKPOINT_HEADER.pack(CHECKPOINT_MAGIC, checksum, len(parts[0])))
+        for part in parts:
+            file.write(part)
+
+
+def load_checkpoint(path: str, args: Args, device: torch.device) -> tuple[dict, torch.Tensor]:
+    """The state and the bytes of the replay buffer's rows. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
+    content = np.memmap(path, np.uint8, mode="c") if os.path.getsize(path) else np.zeros(0, np.uint8)
+    if len(content) < CHECKPOINT_HEADER.size:
+        raise RunError(f"{path} is cut off")
+    magic, checksum, state_size = CHECKPOINT_HEADER.unpack(content[: CHECKPOINT_HEADER.size].tobytes())
+    if magic != CHECKPOINT_MAGIC:
+        raise RunError(f"{path} is not a checkpoint of this version of the scripts")
+    content = content[CHECKPOINT_HEADER.size :]
+    if zlib.crc32(content) != checksum:
+        raise RunError(f"{path} is damaged or cut off: its checksum is wrong")
+    state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
+    if state["script"] != os.path.basename(__file__):
+        raise RunError(f"{path} was written by {state['script']}, not by {os.path.basename(__file__)}")
+    for name, value in vars(args).items():
+        if name not in ("resume", "runs_dir", "total_timesteps") and state["args"].get(name) != value:
+            raise RunError(f"{path} was written with {name} = {state['args'].get(name)}, but args.json says {value}")
+    for name, value in (package_versions() | {"device": device.type}).items():
+        if (written := state["versions"].get(name)) != value:
+            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
+    return state, torch.from_numpy(content[state_size:])
 
 
 def gradient_steps_due(args: Args, global_step: int) -> int:
@@ -670,12 +908,21 @@ def check_finite(metrics: np.ndarray, global_step: int) -> None:
         )
 
 
-def train(args: Args) -> str:
-    """Trains, and returns the path of the run folder."""
+def agenda_due(args: Args, global_step: int, gradient_steps: int, num_resets: int) -> list[str]:
+    """The evaluations (by their phase) and the reset that follow the loop step that ends at `global_step`."""
+    if global_step >= args.total_timesteps:
+        return ["final"]  # and no reset: nothing would learn from it
+    if resets_due(args, gradient_steps) > num_resets:
+        return ["before_reset", "reset", "after_reset"]
+    return ["scheduled"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
+
+
+def train(args: Args, resume_path: str | None = None) -> None:
+    stop = StopSignal()
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    run = RunFolder(args, device)
+    run = RunFolder(args, device, resume_path)
 
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
     video_folder = os.path.join(run.path, "videos") if args.capture_video else None
@@ -693,20 +940,89 @@ def train(args: Args) -> str:
     update = CudaGraph(agent.update, mini_batches, capture)
 
     observations = np.zeros((args.num_envs, observation_dim), np.float32)
-    for i, env in enumerate(envs):
-        observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
-    global_step, gradient_steps, metrics = 0, 0, None
-    speed_steps, speed_seconds = 0, 0.0  # since learning began, without the evaluations
+    global_step, gradient_steps, agenda, metrics = 0, 0, [], None
+    speed_steps, speed_seconds, wall_seconds = 0, 0.0, 0.0  # the speed since learning began, without evaluations
     last_returns, acting_counts = deque(maxlen=10), np.zeros(args.num_agents, np.int64)
-    start_time = time.time()
-    progress = tqdm(total=args.total_timesteps, unit="step", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 60)
+    if os.path.exists(run.checkpoint_path):
+        state, row_bytes = load_checkpoint(run.checkpoint_path, args, device)
+        buffer.restore(state["buffer"], row_bytes)
+        agent.restore(state["agent"])
+        for env, environment in zip(envs, state["environments"], strict=True):
+            restore_environment(env, environment)
+        exploration.bit_generator.state = state["exploration"]
+        mini_batches.set_state(state["mini_batches"])
+        selection.set_state(state["selection"])
+        observations[:] = state["observations"].numpy()
+        global_step, gradient_steps, agenda = state["global_step"], state["gradient_steps"], state["agenda"]
+        metrics = None if state["metrics"] is None else Download(state["metrics"])
+        speed_steps, speed_seconds, wall_seconds = state["speed_steps"], state["speed_seconds"], state["wall_seconds"]
+        last_returns.extend(state["last_returns"])
+        acting_counts[:] = state["acting_counts"].numpy()
+        if "final" in agenda and global_step < args.total_timesteps:  # the end was postponed
+            agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
+        run.open(state["file_sizes"])
+        tqdm.write(f"continuing {run.path} at step {global_step}")
+        del state, row_bytes
+    else:
+        for i, env in enumerate(envs):
+            observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
+        run.open({})
+    first_step, start_time = global_step, time.time() - wall_seconds
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", smoothing=0.02,
+                    mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
 
-    def evaluate_and_log(phase: str) -> None:
+    def save() -> None:
+        state = {
+            "script": os.path.basename(__file__), "args": vars(args), "versions": package_versions() | {"device": device.type},
+            "buffer": buffer.state(), "agent": agent.state(), "environments": [environment_state(env) for env in envs],
+            "exploration": exploration.bit_generator.state, "mini_batches": mini_batches.get_state(),
+            "selection": selection.get_state(), "observations": torch.from_numpy(observations),
+            "global_step": global_step, "gradient_steps": gradient_steps, "agenda": agenda,
+            "metrics": None if metrics is None else torch.from_numpy(metrics.numpy()),
+            "speed_steps": speed_steps, "speed_seconds": speed_seconds, "wall_seconds": time.time() - start_time,
+            "last_returns": list(last_returns), "acting_counts": torch.from_numpy(acting_counts),
+            "file_sizes": run.file_sizes(),
+        }  # fmt: skip
+        save_checkpoint(run.checkpoint_path, state, buffer.used_rows())
+
+    def evaluate_and_log(phase: str) -> bool:
+        """False if a signal stopped it, and nothing was logged."""
         generator = torch.Generator(device).manual_seed(derive_seed(args.seed, EVALUATION, global_step))
         policy = lambda observations: agent.act(observations, generator, deterministic=True)[0]
-        run.log_evaluation(global_step, phase, evaluate(policy, eval_envs, args.seed, global_step, device))
+        if args.capture_video:
+            eval_envs[0].set_wrapper_attr("name_prefix", f"step-{global_step}-{phase}")
+        scores = evaluate(policy, eval_envs, args.seed, global_step, device, stop)
+        if scores is not None:
+            run.log_evaluation(global_step, phase, scores)
+        return scores is not None
 
-    while global_step < args.total_timesteps:
+    while True:
+        # Evaluate and reset, if that is due: the oldest agent, between two evaluations.
+        if agenda and metrics is not None:
+            check_finite(metrics.numpy(), global_step)
+        while agenda and not stop.received:
+            if agenda[0] == "reset":
+                reset_agent = agent.reset()
+                run.log_scalars(global_step, {"rde/reset_agent": reset_agent})
+                tqdm.write(f"step {global_step}: reset of agent {reset_agent} after {gradient_steps} gradient steps")
+            elif not evaluate_and_log(agenda[0]):
+                break
+            agenda.pop(0)
+        finished = global_step >= args.total_timesteps and not agenda
+        checkpoint_is_due = (
+            interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
+        )
+        if stop.received or checkpoint_is_due and not finished:
+            save()
+        if stop.received:
+            progress.close()
+            print(
+                f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}",
+                file=sys.stderr,
+            )
+            sys.exit(128 + stop.received)
+        if finished:
+            break
         step_started = time.perf_counter()
 
         # Act: uniformly random until learning starts, then the ensemble's sample.
@@ -763,32 +1079,80 @@ def train(args: Args) -> str:
             progress.set_postfix_str(f"return={mean_return} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False)
         progress.update(args.num_envs)
 
-        # Reset the oldest agent, between two evaluations. (Not at the very end: nothing would learn from it.)
-        if resets_due(args, gradient_steps) > agent.num_resets and global_step < args.total_timesteps:
-            evaluate_and_log("before_reset")
-            reset_agent = agent.reset()
-            run.log_scalars(global_step, {"rde/reset_agent": reset_agent})
-            tqdm.write(f"step {global_step}: reset of agent {reset_agent} after {gradient_steps} gradient steps")
-            evaluate_and_log("after_reset")
-        elif interval_has_passed(args.eval_interval, global_step, args.num_envs) and global_step < args.total_timesteps:
-            evaluate_and_log("scheduled")
+        agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
 
     progress.close()
-    check_finite(metrics.numpy(), global_step)
-    evaluate_and_log("final")
     for env in envs + eval_envs:
         env.close()
-    run.close(agent.weights())
-    return run.path
+    run.finish(agent.weights())
+
+
+def find_unfinished_run(args: Args) -> str | None:
+    """The newest run folder with the same arguments that is not finished and has no process at work in it."""
+    paths = glob.glob(os.path.join(glob.escape(args.runs_dir), f"{glob.escape(args.env_id)}__*", "args.json"))
+    for path in sorted(map(os.path.dirname, paths), reverse=True):  # the names end in the time of the start
+        try:
+            saved = dataclasses.replace(read_run_args(path), resume=args.resume, runs_dir=args.runs_dir)
+        except RunError:
+            continue
+        if saved == args and not is_finished(path) and not is_locked(path):
+            return path
+    return None
+
+
+def is_locked(path: str) -> bool:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
+
+
+def is_finished(path: str) -> bool:
+    return os.path.exists(os.path.join(path, "model.pt"))
+
+
+def read_run_args(path: str) -> Args:
+    """The arguments of the run in a folder."""
+    try:
+        with open(os.path.join(path, "args.json")) as file:
+            return Args(**json.load(file)["args"])
+    except OSError as error:
+        raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path} is not a run folder of {os.path.basename(__file__)}: its args.json does not fit") from None
+
+
+def resume_args(args: Args, path: str) -> Args:
+    """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
+    saved = dataclasses.replace(read_run_args(path), resume=args.resume, runs_dir=args.runs_dir)
+    args = tyro.cli(Args, description=__doc__, default=saved)
+    for name, value in vars(saved).items():
+        if name != "total_timesteps" and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "
+                 "a resumed run keeps its arguments, only --total-timesteps may be raised")  # fmt: skip
+    if is_finished(path):
+        fail(f"the run in {path} is finished")
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
+    return args
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    check_args(args)
     try:
-        train(args)
-    except FloatingPointError as error:
+        path = find_unfinished_run(args) if args.resume == "auto" else args.resume or None
+        if path is not None:
+            args = resume_args(args, path)
+        check_args(args)
+        train(args, path)
+    except (RunError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"error: {error}; what was written stays, and the run can be continued with --resume")
 
 
 if __name__ == "__main__":

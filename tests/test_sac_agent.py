@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_script
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE = 5, 3, 32
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def sac():
-    return load_script("rde_sac_dmc")
 
 
 def make_agent(sac, num_agents, transitions=200, terminated=None, **kwargs):

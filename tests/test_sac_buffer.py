@@ -3,18 +3,11 @@
 from collections import deque
 
 import numpy as np
-import pytest
 import torch
-from conftest import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def sac():
-    return load_script("rde_sac_dmc")
 
 
 @settings(max_examples=60, deadline=None)

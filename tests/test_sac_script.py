@@ -3,24 +3,24 @@
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import ROOT
 
 TINY = {
     "env_id": "cartpole-balance", "hidden_dim": 8, "batch_size": 16, "buffer_size": 2_000, "learning_starts": 100,
     "total_timesteps": 300, "replay_ratio": 0.5, "eval_interval": 0, "eval_episodes": 1, "reset_interval": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sac():
-    return load_script("rde_sac_dmc")
 
 
 def read_csv(folder, name):
@@ -53,6 +53,18 @@ def run_script(options, folder):
     )
 
 
+def train(sac, options, runs_dir):
+    """A run in this process; returns its folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        sac.train(sac.Args(**options, runs_dir=str(runs_dir)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    (folder,) = runs_dir.iterdir()
+    return folder
+
+
 def test_end_to_end(tmp_path):
     options = TINY | {
         "env_id": "hopper-hop", "total_timesteps": 1_100, "reset_interval": 800, "eval_interval": 600, "num_agents": 2,
@@ -77,7 +89,7 @@ def test_end_to_end(tmp_path):
 
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["reset_interval"] == 800 and record["args"]["gamma"] == 0.99 and record["device"]
-    assert {"python", "torch", "dm_control", "mujoco"} <= record["versions"].keys()
+    assert {"python", "torch", "dm-control", "mujoco"} <= record["versions"].keys()
 
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -98,8 +110,7 @@ def test_end_to_end(tmp_path):
 def test_same_seed_same_files_and_two_seeds_differ(sac, tmp_path):
     options = TINY | {"total_timesteps": 1_050, "learning_starts": 950, "reset_interval": 80, "num_agents": 2}
     outcomes = [
-        run_outcome(sac.train(sac.Args(**options, seed=seed, runs_dir=str(tmp_path / f"run{number}"))))
-        for number, seed in enumerate((1, 1, 2))
+        run_outcome(train(sac, options | {"seed": seed}, tmp_path / f"run{number}")) for number, seed in enumerate((1, 1, 2))
     ]
     assert outcomes[0][:2] == outcomes[1][:2]
     assert outcomes[0][0] != outcomes[2][0] and outcomes[0][1] != outcomes[2][1] and len(outcomes[0][1]) == 1
@@ -108,10 +119,7 @@ def test_same_seed_same_files_and_two_seeds_differ(sac, tmp_path):
 
 
 def test_evaluating_more_changes_nothing_in_the_training(sac, tmp_path):
-    outcomes = [
-        run_outcome(sac.train(sac.Args(**(TINY | {"eval_interval": interval}), runs_dir=str(tmp_path / str(interval)))))
-        for interval in (0, 170)
-    ]
+    outcomes = [run_outcome(train(sac, TINY | {"eval_interval": interval}, tmp_path / str(interval))) for interval in (0, 170)]
     assert len(outcomes[1][0]) > len(outcomes[0][0])
     assert outcomes[0][0].splitlines()[-1] == outcomes[1][0].splitlines()[-1]  # the final evaluation, the same to the digit
     assert torch.equal(flat_weights(outcomes[0][2]), flat_weights(outcomes[1][2]))
@@ -139,7 +147,7 @@ def test_the_loop_stores_and_trains_what_it_should(sac, tmp_path, monkeypatch):
     monkeypatch.setattr(sac.Agent, "update", update)
     monkeypatch.setattr(sac.Agent, "act", act)
     options = TINY | {"num_envs": 2, "total_timesteps": 2_100, "learning_starts": 1_900, "replay_ratio": 1}
-    sac.train(sac.Args(**options, runs_dir=str(tmp_path)))
+    folder = train(sac, options, tmp_path)
 
     assert len(added) == 2_100
     assert acted == list(range(1_900, 2_100, 2))
@@ -153,7 +161,7 @@ def test_the_loop_stores_and_trains_what_it_should(sac, tmp_path, monkeypatch):
             assert not terminated
             assert np.array_equal(next_observation, following[0]) == (step != 1_000)
             assert not np.array_equal(observation, next_observation)
-    first_episodes = read_csv(next(tmp_path.iterdir()), "episodes.csv")
+    first_episodes = read_csv(folder, "episodes.csv")
     assert [row["global_step"] for row in first_episodes] == ["2000", "2000"]
     for i, row in enumerate(first_episodes):
         assert float(row["episodic_return"]) == pytest.approx(sum(float(transition[2]) for transition in added[i:2_000:2]))
@@ -163,19 +171,130 @@ def test_evaluation_depends_on_weights_seed_and_step_alone(sac):
     """Neither on what the environments played before nor on their number."""
     policy = lambda observations: torch.sin(observations[:, :2].sum(dim=1, keepdim=True))
     used, fresh = ([sac.make_env("cartpole-swingup") for _ in range(2)] for _ in range(2))
-    cpu = torch.device("cpu")
-    first = sac.evaluate(policy, used, 1, 500, cpu)
-    other_step = sac.evaluate(policy, used, 1, 1_000, cpu)
-    other_seed = sac.evaluate(policy, used, 2, 500, cpu)
-    assert first == sac.evaluate(policy, used, 1, 500, cpu) == sac.evaluate(policy, fresh, 1, 500, cpu)
+    evaluate = lambda envs, seed, step, received=0: sac.evaluate(
+        policy, envs, seed, step, torch.device("cpu"), types.SimpleNamespace(received=received)
+    )
+    first = evaluate(used, 1, 500)
+    other_step = evaluate(used, 1, 1_000)
+    other_seed = evaluate(used, 2, 500)
+    assert first == evaluate(used, 1, 500) == evaluate(fresh, 1, 500)
     assert len({*first, *other_step, *other_seed}) == 6
-    assert sac.evaluate(policy, fresh[:1], 1, 500, cpu) == first[:1]
+    assert evaluate(fresh[:1], 1, 500) == first[:1]
+    assert evaluate(fresh, 1, 500, signal.SIGTERM) is None
 
 
 def test_gradient_steps_and_resets_that_are_due(sac):
     args = sac.Args(replay_ratio=0.29, learning_starts=100, num_agents=3, reset_interval=600)
     assert [sac.gradient_steps_due(args, step) for step in (0, 100, 103, 104, 200, 1_100)] == [0, 0, 0, 1, 29, 290]
     assert [sac.resets_due(args, steps) for steps in (0, 199, 200, 599, 600)] == [0, 0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+# Two environments, resets every 150 gradient steps (steps 400, 700 and 1,000), evaluations in between, and the ends of two
+# episodes at step 2,000.
+RESUMED = TINY | {
+    "env_id": "reacher-hard", "total_timesteps": 2_100, "replay_ratio": 0.25, "num_envs": 2, "num_agents": 2, "reset_interval": 300,
+    "eval_interval": 1_500, "checkpoint_interval": 250, "buffer_size": 1_500,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sac, tmp_path_factory):
+    """The folder of a run that nobody stopped. It has no checkpoints: they must not matter."""
+    runs_dir = tmp_path_factory.mktemp("undisturbed")
+    result = run_script(RESUMED | {"checkpoint_interval": 0, "runs_dir": str(runs_dir)}, runs_dir)
+    assert result.returncode == 0, result.stderr
+    (folder,) = runs_dir.iterdir()
+    return folder
+
+
+def stop_when(condition, options, number, folder):
+    """Starts a run, sends it the signal when the condition holds, and returns the exit code and what it printed."""
+    with open(folder / "log.txt", "w+") as log:
+        process = subprocess.Popen(
+            command(options), stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and not condition():
+            time.sleep(0.005)
+        process.send_signal(number)
+        code = process.wait(timeout=120)
+        log.seek(0)
+        return code, log.read().replace("\r", "\n")
+
+
+def assert_same_end(folder, undisturbed):
+    (evaluations, episodes, model), (other_evaluations, other_episodes, other_model) = map(run_outcome, (folder, undisturbed))
+    assert evaluations == other_evaluations and episodes == other_episodes and len(episodes) == 2
+    assert torch.equal(flat_weights(model), flat_weights(other_model)) and model["oldest_agent"] == other_model["oldest_agent"]
+    assert not (folder / "checkpoint.pt").exists() and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("checkpoints", [1, 5])
+def test_killed_and_resumed(checkpoints, tmp_path, undisturbed):
+    """After the first checkpoint, of a part of the replay buffer, and after the fifth."""
+    runs_dir = tmp_path / "runs"
+    options = RESUMED | {"runs_dir": str(runs_dir), "resume": "auto"}
+    seen = set()
+
+    def enough_checkpoints():
+        seen.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
+        return len(seen) == checkpoints
+
+    code, printed = stop_when(enough_checkpoints, options, signal.SIGKILL, tmp_path)
+    assert code == -signal.SIGKILL, printed
+    result = run_script(options, tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = runs_dir.iterdir()
+    (step,) = re.findall(rf"continuing {re.escape(str(folder))} at step (\d+)", result.stdout + result.stderr)
+    assert int(step) >= 250 * checkpoints and int(step) % 250 == 0
+    assert_same_end(folder, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["episodes.csv", "reset of agent 0"])
+def test_a_signal_saves_and_says_how_to_go_on(moment, tmp_path, undisturbed):
+    """At once, maybe before anything is in the replay buffer, and in the evaluation after a reset, which is played again."""
+    runs_dir = tmp_path / "runs"
+    if moment == "episodes.csv":
+        condition = lambda: any(runs_dir.glob("*/events.out.tfevents.*"))
+    else:
+        condition = lambda: moment in (tmp_path / "log.txt").read_text()
+    code, printed = stop_when(condition, RESUMED | {"runs_dir": str(runs_dir)}, signal.SIGTERM, tmp_path)
+    assert code == 143 and "Traceback" not in printed
+    (folder,) = runs_dir.iterdir()
+    last_line = printed.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"stopped at step \d+; to continue: python .*rde_sac_dmc.py --resume {re.escape(str(folder))}", last_line
+    )
+    assert (folder / "checkpoint.pt").exists() and not (folder / "model.pt").exists()
+    result = run_script({"resume": str(folder)}, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing {folder} at step" in result.stdout + result.stderr
+    assert_same_end(folder, undisturbed)
+    result = run_script({"resume": str(folder)}, tmp_path)
+    assert result.returncode == 2 and result.stderr == f"error: the run in {folder} is finished\n"
+
+
+def test_stopped_before_the_first_step_and_a_raised_total(sac, tmp_path, undisturbed, monkeypatch):
+    """The replay buffer is empty then. The rest of the run is another length, and nothing before its old end differs."""
+    real_signal = sac.StopSignal
+
+    def already_received():
+        stop = real_signal()
+        stop.received = signal.SIGTERM
+        return stop
+
+    monkeypatch.setattr(sac, "StopSignal", already_received)
+    with pytest.raises(SystemExit) as exit:
+        train(sac, RESUMED, tmp_path)
+    assert exit.value.code == 143
+    (folder,) = tmp_path.iterdir()
+    result = run_script({"resume": str(folder), "total_timesteps": 2_200}, tmp_path)
+    assert result.returncode == 0, result.stderr
+    (evaluations, episodes, _), (other_evaluations, other_episodes, _) = map(run_outcome, (folder, undisturbed))
+    assert episodes == other_episodes and evaluations != other_evaluations
+    rows, others = evaluations.splitlines(), other_evaluations.splitlines()
+    assert rows[:-1] == others[:-1] and rows[-1].startswith("2200,final,") and others[-1].startswith("2100,final,")
 
 
 # ------------------------------------------------------------------------------------------------------- bad arguments
@@ -202,7 +321,8 @@ def test_gradient_steps_and_resets_that_are_due(sac):
         ({"learning_starts": 300}, "leaves nothing of --total-timesteps 300"),
         ({"replay_ratio": 0.004}, "without a gradient step"),
         ({"reset_interval": 3, "num_agents": 4, "replay_ratio": 1.0}, "more than one reset in a loop step; use at least 4"),
-        ({"eval_interval": 1, "num_envs": 2}, "shorter than one loop step"),
+        ({"eval_interval": 1, "num_envs": 2}, "--eval-interval 1 is shorter than one loop step"),
+        ({"checkpoint_interval": 1, "num_envs": 2}, "--checkpoint-interval 1 is shorter than one loop step"),
         ({"num_envs": 200, "buffer_size": 150}, "--buffer-size 150 is too small"),
         ({"buffer_size": 10**11}, "GB, but only"),
         ({"eval_episodes": 0}, "--eval-episodes is 0"),
@@ -259,7 +379,7 @@ def test_plain_sac_learns_to_balance(sac, tmp_path):
         "buffer_size": 20_000, "hidden_dim": 64, "batch_size": 64, "learning_rate": 1e-3, "tau": 0.02, "replay_ratio": 4.0,
         "eval_interval": 1_000, "eval_episodes": 5, "seed": 1,
     }  # fmt: skip
-    evaluations = read_csv(sac.train(sac.Args(**options, runs_dir=str(tmp_path))), "evaluations.csv")
+    evaluations = read_csv(train(sac, options, tmp_path), "evaluations.csv")
     before, after = (
         np.mean([float(row["episodic_return"]) for row in evaluations if row["global_step"] == step])
         for step in ("1000", "6000")
