@@ -280,20 +280,23 @@ def test_a_signal_saves_and_says_how_to_go_on(sac, tmp_path, undisturbed, monkey
     assert exit.value.code == 2 and capsys.readouterr().err == f"error: the run in {folder} is finished\n"
 
 
-def test_stopped_before_the_first_step_and_a_raised_total(sac, tmp_path, undisturbed, monkeypatch):
+STOPPED_AT_ONCE = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import rde_sac_dmc as sac
+open_files = sac.RunFolder.open
+sac.RunFolder.open = lambda *arguments: (open_files(*arguments), os.kill(os.getpid(), signal.SIGTERM))
+sac.main()
+"""
+
+
+def test_stopped_before_the_first_step_and_a_raised_total(tmp_path, undisturbed):
     """The replay buffer is empty then. Nothing before the run's old end differs."""
-
-    class AlreadyReceived(sac.StopSignal):
-        def __init__(self):
-            super().__init__()
-            self.received = signal.SIGTERM
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(sac, "StopSignal", AlreadyReceived)
-        train(sac, RESUMED, tmp_path)
-    assert exit.value.code == 143
+    code = [sys.executable, "-c", STOPPED_AT_ONCE, *command(RESUMED | {"runs_dir": str(tmp_path)})[2:]]
+    result = subprocess.run(code, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert result.returncode == 143 and "stopped at step 0; to continue" in result.stderr, result.stderr
     (folder,) = tmp_path.iterdir()
-    result = run_script({"resume": str(folder), "total_timesteps": 2_100}, tmp_path)  # this process keeps the folder locked
+    result = run_script({"resume": str(folder), "total_timesteps": 2_100}, tmp_path)
     assert result.returncode == 0, result.stderr
     (evaluations, episodes, _), (other_evaluations, other_episodes, _) = map(run_outcome, (folder, undisturbed))
     rows, others = evaluations.splitlines(), other_evaluations.splitlines()
