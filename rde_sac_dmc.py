@@ -284,7 +284,7 @@ def environment_state(env: gym.Env) -> dict:
     control, physics, task = env.env, env.env.physics, env.env.task
     _, random_key, *random_rest = task.random.get_state()
     return {
-        # With the solver's warm start, which `physics.get_state()` alone lacks: without it many tasks go on wrongly.
+        # With the time, the controls and the solver's warm start, which `physics.get_state()` alone lacks.
         "physics": torch.from_numpy(physics.get_state(int(mujoco.mjtState.mjSTATE_INTEGRATION))),
         "model": {name: torch.from_numpy(np.array(getattr(physics.model, name))) for name in MODEL_ARRAYS},
         "task": {name: value.item() if isinstance(value, np.generic) else value
