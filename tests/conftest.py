@@ -44,3 +44,8 @@ def run_script(script: str, *arguments, timeout: float = 300) -> subprocess.Comp
 @pytest.fixture(scope="session")
 def rde():
     return load_script("rde_dqn_atari")
+
+
+@pytest.fixture(scope="session")
+def sac():
+    return load_script("rde_sac_dmc")

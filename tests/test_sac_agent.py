@@ -1,0 +1,419 @@
+"""The quantities of RDE+SAC against references that share no code with the script, mostly in float64."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE = 5, 3, 32
+CPU = torch.device("cpu")
+
+
+def make_agent(sac, num_agents, transitions=200, terminated=None, **kwargs):
+    """A small agent whose buffer holds random transitions, every fifth of them terminated."""
+    args = sac.Args(num_agents=num_agents, hidden_dim=16, batch_size=BATCH_SIZE, **kwargs)
+    buffer = sac.ReplayBuffer(transitions, OBSERVATION_DIM, ACTION_DIM, CPU, torch.Generator().manual_seed(11))
+    rng = np.random.default_rng(7)
+    for i in range(transitions):
+        buffer.add(
+            rng.normal(size=OBSERVATION_DIM), rng.uniform(-1, 1, ACTION_DIM), rng.normal(),
+            i % 5 == 0 if terminated is None else terminated, rng.normal(size=OBSERVATION_DIM),
+        )  # fmt: skip
+    return sac.Agent(args, OBSERVATION_DIM, ACTION_DIM, buffer, CPU)
+
+
+def all_state(agent):
+    """Every tensor of the agents' state, split into what belongs to each agent: [{name: tensor}, ...]."""
+    num_agents = agent.args.num_agents
+    state = [{} for _ in range(num_agents)]
+    modules = {"actors": agent.actors, "critics": agent.critics, "target_critics": agent.target_critics}
+    stacked = {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
+    stacked["log_alphas"] = agent.log_alphas.detach()
+    for name, tensor in stacked.items():
+        for i, part in enumerate(tensor.chunk(num_agents)):
+            state[i][name] = part
+    for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
+        optimizer = getattr(agent, name)
+        for i, group in enumerate(optimizer.param_groups):
+            for number, parameter in enumerate(group["params"]):
+                for key, tensor in optimizer.state[parameter].items():
+                    state[i][f"{name}.{number}.{key}"] = tensor
+    return state
+
+
+# ------------------------------------------------------------------------------------------------- the squashed Gaussian
+
+
+def test_log_probabilities_against_torch_distributions(sac):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64)
+    log_std = torch.rand(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64) * 3 - 2.5
+    noise = torch.randn(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64)
+    actions, log_probs = sac.squashed_gaussian(mean, log_std, noise)
+    assert actions.shape == (4, 50, ACTION_DIM) and log_probs.shape == (4, 50)
+    # The transform keeps the unsquashed value in its cache, so the distribution does not lose it either.
+    distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
+    transform = distribution.transforms[0]
+    expected_actions = transform(mean + log_std.exp() * noise)
+    torch.testing.assert_close(actions, expected_actions)
+    torch.testing.assert_close(log_probs, Independent(distribution, 1).log_prob(expected_actions), rtol=1e-10, atol=1e-10)
+
+
+def test_density_integrates_to_one(sac):
+    """Probability per action, not per unsquashed value: the correction has the right sign."""
+    noise = torch.linspace(-8, 8, 40_001, dtype=torch.float64).unsqueeze(1)
+    actions, log_probs = sac.squashed_gaussian(torch.full_like(noise, 0.3), torch.full_like(noise, -0.2), noise)
+    assert torch.trapezoid(log_probs.exp(), actions.squeeze(1)).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("mean", [-60.0, -20.0, -9.5, 9.5, 20.0, 60.0])
+@pytest.mark.parametrize("log_std", [-20.0, -3.0, 0.0, 2.0])
+def test_saturated_actions(sac, mean, log_std):
+    """In float32 tanh rounds to 1 there. The reference is -2 * log cosh(u), in float64."""
+    noise = torch.randn(100, 1, generator=torch.Generator().manual_seed(1))
+    means, log_stds = torch.full_like(noise, mean).requires_grad_(), torch.full_like(noise, log_std).requires_grad_()
+    actions, log_probs = sac.squashed_gaussian(means, log_stds, noise)
+    gradients = torch.autograd.grad(log_probs.sum(), [means, log_stds])
+
+    wide_mean, wide_log_std = means.detach().double().requires_grad_(), log_stds.detach().double().requires_grad_()
+    unsquashed = wide_mean + wide_log_std.exp() * noise.double()
+    log_cosh = torch.logaddexp(unsquashed, -unsquashed) - math.log(2)
+    gaussian = -0.5 * noise.double() ** 2 - wide_log_std - 0.5 * math.log(2 * math.pi)
+    expected = (gaussian + 2 * log_cosh).sum(1)
+    expected_gradients = torch.autograd.grad(expected.sum(), [wide_mean, wide_log_std])
+    assert actions.abs().max() <= 1
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-4)
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- one gradient step
+
+
+class Reference:
+    """One agent's networks in float64, a copy, computed with plain torch ops."""
+
+    def __init__(self, agent, index):
+        self.actor = self.copy_layers(agent.actors, index)
+        self.critics = [self.copy_layers(agent.critics, 2 * index + k) for k in range(2)]
+        self.targets = [self.copy_layers(agent.target_critics, 2 * index + k) for k in range(2)]
+        self.log_alpha = agent.log_alphas.detach()[index].double().requires_grad_()
+
+    @staticmethod
+    def copy_layers(stacked, network):
+        parameters = [
+            (weight.detach()[network].T.double().clone(), bias.detach()[network, 0].double().clone())
+            for weight, bias in zip(stacked.weights, stacked.biases)
+        ]
+        return [(weight.requires_grad_(), bias.requires_grad_()) for weight, bias in parameters]
+
+    @staticmethod
+    def mlp(layers, inputs):
+        for weight, bias in layers[:-1]:
+            inputs = torch.clamp(F.linear(inputs, weight, bias), min=0)
+        return F.linear(inputs, *layers[-1])
+
+    def policy(self, observations, noise):
+        output = self.mlp(self.actor, observations)
+        mean, log_std = output[:, :ACTION_DIM], output[:, ACTION_DIM:].clamp(-20, 2)
+        distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
+        actions = distribution.transforms[0](mean + log_std.exp() * noise)
+        log_probs = distribution.log_prob(actions).sum(dim=1)
+        assert actions.shape == (BATCH_SIZE, ACTION_DIM) and log_probs.shape == (BATCH_SIZE,)
+        return actions, log_probs
+
+    def smaller_q(self, critics, observations, actions):
+        first, second = (self.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in critics)
+        assert first.shape == (BATCH_SIZE,)
+        return torch.min(first, second)
+
+
+def layer_gradients(stacked_parameters, networks):
+    """The gradients that an optimizer's group holds, as {(layer, "weight" or "bias", network): gradient}."""
+    depth, gradients = len(stacked_parameters) // 2, {}
+    for k in range(networks):
+        for layer in range(depth):
+            gradients[layer, "weight", k] = stacked_parameters[layer][k].T.double()
+            gradients[layer, "bias", k] = stacked_parameters[depth + layer][k, 0].double()
+    return gradients
+
+
+@pytest.mark.parametrize("num_agents", [1, 3])
+def test_gradient_step_against_float64(sac, num_agents):
+    agent = make_agent(sac, num_agents)
+    for _ in range(3):  # so that targets differ from critics and alpha from 1
+        agent.update()
+    with torch.no_grad():
+        agent.log_alphas += 0.3 * torch.arange(num_agents) - 0.5
+        for target in agent.target_critics.parameters():
+            target += 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(4))
+
+    # What update() will draw: the mini-batch, the noise of the policy, the noise of the policy in the next state.
+    generator = torch.Generator()
+    generator.set_state(agent.buffer.generator.get_state())
+    buffer = copy.copy(agent.buffer)
+    buffer.generator = generator
+    batch = buffer.sample(BATCH_SIZE)
+    assert [tensor.shape for tensor in batch] == [
+        (BATCH_SIZE, OBSERVATION_DIM), (BATCH_SIZE, ACTION_DIM), (BATCH_SIZE,), (BATCH_SIZE,), (BATCH_SIZE, OBSERVATION_DIM)
+    ]  # fmt: skip
+    assert 0 < batch[3].sum() < BATCH_SIZE
+    noise = torch.empty(num_agents, BATCH_SIZE, ACTION_DIM).normal_(generator=generator).double()
+    next_noise = torch.empty(num_agents, BATCH_SIZE, ACTION_DIM).normal_(generator=generator).double()
+    observations, actions, rewards, terminated, next_observations = (tensor.double() for tensor in batch)
+
+    references = [Reference(agent, i) for i in range(num_agents)]
+    metrics = agent.update()
+    assert metrics.shape == (4, num_agents) and not metrics.requires_grad
+    assert torch.equal(generator.get_state(), agent.buffer.generator.get_state())
+
+    for i, reference in enumerate(references):
+        alpha = reference.log_alpha.detach().exp()
+        policy_actions, log_probs = reference.policy(observations, noise[i])
+        alpha_loss = -(reference.log_alpha * (log_probs.detach() - ACTION_DIM)).mean()
+        alpha_loss.backward()
+        with torch.no_grad():
+            next_actions, next_log_probs = reference.policy(next_observations, next_noise[i])
+            next_value = reference.smaller_q(reference.targets, next_observations, next_actions) - alpha * next_log_probs
+            td_target = torch.where(terminated == 1, rewards, rewards + 0.99 * next_value)
+        assert td_target.shape == (BATCH_SIZE,)
+        q_values = [reference.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in reference.critics]
+        critic_loss = sum(((q_value - td_target) ** 2).mean() for q_value in q_values) / 2
+        critic_loss.backward()
+        # The actor's loss is taken with the critics after their step.
+        updated_critics = [Reference.copy_layers(agent.critics, 2 * i + k) for k in range(2)]
+        policy_q_values = reference.smaller_q(updated_critics, observations, policy_actions)
+        actor_loss = (alpha * log_probs - policy_q_values).mean()
+        actor_loss.backward()
+
+        expected = torch.stack([critic_loss, sum(q_values).mean() / 2, actor_loss, alpha]).detach()
+        torch.testing.assert_close(metrics[:, i].double(), expected, rtol=1e-5, atol=1e-5)
+        slices = agent.alpha_optimizer.param_groups[i]["params"]
+        torch.testing.assert_close(slices[0].grad[0].double(), reference.log_alpha.grad, rtol=1e-5, atol=1e-5)
+        actor_gradients = layer_gradients([s.grad for s in agent.actor_optimizer.param_groups[i]["params"]], 1)
+        critic_gradients = layer_gradients([s.grad for s in agent.critic_optimizer.param_groups[i]["params"]], 2)
+        assert len(actor_gradients) == 6 and len(critic_gradients) == 12
+        for (layer, kind, _), gradient in actor_gradients.items():
+            torch.testing.assert_close(gradient, reference.actor[layer][kind == "bias"].grad, rtol=1e-4, atol=3e-6)
+        for (layer, kind, k), gradient in critic_gradients.items():
+            torch.testing.assert_close(gradient, reference.critics[k][layer][kind == "bias"].grad, rtol=1e-4, atol=3e-6)
+        for k in range(2):
+            targets = zip(reference.targets[k], updated_critics[k], Reference.copy_layers(agent.target_critics, 2 * i + k))
+            for before, critic, after in targets:
+                for old, new, moved in zip(before, critic, after):
+                    torch.testing.assert_close(moved, 0.995 * old + 0.005 * new, rtol=1e-6, atol=1e-7)
+
+
+def test_metrics_with_bfloat16_are_near_those_without(sac):
+    exact, rounded = make_agent(sac, 2).update(), make_agent(sac, 2, bf16=True).update()
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0.05)
+
+
+def test_log_std_is_clamped(sac):
+    agent = make_agent(sac, 2)
+    with torch.no_grad():
+        agent.actors.biases[-1][0, 0, ACTION_DIM:] = 100.0
+        agent.actors.biases[-1][1, 0, ACTION_DIM:] = -100.0
+    mean, log_std = agent.policies(torch.zeros(4, OBSERVATION_DIM))
+    assert mean.shape == log_std.shape == (2, 4, ACTION_DIM)
+    assert (log_std[0] == 2).all() and (log_std[1] == -20).all()
+
+
+def test_terminated_does_not_bootstrap(sac):
+    """The critics' loss of terminated transitions does not know the next observation; that of all others does."""
+    losses = {}
+    for terminated in (True, False):
+        for shift in (0.0, 1.0):
+            agent = make_agent(sac, 2, terminated=terminated)
+            agent.buffer.rows[:, -OBSERVATION_DIM:] += shift
+            losses[terminated, shift] = agent.update()[0]
+    assert torch.equal(losses[True, 0.0], losses[True, 1.0])
+    assert (losses[False, 0.0] != losses[False, 1.0]).all()
+
+
+def test_agents_do_not_leak_into_one_another(sac):
+    untouched, changed = make_agent(sac, 3), make_agent(sac, 3)
+    with torch.no_grad():
+        for name, tensor in all_state(changed)[1].items():
+            tensor += 0.1 * torch.ones_like(tensor)
+    for _ in range(3):
+        untouched.update()
+        changed.update()
+    for i, (expected, state) in enumerate(zip(all_state(untouched), all_state(changed))):
+        assert len(state) > 40
+        for name in state:
+            assert torch.equal(expected[name], state[name]) == (i != 1 or name.endswith(".step")), (i, name)
+
+
+def test_first_agent_starts_like_the_baseline(sac):
+    """RDE and SAC with the same seed are paired: agent 0 has the same weights; the other agents have weights of their own."""
+    baseline, ensemble = all_state(make_agent(sac, 1)), all_state(make_agent(sac, 3))
+    weights = [name for name in baseline[0] if "weights" in name]
+    for name in weights:
+        assert torch.equal(baseline[0][name], ensemble[0][name])
+        assert not torch.equal(ensemble[0][name], ensemble[1][name])
+    first, second = ensemble[0]["critics.weights.0"]
+    assert not torch.equal(first, second)
+
+
+# ------------------------------------------------------------------------------------------------------------- the reset
+
+
+def test_reset_renews_one_agent_and_nothing_of_the_others(sac):
+    agent = make_agent(sac, 3)
+    for _ in range(4):
+        agent.update()
+    for expected_index in (0, 1, 2, 0):
+        agent.update()
+        state = all_state(agent)
+        before = copy.deepcopy(state)
+        addresses = [{name: tensor.data_ptr() for name, tensor in part.items()} for part in state]
+        assert agent.reset() == expected_index
+        after = all_state(agent)
+        assert addresses == [{name: tensor.data_ptr() for name, tensor in part.items()} for part in after]
+        for i in range(3):
+            assert len(after[i]) == 3 * 6 + 1 + 3 * (6 + 6 + 1)
+            for name, tensor in after[i].items():
+                if i != expected_index:
+                    assert torch.equal(tensor, before[i][name]), (i, name)
+                elif "optimizer" in name or name == "log_alphas":
+                    assert before[i][name].any() and not tensor.any(), name
+                else:
+                    assert (tensor != before[i][name]).all(), name
+        for name, tensor in after[expected_index].items():
+            if name.startswith("target_critics"):
+                assert torch.equal(tensor, after[expected_index][name.removeprefix("target_")])
+    agent.update()
+    steps = [part["actor_optimizer.0.step"].item() for part in all_state(agent)]
+    assert steps == [1, 3, 2]
+
+
+def test_new_weights_are_those_of_linear_layers(sac):
+    """Uniform within 1 / sqrt(inputs), and different in every reset."""
+    mlp = sac.StackedMLP(2, [64, 400, 10])
+    torch.manual_seed(0)
+    mlp.initialise(1)
+    first = [parameter.detach().clone() for parameter in mlp.parameters()]
+    mlp.initialise(1)
+    for parameter, earlier, inputs in zip(mlp.parameters(), first, (64, 400, 64, 400)):
+        bound = 1 / math.sqrt(inputs)
+        assert not parameter[0].any()
+        assert (parameter[1] != earlier[1]).all()
+        assert parameter[1].abs().max() <= bound
+        if parameter[1].numel() > 1_000:
+            assert parameter[1].abs().max() > 0.99 * bound
+            assert parameter[1].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_optimizer_is_an_adam_per_agent(sac):
+    """Against separate torch.optim.Adam, one of which starts anew in the middle."""
+    agent = make_agent(sac, 2)
+    rng = torch.Generator().manual_seed(3)
+    parameters = list(agent.critics.parameters())
+
+    def separate_adams(index):
+        copies = [parameter.detach()[2 * index : 2 * index + 2].clone() for parameter in parameters]
+        return copies, torch.optim.Adam(copies, lr=agent.args.learning_rate)
+
+    adams = [separate_adams(i) for i in range(2)]
+    for round_number in range(8):
+        if round_number == 5:
+            agent.reset()
+            adams[0] = separate_adams(0)
+        gradients = [torch.randn(parameter.shape, generator=rng) for parameter in parameters]
+        agent.step(agent.critic_optimizer, gradients)
+        for i, (copies, adam) in enumerate(adams):
+            for parameter, gradient in zip(copies, gradients):
+                parameter.grad = gradient[2 * i : 2 * i + 2]
+            adam.step()
+    for i, (copies, _) in enumerate(adams):
+        for parameter, expected in zip(parameters, copies):
+            torch.testing.assert_close(parameter.detach()[2 * i : 2 * i + 2], expected, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------ the choice
+
+
+def test_selection_probabilities(sac):
+    q_values = torch.tensor([[1.0, 2.0, -4.0], [-3.0, -1.0, -2.0], [0.0, 0.0, 0.0], [1e-30, 2e-30, 0.0]])
+    probabilities = sac.selection_probabilities(q_values, 5.0)
+    exponents = 5.0 * np.array([[0.25, 0.5, -1.0], [-1.0, -1 / 3, -2 / 3], [0.0, 0.0, 0.0], [0.5, 1.0, 0.0]])
+    expected = np.exp(exponents) / np.exp(exponents).sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_resets", [0, 1, 2, 3])
+def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
+    agent = make_agent(sac, 3, beta=3.0)
+    with torch.no_grad():
+        for parameter in [*agent.actors.parameters(), *agent.critics.parameters()]:
+            parameter *= 3  # so that proposals and judgements differ
+    for _ in range(num_resets):
+        agent.reset()
+    observation = torch.randn(OBSERVATION_DIM, generator=torch.Generator().manual_seed(5))
+    num_draws = 20_000
+    actions, acting_agents = agent.act(observation.expand(num_draws, -1), torch.Generator().manual_seed(6), deterministic=True)
+    assert actions.shape == (num_draws, ACTION_DIM) and acting_agents.shape == (num_draws,)
+
+    proposals = []
+    for i in range(3):
+        mean = Reference.mlp(Reference(agent, i).actor, observation.double())[:ACTION_DIM]
+        proposals.append(mean.tanh().detach())
+        assert (actions[acting_agents == i].double() - proposals[i]).abs().max() < 1e-5
+    expected = np.full(3, 1 / 3)
+    if num_resets:
+        judge = Reference(agent, num_resets % 3)
+        judgement = [
+            min(judge.mlp(critic, torch.cat([observation.double(), proposal])).item() for critic in judge.critics)
+            for proposal in proposals
+        ]
+        exponents = np.exp(3.0 * np.array(judgement) / np.abs(judgement).max())
+        expected = exponents / exponents.sum()
+        assert np.ptp(expected) > 0.02  # so that another judge would be noticed
+    frequencies = np.bincount(acting_agents.numpy(), minlength=3) / num_draws
+    np.testing.assert_allclose(frequencies, expected, atol=5 * 0.5 / math.sqrt(num_draws))
+
+
+def test_samples_of_the_policy(sac):
+    """Without `deterministic` the proposals are samples: unsquashed they have the policy's mean and deviation."""
+    agent = make_agent(sac, 1)
+    with torch.no_grad():
+        agent.actors.biases[-1][0, 0, ACTION_DIM:] = -1.0
+    observation = torch.zeros(OBSERVATION_DIM)
+    actions, acting_agents = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2))
+    mean, log_std = agent.policies(observation.unsqueeze(0))
+    unsquashed = torch.atanh(actions.double())
+    torch.testing.assert_close(unsquashed.mean(0).float(), mean[0, 0], rtol=0, atol=0.02)
+    torch.testing.assert_close(unsquashed.std(0).float(), log_std[0, 0].exp(), rtol=0.03, atol=0)
+    correlations = torch.corrcoef(unsquashed.T) - torch.eye(ACTION_DIM)
+    assert correlations.abs().max() < 0.05 and not acting_agents.any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_give_the_same_numbers(sac):
+    """30 gradient steps and a reset, captured and not."""
+    device, weights = torch.device("cuda"), []
+    for capture in (True, False):
+        args = sac.Args(num_agents=2, hidden_dim=64, batch_size=BATCH_SIZE)
+        generator = torch.Generator(device).manual_seed(1)
+        buffer = sac.ReplayBuffer(200, OBSERVATION_DIM, ACTION_DIM, device, generator)
+        rng = np.random.default_rng(0)
+        agent = sac.Agent(args, OBSERVATION_DIM, ACTION_DIM, buffer, device)
+        update = sac.CudaGraph(agent.update, generator, capture)
+        for step in range(130):
+            observation, next_observation = rng.normal(size=(2, OBSERVATION_DIM))
+            buffer.add(observation, rng.uniform(-1, 1, ACTION_DIM), 1.0, False, next_observation)
+            if step >= 100:
+                update()
+            if step == 115:
+                agent.reset()
+        weights.append([parameter.detach().clone() for parameter in [*agent.actors.parameters(), *agent.critics.parameters()]])
+    for captured, plain in zip(*weights):
+        torch.testing.assert_close(captured, plain)
