@@ -788,8 +788,10 @@ class RunFolder:
 
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
+        weights_file = io.BytesIO()  # torch.save itself does not report a full disk as an OSError
+        torch.save(weights, weights_file)
         with replaced_when_written(os.path.join(self.path, "model.pt")) as file:
-            torch.save(weights, file)
+            file.write(weights_file.getbuffer())
         if os.path.exists(self.checkpoint_path):
             os.remove(self.checkpoint_path)
         self.writer.close()
