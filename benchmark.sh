@@ -7,6 +7,7 @@
 #
 # A study of reset deep ensembles: games x methods x replay ratios x seeds. See `bash benchmark.sh --help`.
 set -euo pipefail
+{ # bash reads all of this before it runs any of it: so the file may change while a study runs
 
 help() {
     cat <<'HELP'
@@ -107,8 +108,8 @@ if [[ $setting == official ]]; then
     : "${replay_ratios:=0.25,1}"
 fi
 if [[ $smoke == yes ]]; then
-    setting_options+=(--learning-starts 100 --buffer-size 5000 --eval-interval 100 --eval-episodes 1)
-    : "${games:=MsPacman}" "${replay_ratios:=0.5}" "${seeds:=2}" "${total_timesteps:=300}" "${reset_interval:=40}"
+    setting_options+=(--learning-starts 100 --buffer-size 5000 --eval-interval 150 --eval-episodes 1)
+    : "${games:=MsPacman}" "${replay_ratios:=0.5}" "${seeds:=2}" "${total_timesteps:=300}" "${reset_interval:=80}"
     : "${runs_dir:=runs/smoke}"
 fi
 default_games=Freeway,MsPacman
@@ -274,9 +275,10 @@ for path in sorted(glob.glob(os.path.join(glob.escape(runs_dir), "*", "args.json
     folders.append((arguments, "finished" if finished else "interrupted"))
     if finished:
         try:
-            measured.setdefault(kind(arguments), []).append(measured_seconds_per_step(folder))
-        except (OSError, ValueError, KeyError, IndexError, ZeroDivisionError):
-            pass
+            seconds_per_step = measured_seconds_per_step(folder)
+        except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):
+            continue  # too short for a whole game, or not readable
+        measured.setdefault(kind(arguments), []).append(seconds_per_step)
 
 defaults, seen = {}, []
 for command in commands:
@@ -399,7 +401,7 @@ reap_runs() {
                 report "$index" "FAILED ($code): $last_line"
                 failures+=("${run_names[$index]} ($code), log: ${log_of_run[$index]}")
             fi
-            return
+            return 0
         done
         if ((forward_at && SECONDS >= forward_at)); then
             forward_at=0
@@ -407,7 +409,8 @@ reap_runs() {
                 if catches_sigterm "$process"; then kill -TERM "$process" 2>/dev/null || true; fi
             done
         fi
-        sleep 0.2 || true # (a Ctrl-C ends the sleep as well)
+        sleep 0.2 &
+        wait "$!" || true # a signal ends the wait, and is handled at once
     done
 }
 
@@ -425,11 +428,11 @@ stop_runs() {
     local process
     if [[ $1 == 15 && -n ${SLURM_JOB_ID:-} ]]; then
         stop_signal=$1 forward_at=$((SECONDS + 5))
-        return
+        return 0
     fi
     if ((stop_signal)); then
         for process in "${!index_of_process[@]}"; do kill -KILL "$process" 2>/dev/null || true; done
-        return
+        return 0 # (a bare return in a trap gives the status of what was interrupted)
     fi
     stop_signal=$1
     echo "stopping ${#index_of_process[@]} run(s), which save a checkpoint first; again to stop them without" >&2
@@ -495,4 +498,6 @@ plot_script=$(in_scripts_dir plot_benchmark.py)
 if [[ $plot == yes && -f $plot_script ]]; then
     "$PYTHON" "$plot_script" --runs-dir "$runs_dir" --out-dir "$runs_dir/results" || failures+=("plot_benchmark.py")
 fi
-((${#failures[@]} == 0))
+((${#failures[@]} == 0)) || exit 1
+exit 0
+}
