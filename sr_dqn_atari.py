@@ -738,10 +738,7 @@ class RunFolder:
 
     def __init__(self, args: Args, device: torch.device, path: str | None = None):
         """Makes the folder, or takes that of an interrupted run; `open` then opens its files."""
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path, self.env_id = path or os.path.join(args.runs_dir, name), args.env_id
-        if path is None:
-            os.makedirs(self.path)
+        self.path, self.env_id = path or make_run_folder(args), args.env_id
         if not self.lock():
             raise RunError(f"another process is at work in {self.path}")
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -830,6 +827,18 @@ class RunFolder:
             os.remove(self.checkpoint_path)
         self.writer.close()
         tqdm.write(f"the run is in {self.path}")
+
+
+def make_run_folder(args: Args) -> str:
+    """A new folder. Runs of the same script, environment and seed that start in the same second wait for the next one."""
+    while True:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        path = os.path.join(args.runs_dir, name)
+        try:
+            os.makedirs(path)
+            return path
+        except FileExistsError:
+            time.sleep(0.2)
 
 
 def package_versions() -> dict[str, str]:

@@ -366,6 +366,14 @@ def test_two_processes_in_one_folder(copy_of_stopped_run, rde):
     assert rde.find_unfinished_run(rde.dataclasses.replace(args, seed=5)) is None
 
 
+def test_two_runs_in_the_same_second_get_folders_of_their_own(rde, tmp_path, monkeypatch):
+    times = iter(["20260101-000000", "20260101-000000", "20260101-000000", "20260101-000001"])
+    monkeypatch.setattr(rde.time, "strftime", lambda _: next(times))
+    paths = [rde.make_run_folder(rde.Args(runs_dir=str(tmp_path))) for _ in range(2)]
+    assert [path[-15:] for path in paths] == ["20260101-000000", "20260101-000001"]
+    assert sorted(map(str, tmp_path.iterdir())) == paths
+
+
 def test_a_raised_total_goes_on(copy_of_stopped_run):
     result = run_script("rde_dqn_atari", "--resume", copy_of_stopped_run, "--total-timesteps", "760")
     assert result.returncode == 0, result.stderr
