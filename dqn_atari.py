@@ -5,6 +5,7 @@
 Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -202,7 +203,10 @@ class AtariGame(gym.Wrapper):
         return self.env.reset(**kwargs)
 
     def step(self, action: int):
-        reward = self.ale.act(self.ale_actions[action])
+        try:
+            reward = self.ale.act(self.ale_actions[action])
+        except RuntimeError as error:
+            raise RunError(f"the emulator failed: {error}; {WHAT_STAYS}") from error
         self.episodic_return += reward
         self.episodic_length += 1
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
@@ -755,6 +759,12 @@ class RunFolder:
         self.episodes = self.open_csv("episodes.csv", "global_step", "episodic_return", "episodic_length", "wall_seconds")
         self.evaluations = self.open_csv("evaluations.csv", "global_step", "phase", "episode", "episodic_return")
         self.writer = SummaryWriter(self.path)
+        atexit.register(self.flush_at_exit)
+
+    def flush_at_exit(self) -> None:
+        """However the process ends (but for a kill), what TensorBoard was told is written."""
+        with contextlib.suppress(OSError):  # a full disk has been reported already
+            self.writer.flush()
 
     def open_csv(self, name: str, *columns: str):
         file = open(os.path.join(self.path, name), "a", newline="", buffering=1)  # every row is written as it ends
@@ -840,6 +850,9 @@ def replaced_when_written(path: str):
 
 class RunError(Exception):
     """Something that its message explains to the person who typed the command, without a stack trace."""
+
+
+WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -976,7 +989,8 @@ def train(args: Args, resume_path: str | None = None) -> None:
         if "final" in agenda and global_step < args.total_timesteps:  # the end was postponed
             agenda = agenda_due(args, global_step)
         run.open(state["file_sizes"])
-        tqdm.write(f"continuing {run.path} at step {global_step}")
+        torch.set_num_threads(state["num_threads"])  # with another number sums are rounded in another order
+        tqdm.write(f"continuing {run.path} at step {global_step}, with {state['num_threads']} thread(s) as before")
         del state, frames
     else:
         for i, env in enumerate(envs):
@@ -997,7 +1011,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
             "metrics": None if metrics is None else torch.from_numpy(metrics.numpy()),
             "speed_steps": speed_steps, "speed_seconds": speed_seconds, "wall_seconds": time.time() - start_time,
             "last_returns": list(last_returns),
-            "file_sizes": run.file_sizes(),
+            "file_sizes": run.file_sizes(), "num_threads": torch.get_num_threads(),
         }  # fmt: skip
         save_checkpoint(run.checkpoint_path, state, buffer.used_frames())
 
@@ -1162,7 +1176,7 @@ def main() -> None:
     except (RunError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error}; what was written stays, and the run can be continued with --resume")
+        sys.exit(f"error: {error}; {WHAT_STAYS}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Kim, Shin, Park, Sung, "Sample-Efficient and Safe Deep RL via Reset Deep Ensembl
 DQN: Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -183,10 +184,13 @@ def check_args(args: Args) -> None:
 
     on_gpu = args.cuda and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed_bytes = ReplayBuffer.num_bytes(args.buffer_size, args.num_envs)
-    if needed_bytes > free_bytes:
-        fail(f"--buffer-size {args.buffer_size} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
-             f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
+    for flag, value, needed_bytes in (
+        ("--buffer-size", args.buffer_size, ReplayBuffer.num_bytes(args.buffer_size, args.num_envs)),
+        ("--num-agents", args.num_agents, Agent.num_bytes(args.num_agents)),
+    ):
+        if needed_bytes > free_bytes:
+            fail(f"{flag} {value} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
+                 f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
     for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
         if wanted and importlib.util.find_spec(package) is None:
             fail(f"{flag} needs the package {package}: pip install {package}")
@@ -224,7 +228,10 @@ class AtariGame(gym.Wrapper):
         return self.env.reset(**kwargs)
 
     def step(self, action: int):
-        reward = self.ale.act(self.ale_actions[action])
+        try:
+            reward = self.ale.act(self.ale_actions[action])
+        except RuntimeError as error:
+            raise RunError(f"the emulator failed: {error}; {WHAT_STAYS}") from error
         self.episodic_return += reward
         self.episodic_length += 1
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
@@ -640,6 +647,11 @@ class Agent:
         self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
         self._count_resets(0)
 
+    @staticmethod
+    def num_bytes(num_agents: int) -> int:
+        """Parameters, targets, gradients and Adam's two moments, float32; the output layer's size hardly matters."""
+        return num_agents * 5 * 4 * sum(parameter.numel() for parameter in QNetwork(18).parameters())
+
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """The ensemble's greedy actions and who proposed them, each (num_envs,), for (num_envs, 4, 84, 84) uint8."""
@@ -827,6 +839,12 @@ class RunFolder:
         self.episodes = self.open_csv("episodes.csv", "global_step", "episodic_return", "episodic_length", "wall_seconds")
         self.evaluations = self.open_csv("evaluations.csv", "global_step", "phase", "episode", "episodic_return")
         self.writer = SummaryWriter(self.path)
+        atexit.register(self.flush_at_exit)
+
+    def flush_at_exit(self) -> None:
+        """However the process ends (but for a kill), what TensorBoard was told is written."""
+        with contextlib.suppress(OSError):  # a full disk has been reported already
+            self.writer.flush()
 
     def open_csv(self, name: str, *columns: str):
         file = open(os.path.join(self.path, name), "a", newline="", buffering=1)  # every row is written as it ends
@@ -912,6 +930,9 @@ def replaced_when_written(path: str):
 
 class RunError(Exception):
     """Something that its message explains to the person who typed the command, without a stack trace."""
+
+
+WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -1058,7 +1079,8 @@ def train(args: Args, resume_path: str | None = None) -> None:
         if "final" in agenda and global_step < args.total_timesteps:  # the end was postponed
             agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
         run.open(state["file_sizes"])
-        tqdm.write(f"continuing {run.path} at step {global_step}")
+        torch.set_num_threads(state["num_threads"])  # with another number sums are rounded in another order
+        tqdm.write(f"continuing {run.path} at step {global_step}, with {state['num_threads']} thread(s) as before")
         del state, frames
     else:
         for i, env in enumerate(envs):
@@ -1079,7 +1101,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
             "metrics": None if metrics is None else torch.from_numpy(metrics.numpy()),
             "speed_steps": speed_steps, "speed_seconds": speed_seconds, "wall_seconds": time.time() - start_time,
             "last_returns": list(last_returns), "acting_counts": torch.from_numpy(acting_counts),
-            "file_sizes": run.file_sizes(),
+            "file_sizes": run.file_sizes(), "num_threads": torch.get_num_threads(),
         }  # fmt: skip
         save_checkpoint(run.checkpoint_path, state, buffer.used_frames())
 
@@ -1257,7 +1279,7 @@ def main() -> None:
     except (RunError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error}; what was written stays, and the run can be continued with --resume")
+        sys.exit(f"error: {error}; {WHAT_STAYS}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Kim, Shin, Park, Sung, "Sample-Efficient and Safe Deep RL via Reset Deep Ensembl
 SAC: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018 (arXiv 1812.05905).
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -164,7 +165,17 @@ def check_args(args: Args) -> None:
         if wanted and importlib.util.find_spec(package) is None:
             fail(f"{flag} needs the package {package}: pip install {package}")
 
-    tasks = ["-".join(names) for names in import_suite(args.capture_video).ALL_TASKS]
+    draws = args.capture_video or args.env_id == "quadruped-escape"  # which shows its terrain to OpenGL
+
+    def fail_to_draw(error: Exception) -> None:
+        remedy = "install EGL (Debian: libegl1, libgl1-mesa-dri) and set MUJOCO_GL=egl" if draws else "unset it"
+        asked = ("--capture-video" if args.capture_video else f"--env-id {args.env_id}") if draws else "dm_control"
+        fail(f"{asked} finds no way to draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); {remedy}")
+
+    try:
+        tasks = ["-".join(names) for names in import_suite(draws).ALL_TASKS]
+    except Exception as error:  # MuJoCo's three ways to draw have an error of their own each
+        fail_to_draw(error)
     if args.env_id not in tasks:
         stem = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
         near = difflib.get_close_matches(stem, tasks, n=3)
@@ -173,20 +184,23 @@ def check_args(args: Args) -> None:
     if args.env_id.startswith("lqr-"):
         fail(f"--env-id {args.env_id} has actions without bounds and episodes without end; use one of the other domains")
     env = make_env(args.env_id)
-    if args.capture_video:
+    if draws:
         try:
             env.reset()
             env.render()
-        except Exception as error:  # MuJoCo's three ways to draw have an error of their own each
-            fail(f"--capture-video finds no way to draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); "
-                 "install EGL (Debian: libegl1, libgl1-mesa-dri) or set MUJOCO_GL=osmesa")  # fmt: skip
+        except Exception as error:
+            fail_to_draw(error)
 
     on_gpu = args.cuda and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed_bytes = ReplayBuffer.num_bytes(args.buffer_size, env.observation_space.shape[0], env.action_space.shape[0])
-    if needed_bytes > free_bytes:
-        fail(f"--buffer-size {args.buffer_size} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
-             f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    for flag, value, needed_bytes in (
+        ("--buffer-size", args.buffer_size, ReplayBuffer.num_bytes(args.buffer_size, *dims)),
+        (f"--num-agents {args.num_agents} of --hidden-dim", args.hidden_dim, Agent.num_bytes(args, *dims)),
+    ):
+        if needed_bytes > free_bytes:
+            fail(f"{flag} {value} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
+                 f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ seeding
@@ -242,7 +256,10 @@ class DeepMindControl(gym.Env):
 
     def step(self, action: np.ndarray):
         low, high = self.action_spec.minimum, self.action_spec.maximum
-        timestep = self.env.step(low + (action.astype(np.float64) + 1) / 2 * (high - low))
+        try:
+            timestep = self.env.step(low + (action.astype(np.float64) + 1) / 2 * (high - low))
+        except RuntimeError as error:  # dm_control's PhysicsError: a state that is not finite any more
+            raise RunError(f"the physics failed: {error}; {WHAT_STAYS}") from error
         reward = float(timestep.reward or 0)  # None after a reset, an int in some tasks
         terminated = bool(timestep.last() and timestep.discount == 0)
         truncated = timestep.last() and not terminated
@@ -517,6 +534,14 @@ class Agent:
         self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
         self._count_resets(0)
 
+    @staticmethod
+    def num_bytes(args: Args, observation_dim: int, action_dim: int) -> int:
+        """Parameters, gradients, Adam's two moments and, of the two critics, targets: float32."""
+        width, inner = args.hidden_dim, (args.num_hidden_layers - 1) * (args.hidden_dim + 1) * args.hidden_dim
+        actor = (observation_dim + 1) * width + inner + (width + 1) * 2 * action_dim
+        critic = (observation_dim + action_dim + 1) * width + inner + (width + 1)
+        return args.num_agents * 4 * (4 * actor + 2 * 5 * critic)
+
     @torch.no_grad()
     def initialise(self, index: int) -> None:
         """A new agent in the place of agent `index`, in place (captured CUDA graphs hold the addresses)."""
@@ -756,6 +781,12 @@ class RunFolder:
         self.episodes = self.open_csv("episodes.csv", "global_step", "episodic_return", "episodic_length", "wall_seconds")
         self.evaluations = self.open_csv("evaluations.csv", "global_step", "phase", "episode", "episodic_return")
         self.writer = SummaryWriter(self.path)
+        atexit.register(self.flush_at_exit)
+
+    def flush_at_exit(self) -> None:
+        """However the process ends (but for a kill), what TensorBoard was told is written."""
+        with contextlib.suppress(OSError):  # a full disk has been reported already
+            self.writer.flush()
 
     def open_csv(self, name: str, *columns: str):
         file = open(os.path.join(self.path, name), "a", newline="", buffering=1)  # every row is written as it ends
@@ -832,6 +863,9 @@ def replaced_when_written(path: str):
 
 class RunError(Exception):
     """Something that its message explains to the person who typed the command, without a stack trace."""
+
+
+WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -972,7 +1006,8 @@ def train(args: Args, resume_path: str | None = None) -> None:
         if "final" in agenda and global_step < args.total_timesteps:  # the end was postponed
             agenda = agenda_due(args, global_step, gradient_steps, agent.num_resets)
         run.open(state["file_sizes"])
-        tqdm.write(f"continuing {run.path} at step {global_step}")
+        torch.set_num_threads(state["num_threads"])  # with another number sums are rounded in another order
+        tqdm.write(f"continuing {run.path} at step {global_step}, with {state['num_threads']} thread(s) as before")
         del state, row_bytes
     else:
         for i, env in enumerate(envs):
@@ -992,7 +1027,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
             "metrics": None if metrics is None else torch.from_numpy(metrics.numpy()),
             "speed_steps": speed_steps, "speed_seconds": speed_seconds, "wall_seconds": time.time() - start_time,
             "last_returns": list(last_returns), "acting_counts": torch.from_numpy(acting_counts),
-            "file_sizes": run.file_sizes(),
+            "file_sizes": run.file_sizes(), "num_threads": torch.get_num_threads(),
         }  # fmt: skip
         save_checkpoint(run.checkpoint_path, state, buffer.used_rows())
 
@@ -1163,7 +1198,7 @@ def main() -> None:
     except (RunError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error}; what was written stays, and the run can be continued with --resume")
+        sys.exit(f"error: {error}; {WHAT_STAYS}")
 
 
 if __name__ == "__main__":

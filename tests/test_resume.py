@@ -11,25 +11,38 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
+import types
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from conftest import ATARI_SCRIPTS, QUICK, command, environment, load_script, run_script
+from conftest import ATARI_SCRIPTS, QUICK, ROOT, command, environment, load_script, run_script
 
 ARGUMENTS = {
     "dqn_atari": [],
     "sr_dqn_atari": ["--reset-interval", "60", "--reset-depth", "last2"],
     "rde_dqn_atari": ["--reset-interval", "120", "--num-envs", "2"],
+    # Two environments, a reset between two evaluations at step 1,300, and the ends of two episodes at step 2,000.
+    "rde_sac_dmc": "--total-timesteps 2050 --learning-starts 100 --replay-ratio 0.25 --num-envs 2 --reset-interval 600 "
+    "--batch-size 16 --hidden-dim 8 --buffer-size 1500 --eval-interval 700 --eval-episodes 1".split(),
 }
 GAMES = ["BreakoutNoFrameskip-v4", "QbertNoFrameskip-v4"]
+TASK = "reacher-hard"
+PAIRS = [(script, game) for script in ATARI_SCRIPTS for game in GAMES] + [("rde_sac_dmc", TASK)]
+RDES = ["rde_dqn_atari", "rde_sac_dmc"]
 
 
-def arguments_of(script: str, game: str = GAMES[0]) -> list[str]:
-    return [*QUICK, *ARGUMENTS[script], "--env-id", game, "--checkpoint-interval", "90"]
+def first_game(script: str) -> str:
+    return TASK if script == "rde_sac_dmc" else GAMES[0]
+
+
+def arguments_of(script: str, game: str | None = None) -> list[str]:
+    quick, interval = ([], "250") if script == "rde_sac_dmc" else (QUICK, "90")
+    return [*quick, *ARGUMENTS[script], "--env-id", game or first_game(script), "--checkpoint-interval", interval]
 
 
 def rows(path: pathlib.Path, name: str) -> list[tuple]:
@@ -49,17 +62,26 @@ def scalars(path: pathlib.Path) -> dict:
     }
 
 
+def assert_equal(ours, theirs) -> None:
+    """Of two models, to the bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        assert_equal(list(ours.values()), list(theirs.values()))
+    elif isinstance(ours, list):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_equal(a, b)
+    else:
+        assert ours == theirs
+
+
 def assert_same_end(path: pathlib.Path, undisturbed: pathlib.Path) -> None:
     for name in ("episodes.csv", "evaluations.csv"):
         assert rows(path, name) == rows(undisturbed, name)
     assert scalars(path) == scalars(undisturbed)
-    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (path, undisturbed))
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        for a, b in zip(
-            *(model[key] if isinstance(model[key], list) else [model[key]] for model in (ours, theirs)), strict=True
-        ):
-            assert a == b if isinstance(a, int) else all(torch.equal(a[name], b[name]) for name in b)
+    assert_equal(*(torch.load(folder / "model.pt", weights_only=True) for folder in (path, undisturbed)))
     assert not (path / "checkpoint.pt").exists() and not list(path.glob("*.tmp"))
 
 
@@ -73,8 +95,8 @@ def undisturbed(tmp_path_factory):
     """The folder of a run that nobody stopped, by script and game. It has no checkpoints: they must not matter."""
     done = {}
 
-    def get(script: str, game: str = GAMES[0]) -> pathlib.Path:
-        if (script, game) not in done:
+    def get(script: str, game: str | None = None) -> pathlib.Path:
+        if (script, game := game or first_game(script)) not in done:
             runs_dir = tmp_path_factory.mktemp("undisturbed")
             result = run_script(script, *arguments_of(script, game), "--checkpoint-interval", "0", "--runs-dir", runs_dir)
             assert result.returncode == 0, result.stderr
@@ -89,7 +111,7 @@ class Started:
 
     def __init__(self, script: str, arguments: list[str], runs_dir: pathlib.Path):
         self.log = open(runs_dir.parent / "log.txt", "w+")
-        arguments = [*arguments, "--checkpoint-interval", "90", "--runs-dir", runs_dir, "--resume", "auto"]
+        arguments = [*arguments, "--runs-dir", runs_dir, "--resume", "auto"]
         self.process = subprocess.Popen(
             command(script, *arguments), env=environment(), stdout=self.log, stderr=subprocess.STDOUT
         )
@@ -114,8 +136,14 @@ def when_a_checkpoint_is_being_written(started: Started):
     return lambda: any(started.runs_dir.glob("*/checkpoint.pt.tmp"))
 
 
+def when_a_checkpoint_has_been_written(started: Started):
+    times = lambda: [path.stat().st_mtime_ns for path in started.runs_dir.glob("*/checkpoint.pt")]
+    before = times()
+    return lambda: times() not in ([], before)
+
+
 def when_a_reset_happens(started: Started):
-    return lambda: "reset last" in started.printed()
+    return lambda: " of agent 0 after " in started.printed() or "reset last" in started.printed()
 
 
 def when_a_game_has_ended(started: Started):
@@ -142,7 +170,7 @@ def kill_and_resume(script: str, game: str, runs_dir: pathlib.Path, moments: lis
     runs_dir.mkdir()
     for moment in moments:
         started = Started(script, arguments_of(script, game), runs_dir)
-        started.wait_for(lambda: any(runs_dir.glob("*/evaluations.csv")))
+        started.wait_for(lambda: "step/s" in started.printed())  # the progress bar: the training has begun
         started.wait_for(moment(started))
         if started.end(number) == 0:
             return only_run(runs_dir)  # it was faster
@@ -157,6 +185,7 @@ def kill_and_resume(script: str, game: str, runs_dir: pathlib.Path, moments: lis
         ("dqn_atari", GAMES[0], [when_a_game_has_ended, when_a_checkpoint_is_being_written]),
         ("sr_dqn_atari", GAMES[0], [when_a_reset_happens, after(0.3)]),
         ("rde_dqn_atari", GAMES[1], [when_a_checkpoint_is_being_written, when_a_reset_happens]),
+        ("rde_sac_dmc", TASK, [when_a_checkpoint_has_been_written, when_a_reset_happens]),
     ],
 )
 def test_killed_and_resumed(script, game, moments, tmp_path, undisturbed):
@@ -165,19 +194,17 @@ def test_killed_and_resumed(script, game, moments, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ATARI_SCRIPTS)
-@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("script, game", PAIRS)
 def test_killed_at_20_random_moments(script, game, tmp_path, undisturbed):
+    """Five runs, each killed four times on its way."""
     random.seed(f"{script} {game}")
-    moments = [when_a_checkpoint_is_being_written, when_a_game_has_ended, when_an_evaluation_has_begun]
+    moments = [when_a_checkpoint_is_being_written, when_a_checkpoint_has_been_written]
+    moments += [when_a_game_has_ended, when_an_evaluation_has_begun]
     moments += [when_a_reset_happens] if script != "dqn_atari" else []
     for i in range(5):
-        for j in range(4):
-            sequence = [random.choice(moments + [after(random.uniform(0, 6))] * 3)]
-            if j == 3:
-                sequence.append(after(random.uniform(0, 2)))
-            path = kill_and_resume(script, game, tmp_path / f"runs{i}{j}", sequence)
-            assert_same_end(path, undisturbed(script, game))
+        sequence = [random.choice(moments + [after(random.uniform(0, 2))] * 3) for _ in range(4)]
+        path = kill_and_resume(script, game, tmp_path / f"runs{i}", sequence)
+        assert_same_end(path, undisturbed(script, game))
 
 
 @pytest.mark.parametrize("number, name", [(signal.SIGTERM, "143"), (signal.SIGINT, "130")])
@@ -239,18 +266,27 @@ def test_an_environment_goes_on_in_another_process_of_the_emulator(rde, game):
 
 @pytest.fixture(scope="session")
 def stopped_run(tmp_path_factory):
-    """A run that was stopped by SIGTERM after its first checkpoint."""
-    runs_dir = tmp_path_factory.mktemp("stopped") / "runs"
-    runs_dir.mkdir()
-    started = Started("rde_dqn_atari", arguments_of("rde_dqn_atari"), runs_dir)
-    started.wait_for(lambda: any(runs_dir.glob("*/checkpoint.pt")))
-    assert started.end(signal.SIGTERM) == 143
-    return only_run(runs_dir)
+    """The folder of a run that was stopped by SIGTERM after its first checkpoint, by script."""
+    done = {}
+
+    def get(script: str) -> pathlib.Path:
+        if script not in done:
+            runs_dir = tmp_path_factory.mktemp("stopped") / "runs"
+            runs_dir.mkdir()
+            started = Started(script, arguments_of(script), runs_dir)
+            started.wait_for(lambda: any(runs_dir.glob("*/checkpoint.pt")))
+            assert started.end(signal.SIGTERM) == 143
+            done[script] = only_run(runs_dir)
+        return done[script]
+
+    return get
 
 
 @pytest.fixture
-def copy_of_stopped_run(stopped_run, tmp_path):
-    return pathlib.Path(shutil.copytree(stopped_run, tmp_path / "runs" / stopped_run.name))
+def copy_of_stopped_run(stopped_run, tmp_path, request):
+    """Of rde_dqn_atari, or of the script that the test is about."""
+    path = stopped_run(getattr(request, "param", "rde_dqn_atari"))
+    return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
 
 
 def resume(path, *arguments, script="rde_dqn_atari"):
@@ -298,8 +334,9 @@ def rewrite_state(path, change):
     _, _, size = struct.unpack("<8sIQ", content[:20])
     state = torch.load(rde.io.BytesIO(content[20 : 20 + size]), weights_only=True)
     change(state)
-    frames = torch.frombuffer(bytearray(content[20 + size :]), dtype=torch.uint8).view(-1, 84, 84)
-    rde.save_checkpoint(str(path / "checkpoint.pt"), state, frames)
+    rde.save_checkpoint(
+        str(path / "checkpoint.pt"), state, torch.frombuffer(bytearray(content[20 + size :]), dtype=torch.uint8)
+    )
 
 
 def other_script(path):
@@ -314,6 +351,7 @@ def other_device(path):
     rewrite_state(path, lambda state: state["versions"].update(device="cuda"))
 
 
+@pytest.mark.parametrize("copy_of_stopped_run", RDES, indirect=True)
 @pytest.mark.parametrize(
     "damage, code, message",
     [
@@ -322,14 +360,14 @@ def other_device(path):
         (empty, 1, "checkpoint.pt is cut off"),
         (garbage, 1, "is not a checkpoint of this version of the scripts"),
         (other_number_of_agents, 1, "was written with num_agents = 2, but args.json says 3"),
-        (other_script, 1, "was written by dqn_atari.py, not by rde_dqn_atari.py"),
+        (other_script, 1, "was written by dqn_atari.py, not by rde_"),
         (other_version, 1, "was written with torch 1.0, but here is"),
         (other_device, 1, "was written with device cuda, but here is cpu"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(copy_of_stopped_run, damage, code, message):
     damage(copy_of_stopped_run)
-    got, line = resume(copy_of_stopped_run)
+    got, line = resume(copy_of_stopped_run, script=copy_of_stopped_run.name.split("__")[1])
     assert got == code and message in line
 
 
@@ -403,18 +441,19 @@ def error_line(result) -> str:
     return line
 
 
-def test_disk_full_while_a_checkpoint_is_written(tmp_path, undisturbed):
+@pytest.mark.parametrize("script, size", [("dqn_atari", "45m"), ("rde_sac_dmc", "304k")])
+def test_disk_full_while_a_checkpoint_is_written(script, size, tmp_path, undisturbed):
     """The first checkpoint fits, a second beside it does not: the first stays, and with more room the run goes on."""
-    with small_disk(tmp_path / "disk", "45m") as disk:
-        result = run_script("dqn_atari", *arguments_of("dqn_atari"), "--runs-dir", disk)
+    with small_disk(tmp_path / "disk", size) as disk:
+        result = run_script(script, *arguments_of(script), "--runs-dir", disk)
         line = error_line(result)
         path = only_run(disk)
-        assert re.search(r"checkpoint.pt was not written: it needs \d+ MB, the disk has \d+ MB", line)
+        assert re.search(r"checkpoint.pt was not written: it needs [\d.]+ MB, the disk has [\d.]+ MB", line)
         assert (path / "checkpoint.pt").exists() and not (path / "checkpoint.pt.tmp").exists()
         subprocess.run(["mount", "-o", "remount,size=300m", disk], check=True)
-        result = run_script("dqn_atari", "--resume", path)
+        result = run_script(script, "--resume", path)
         assert result.returncode == 0, result.stderr
-        assert_same_end(path, undisturbed("dqn_atari"))
+        assert_same_end(path, undisturbed(script))
 
 
 @pytest.mark.parametrize("free_kilobytes", [0, 8, 16, 24])
@@ -428,12 +467,94 @@ def test_disk_full_while_files_are_written(free_kilobytes, tmp_path):
         assert not list(disk.glob("runs/*/model.pt*"))
 
 
-def test_read_only_folder(tmp_path, stopped_run):
+@pytest.mark.parametrize("script", RDES)
+def test_read_only_folder(script, tmp_path, stopped_run):
     with small_disk(tmp_path / "disk", "200m") as disk:
-        path = pathlib.Path(shutil.copytree(stopped_run, disk / stopped_run.name))
+        path = pathlib.Path(shutil.copytree(stopped_run(script), disk / stopped_run(script).name))
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        line = error_line(run_script("rde_dqn_atari", "--resume", path))
+        line = error_line(run_script(script, "--resume", path))
         assert "Read-only file system" in line
+
+
+FAILING_ENVIRONMENT = """
+import sys
+sys.path.insert(0, {root!r})
+import {script} as script
+
+class Failing:
+    # Does what the emulator (the physics) does, until it fails in the training's first environment.
+    def __init__(self, real):
+        self.real, self.calls = real, 0
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+    def act(self, action):
+        return self.failing(self.real.act, action)
+    def step(self, action):
+        return self.failing(self.real.step, action)
+    def failing(self, function, argument):
+        self.calls += 1
+        if self.calls == {calls}:
+            raise RuntimeError("out of order")
+        return function(argument)
+
+name, attribute = {wrapped}
+wrapper, environments = getattr(script, name), []
+real_init = wrapper.__init__
+def init(self, *args, **kwargs):
+    real_init(self, *args, **kwargs)
+    environments.append(self)
+    if len(environments) == {number}:
+        setattr(self, attribute, Failing(getattr(self, attribute)))
+wrapper.__init__ = init
+sys.argv = [script.__file__] + sys.argv[1:]
+script.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "script, wrapped, number, calls, step",
+    [("dqn_atari", ("AtariGame", "ale"), 1, 1_650, 360), ("rde_sac_dmc", ("DeepMindControl", "env"), 2, 700, 1_250)],
+)
+def test_an_emulator_that_raises(script, wrapped, number, calls, step, tmp_path, undisturbed):
+    """One line; what TensorBoard and the CSV files were told is there; and with a sound emulator the run goes on."""
+    code = FAILING_ENVIRONMENT.format(root=str(ROOT), script=script, wrapped=wrapped, number=number, calls=calls)
+    arguments = map(str, [*arguments_of(script), "--runs-dir", tmp_path])
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True, check=False
+    )
+    name = "emulator" if script == "dqn_atari" else "physics"
+    assert error_line(result) == (
+        f"error: the {name} failed: out of order; what was written stays, and the run can be continued from its last "
+        "checkpoint with --resume"
+    )
+    path = only_run(tmp_path)
+    logged, expected = scalars(path), scalars(undisturbed(script))
+    last_step = max(at for points in logged.values() for at, _ in points)
+    assert last_step > step - 100 and len(rows(path, "evaluations.csv")) > 0  # a point every 100 steps
+    for tag, points in logged.items():
+        assert points == [point for point in expected[tag] if point[0] <= last_step], tag
+    result = run_script(script, "--resume", path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"continuing .* at step (\d+)", result.stdout + result.stderr)[1] == str(step)
+    assert_same_end(path, undisturbed(script))
+
+
+def test_a_resumed_run_has_as_many_threads_as_before(copy_of_stopped_run, rde, monkeypatch, capsys):
+    """OMP_NUM_THREADS is 1 here. The run is stopped again at once, and the next checkpoint says the same."""
+    rewrite_state(copy_of_stopped_run, lambda state: state.update(num_threads=2))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(rde, "StopSignal", lambda: types.SimpleNamespace(received=signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["rde_dqn_atari.py", "--resume", str(copy_of_stopped_run)])
+    try:
+        with pytest.raises(SystemExit) as end:
+            rde.main()
+        assert (end.value.code, before, torch.get_num_threads()) == (143, 1, 2)
+    finally:
+        torch.set_num_threads(before)
+    assert "with 2 thread(s) as before" in capsys.readouterr().out
+    threads = []
+    rewrite_state(copy_of_stopped_run, lambda state: threads.append(state["num_threads"]))
+    assert threads == [2]
 
 
 @pytest.mark.slow
