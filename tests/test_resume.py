@@ -513,7 +513,7 @@ script.main()
 
 @pytest.mark.parametrize(
     "script, wrapped, number, calls, step",
-    [("dqn_atari", ("AtariGame", "ale"), 1, 1_650, 360), ("rde_sac_dmc", ("DeepMindControl", "env"), 2, 700, 1_250)],
+    [("dqn_atari", ("AtariGame", "ale"), 1, 1_900, 360), ("rde_sac_dmc", ("DeepMindControl", "env"), 2, 700, 1_250)],
 )
 def test_an_emulator_that_raises(script, wrapped, number, calls, step, tmp_path, undisturbed):
     """One line; what TensorBoard and the CSV files were told is there; and with a sound emulator the run goes on."""
