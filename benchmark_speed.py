@@ -1,7 +1,8 @@
-"""The speed of the training loop, of its parts, and of other people's loops, on a real game.
+"""The speed of the training loops, of their parts, and of other people's loops, on a real game and a real task.
 
     python benchmark_speed.py                     # prints one table, all rows measured in this process and in turn
     python benchmark_speed.py --csv speed.csv --rounds 5
+    python benchmark_speed.py --suites dmc --hidden-dim 1024 --batch-size 1024
 
 Every row is measured in every round, for a few seconds each; a row's figure is the median over the rounds, and a ratio is
 the median of the ratios within a round. So what else goes on on the machine hits all rows alike.
@@ -18,6 +19,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -25,23 +27,34 @@ import psutil
 import torch
 import torch.nn.functional as F
 import tyro
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 
 import rde_dqn_atari as rde
+import rde_sac_dmc as sac
 
 
 @dataclass
 class Args:
     env_id: str = "AlienNoFrameskip-v4"
     """the game, as <Game>NoFrameskip-v4"""
+    task: str = "walker-run"
+    """the task of the DeepMind Control Suite, as domain-task"""
+    suites: tuple[Literal["atari", "dmc"], ...] = ("atari", "dmc")
+    """what is measured: DQN on the game, SAC on the task"""
+    hidden_dim: int = 256
+    """SAC: width of the hidden layers"""
+    batch_size: int = 256
+    """SAC: transitions in a mini-batch"""
     rounds: int = 5
     """how often every row is measured"""
     seconds: float = 2.0
     """how long a row is measured in a round, about"""
     num_agents: tuple[int, ...] = (1, 2, 4, 8)
-    """ensemble sizes"""
+    """ensemble sizes of DQN"""
+    num_sac_agents: tuple[int, ...] = (1, 2, 5, 10)
+    """ensemble sizes of SAC"""
     replay_ratios: tuple[int, ...] = (1, 2, 4)
     """gradient steps per environment step"""
     cuda: bool = True
@@ -176,6 +189,64 @@ class StableBaselines3:
         self.model.learn(count, reset_num_timesteps=False)
 
 
+class RandomMotion:
+    """The physics with random actions: the ceiling of SAC's loop with one environment."""
+
+    def __init__(self, task: str):
+        self.env, self.generator = sac.make_env(task), np.random.default_rng(0)
+        self.env.reset(seed=0)
+
+    def step(self) -> None:
+        action = self.generator.uniform(-1, 1, self.env.action_space.shape).astype(np.float32)
+        _, _, terminated, truncated, _ = self.env.step(action)
+        if terminated or truncated:
+            self.env.reset()
+
+
+class SACTrainingLoop:
+    """The meat of SAC's loop: act, learn, step, store."""
+
+    def __init__(self, task: str, device: torch.device, **arguments):
+        args = sac.Args(env_id=task, buffer_size=10_000, **arguments)
+        self.env, self.device = sac.make_env(task), device
+        dims = self.env.observation_space.shape[0], self.env.action_space.shape[0]
+        self.buffer = sac.ReplayBuffer(args.buffer_size, *dims, device, torch.Generator(device).manual_seed(0))
+        self.agent = sac.Agent(args, *dims, self.buffer, device)
+        self.agent.reset()  # so that the oldest agent judges
+        selection = torch.Generator(device).manual_seed(1)
+        self.device_observations = torch.zeros((1, dims[0]), device=device)
+        capture = args.cuda_graphs and device.type == "cuda"
+        self.act = sac.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
+        self.update = sac.CudaGraph(self.agent.update, self.buffer.generator, capture)
+        self.observation, _ = self.env.reset(seed=0)
+        generator = np.random.default_rng(0)
+        for _ in range(500):
+            self.play(generator.uniform(-1, 1, dims[1]).astype(np.float32))
+
+    def play(self, action: np.ndarray) -> None:
+        next_observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.buffer.add(self.observation, action, reward, terminated, next_observation)
+        self.observation = self.env.reset()[0] if terminated or truncated else next_observation
+
+    def step(self) -> None:
+        self.device_observations.copy_(sac.upload(self.observation[None], self.device), non_blocking=True)
+        actions, _ = map(sac.Download, self.act())
+        sac.Download(self.update())
+        self.play(actions.numpy()[0])
+
+
+class StableBaselines3SAC:
+    """Its SAC with networks and mini-batches of the same sizes, one gradient step per environment step."""
+
+    def __init__(self, task: str, device: torch.device, hidden_dim: int, batch_size: int):
+        self.model = SAC("MlpPolicy", sac.make_env(task), buffer_size=10_000, learning_starts=500, batch_size=batch_size,
+                         policy_kwargs={"net_arch": [hidden_dim, hidden_dim]}, device=device, seed=0)  # fmt: skip
+        self.model.learn(550)
+
+    def steps(self, count: int) -> None:
+        self.model.learn(count, reset_num_timesteps=False)
+
+
 def seconds_per_step(row, count: int, device: torch.device) -> float:
     start = time.perf_counter()
     if hasattr(row, "steps"):
@@ -194,6 +265,17 @@ def update_gflop(num_actions: int) -> float:
     return 32 * 2 * (4 * sum(layers) - layers[0]) / 1e9
 
 
+def sac_update_gflop(args: Args, observation_dim: int, action_dim: int) -> float:
+    """One agent's update. The actor: forward for both observations, and backward. Each of the two critics: forward for its
+    target, for the mini-batch and for the policy's actions; backward for its own parameters, and through its inputs for the actor.
+    """
+    width = args.hidden_dim
+    actor = [observation_dim * width, width * width, width * 2 * action_dim]
+    critic = [(observation_dim + action_dim) * width, width * width, width]
+    products = (4 * sum(actor) - actor[0]) + 2 * (6 * sum(critic) - critic[0])
+    return args.batch_size * 2 * products / 1e9
+
+
 def matrix_gflops(device: torch.device) -> float:
     """What the machine does in float32 (TF32 on a GPU): the best of some square matrix products, in GFLOP/s."""
     matrix, best = torch.rand(2048, 2048, device=device), 0.0
@@ -205,16 +287,11 @@ def matrix_gflops(device: torch.device) -> float:
     return best
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    rde.check_args(rde.Args(env_id=args.env_id))
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+ATARI_CEILING, DMC_CEILING = "emulator + wrappers (the ceiling)", "physics (the ceiling of SAC)"
 
-    rows = {
-        "emulator alone, 4 frames": EmulatorAlone(args.env_id),
-        "emulator + wrappers (the ceiling)": RandomPlay(args.env_id),
-    }
+
+def atari_rows(args: Args, device: torch.device) -> dict:
+    rows = {"emulator alone, 4 frames": EmulatorAlone(args.env_id), ATARI_CEILING: RandomPlay(args.env_id)}
     for num_agents in args.num_agents:
         for replay_ratio in args.replay_ratios:
             name = f"training loop, N = {num_agents}, replay ratio {replay_ratio}"
@@ -226,6 +303,28 @@ def main() -> None:
     rows["naive loop, N = 1"] = NaiveLoop(args.env_id, device, 1)
     rows["naive loop, N = 2"] = NaiveLoop(args.env_id, device, 2)
     rows["stable-baselines3's DQN (N = 1)"] = StableBaselines3(args.env_id, device)
+    return rows
+
+
+def dmc_rows(args: Args, device: torch.device) -> dict:
+    sizes = {"hidden_dim": args.hidden_dim, "batch_size": args.batch_size}
+    rows = {DMC_CEILING: RandomMotion(args.task)}
+    for num_agents in args.num_sac_agents:
+        rows[f"SAC training loop, N = {num_agents}"] = SACTrainingLoop(args.task, device, num_agents=num_agents, **sizes)
+    if device.type == "cuda":
+        rows["SAC training loop, N = 2, --no-cuda-graphs"] = SACTrainingLoop(args.task, device, cuda_graphs=False, **sizes)
+    rows["stable-baselines3's SAC (N = 1)"] = StableBaselines3SAC(args.task, device, **sizes)
+    return rows
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    rde.check_args(rde.Args(env_id=args.env_id))
+    sac.check_args(sac.Args(env_id=args.task, hidden_dim=args.hidden_dim, buffer_size=10_000))
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    rows = atari_rows(args, device) if "atari" in args.suites else {}
+    rows |= dmc_rows(args, device) if "dmc" in args.suites else {}
 
     counts = {name: max(3, int(args.seconds / seconds_per_step(row, 5, device))) for name, row in rows.items()}
     seconds = {name: [] for name in rows}
@@ -237,9 +336,9 @@ def main() -> None:
     def ratio(name: str, other: str) -> float:
         return statistics.median(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
 
-    ceiling = "emulator + wrappers (the ceiling)"
     table = []
     for name in rows:
+        ceiling = DMC_CEILING if "SAC" in name else ATARI_CEILING
         per_second = statistics.median(1 / value for value in seconds[name])
         table.append(
             (name, f"{per_second:.1f}", f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio(name, ceiling):.3f}")
@@ -247,25 +346,35 @@ def main() -> None:
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
                             capture_output=True, text=True, check=False).stdout.strip() or "no commit"  # fmt: skip
-    print(f"{args.env_id}, {device_name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+    measured = [args.env_id] * ("atari" in args.suites)
+    measured += [f"{args.task} ({args.hidden_dim} wide, batch {args.batch_size})"] * ("dmc" in args.suites)
+    print(f"{', '.join(measured)}, {device_name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
           f"commit {commit}, {datetime.date.today()}, median of {args.rounds} rounds\n")  # fmt: skip
     print("| row | steps/s | ms per step | over the ceiling |\n|---|---|---|---|")
     for line in table:
         print("| " + " | ".join(line) + " |")
 
-    gflop, gflops = update_gflop(rows[ceiling].env.action_space.n), matrix_gflops(device)
-    print(f"\nwrappers over the emulator alone: {ratio(ceiling, 'emulator alone, 4 frames'):.2f}")
+    print()
     for first, second in [
+        (ATARI_CEILING, "emulator alone, 4 frames"),
         ("training loop, N = 2, replay ratio 1", "naive loop, N = 2"),
         ("training loop, N = 2, replay ratio 1, --bf16", "naive loop, N = 2"),
         ("training loop, N = 1, replay ratio 1", "stable-baselines3's DQN (N = 1)"),
+        ("SAC training loop, N = 1", "stable-baselines3's SAC (N = 1)"),
     ]:
         if first in rows:
             print(f"{first}, over {second}: {ratio(first, second):.2f}")
-    print(
-        f"floor of one agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = {gflop / gflops * 1e3:.2f} ms"
-    )
-    print(f"replay buffer of 100,000 transitions: {rde.ReplayBuffer.num_bytes(100_000, 1) / 1e9:.3f} GB")
+    gflops = matrix_gflops(device)
+    if "atari" in args.suites:
+        gflop = update_gflop(rows[ATARI_CEILING].env.action_space.n)
+        print(f"floor of one DQN agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = "
+              f"{gflop / gflops * 1e3:.2f} ms")  # fmt: skip
+        print(f"replay buffer of 100,000 transitions: {rde.ReplayBuffer.num_bytes(100_000, 1) / 1e9:.3f} GB")
+    if "dmc" in args.suites:
+        env = rows[DMC_CEILING].env
+        gflop = sac_update_gflop(args, env.observation_space.shape[0], env.action_space.shape[0])
+        print(f"floor of one SAC agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = "
+              f"{gflop / gflops * 1e3:.2f} ms")  # fmt: skip
     print(f"peak memory of this process with all rows: {psutil.Process().memory_info().rss / 1e9:.2f} GB on the host", end="")
     print(f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU" if device.type == "cuda" else "")
     if args.csv:
