@@ -8,20 +8,26 @@ import pytest
 from conftest import ATARI_SCRIPTS, ROOT, load_script
 
 README = (ROOT / "README.md").read_text()
-ROWS = {
-    match[1]: match[2]
-    for match in re.finditer(r"^\| `--([a-z0-9-]+)`[^|]*\| ([^|]*) \| [^|]+ \|$", README.split("## Arguments")[1], re.MULTILINE)
-}
 
 
-@pytest.mark.parametrize("script", ATARI_SCRIPTS)
+def rows_of_the_table(heading: str) -> dict[str, str]:
+    """The defaults in the table of arguments under a heading."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    return dict(re.findall(r"^\| `--([a-z0-9-]+)`[^|]*\| ([^|]*) \| [^|]+ \|$", section, re.MULTILINE))
+
+
+ROWS, SAC_ROWS = rows_of_the_table("Arguments"), rows_of_the_table("DeepMind Control")
+
+
+@pytest.mark.parametrize("script", [*ATARI_SCRIPTS, "rde_sac_dmc"])
 def test_the_table_of_arguments_is_that_of_the_script(script):
     defaults = {name.replace("_", "-"): value for name, value in vars(load_script(script).Args()).items()}
-    assert defaults.keys() <= ROWS.keys()
+    table = ROWS | SAC_ROWS if script == "rde_sac_dmc" else ROWS
+    assert defaults.keys() <= table.keys()
     for name, value in defaults.items():
         if name == "exp-name":
             continue  # the script's own name
-        written = ROWS[name].strip("`")
+        written = table[name].strip("`")
         if isinstance(value, (bool, int, float)):
             assert ast.literal_eval(written) == value, name
         else:
@@ -29,11 +35,15 @@ def test_the_table_of_arguments_is_that_of_the_script(script):
 
 
 def test_the_table_names_no_argument_that_does_not_exist():
-    assert ROWS.keys() == {name.replace("_", "-") for name in vars(load_script("rde_dqn_atari").Args())}
+    ensemble, sac = (
+        {name.replace("_", "-") for name in vars(load_script(script).Args())} for script in ("rde_dqn_atari", "rde_sac_dmc")
+    )
+    assert ROWS.keys() == ensemble and SAC_ROWS.keys() <= sac
+    assert ensemble - sac == {"start-e", "end-e", "exploration-fraction", "max-grad-norm", "reset-depth"}  # "the five"
 
 
 def test_the_logged_metrics_are_described():
-    for script in ATARI_SCRIPTS:
+    for script in [*ATARI_SCRIPTS, "rde_sac_dmc"]:
         for tag in re.findall(r'"((?:charts|losses|eval|rde)/[a-zA-Z_]+)', (ROOT / f"{script}.py").read_text()):
             assert f"`{tag.rstrip('_')}" in README, tag
 
