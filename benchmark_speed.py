@@ -122,7 +122,7 @@ class TrainingLoop:
         self.observations[0] = observation
 
     def step(self) -> None:
-        self.device_observations.copy_(rde.upload(self.observations, self.device), non_blocking=True)
+        rde.upload(self.observations, self.device_observations)
         actions, _ = map(rde.Download, self.act())
         for _ in range(int(self.args.replay_ratio)):
             metrics = self.update()
@@ -229,7 +229,7 @@ class SACTrainingLoop:
         self.observation = self.env.reset()[0] if terminated or truncated else next_observation
 
     def step(self) -> None:
-        self.device_observations.copy_(sac.upload(self.observation[None], self.device), non_blocking=True)
+        sac.upload(self.observation[None], self.device_observations)
         actions, _ = map(sac.Download, self.act())
         sac.Download(self.update())
         self.play(actions.numpy()[0])

@@ -406,20 +406,18 @@ def make_env(env_id: str, video_folder: str | None = None, **kwargs) -> gym.Env:
 class ReplayBuffer:
     """The last `capacity` transitions, to be drawn uniformly; every 84x84 frame is stored once, as uint8, on `device`.
 
-    A transition keeps the places of its five frames: its stack of 4 and the next frame. Frames before the first one of
-    an episode or life are the place of a black frame. So the boundaries of episodes, lives and truncations are settled
-    once, when a transition is written, and a mini-batch is gathered by two look-ups. The frames are written into a ring
-    of their own; a transition leaves the buffer before one of its frames is overwritten.
+    A transition is a row of numbers, written in one copy: the places of its five frames (its stack of 4 and the next one), action,
+    reward, terminated. Frames before the first one of an episode or life are the place of a black frame. So the boundaries of
+    episodes, lives and truncations are settled once, when a transition is written, and a mini-batch is gathered by two
+    look-ups. The frames are written into a ring of their own; a transition leaves the buffer before one of its frames is
+    overwritten.
     """
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
         self.capacity, self.device, self.generator = capacity, device, generator
         self.num_frames = self.frame_capacity(capacity, num_envs)
         self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
-        self.places = torch.zeros((capacity, 5), dtype=torch.int64, device=device)  # of the transitions' frames
-        self.actions = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.rewards = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self.terminated = torch.zeros(capacity, dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
         self.oldest, self.size = 0, 0
         self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, size)
@@ -435,7 +433,7 @@ class ReplayBuffer:
 
     @staticmethod
     def num_bytes(capacity: int, num_envs: int) -> int:
-        return (ReplayBuffer.frame_capacity(capacity, num_envs) + 1) * 84 * 84 + capacity * (5 * 8 + 8 + 4 + 4 + 8)
+        return (ReplayBuffer.frame_capacity(capacity, num_envs) + 1) * 84 * 84 + capacity * (8 * 8 + 8)
 
     def start_episode(self, env_index: int, frame: np.ndarray) -> None:
         """Begins an episode or life with its first frame, (84, 84) uint8."""
@@ -454,10 +452,7 @@ class ReplayBuffer:
             self.oldest, self.size = (self.oldest + 1) % self.capacity, self.size - 1
         position = (self.oldest + self.size) % self.capacity
         places = [self.num_frames if number is None else number % self.num_frames for number in (*stack, next_number)]
-        self.places[position] = upload(np.array(places), self.device)
-        self.actions[position] = action
-        self.rewards[position] = reward
-        self.terminated[position] = float(terminated)
+        upload(np.array([*places, action, reward, terminated], np.float64), self.rows[position])
         self.oldest_frames[position] = oldest_frame
         self.size += 1
         self._publish_drawable()
@@ -468,22 +463,20 @@ class ReplayBuffer:
         while self.size and self.oldest_frames[self.oldest] <= number - self.num_frames:  # only with many truncations
             self.oldest, self.size = (self.oldest + 1) % self.capacity, self.size - 1
             self._publish_drawable()
-        self.frames[number % self.num_frames] = upload(frame, self.device)
+        upload(frame, self.frames[number % self.num_frames])
         self.frames_written += 1
         return number
 
     def _publish_drawable(self) -> None:
-        self.drawable[0], self.drawable[1] = self.oldest, self.size
+        upload(np.array([self.oldest, self.size]), self.drawable)
 
     def state(self) -> dict:
         """Everything but the frames, which a checkpoint holds apart from the rest."""
-        state = {name: getattr(self, name) for name in ("places", "actions", "rewards", "terminated")}
-        state |= {name: getattr(self, name) for name in ("oldest", "size", "frames_written", "stacks")}
+        state = {name: getattr(self, name) for name in ("rows", "oldest", "size", "frames_written", "stacks")}
         return state | {"oldest_frames": torch.from_numpy(self.oldest_frames)}
 
     def restore(self, state: dict) -> None:
-        for name in ("places", "actions", "rewards", "terminated"):
-            getattr(self, name).copy_(state[name])
+        self.rows.copy_(state["rows"])
         for name in ("oldest", "size", "frames_written", "stacks"):
             setattr(self, name, state[name])
         self.oldest_frames = state["oldest_frames"].numpy().copy()
@@ -502,18 +495,19 @@ class ReplayBuffer:
         draws = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=self.generator)
         oldest, size = self.drawable
         positions = (oldest + (draws * size).long()) % self.capacity  # (batch_size,)
-        places = self.places[positions]  # (batch_size, 5)
+        rows = self.rows.index_select(0, positions)  # (batch_size, 8)
+        places, actions = rows[:, :5].long(), rows[:, 5].long()
         frames = self.frames.index_select(0, places.flatten()).view(batch_size, 5, 84, 84)
-        return frames, self.actions[positions], self.rewards[positions], self.terminated[positions]
+        return frames, actions, rows[:, 6].float(), rows[:, 7].float()
 
 
 # ------------------------------------------------------------------------------------------------ devices and copying
 
 
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on the device. On CUDA the copy is asynchronous, from pinned memory, which PyTorch keeps until it is done."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def upload(array: np.ndarray, destination: torch.Tensor) -> None:
+    """Copies the array into the tensor. On CUDA asynchronously, from pinned memory, which PyTorch keeps until it is done."""
+    source = torch.from_numpy(array)
+    destination.copy_(source.pin_memory() if destination.is_cuda else source, non_blocking=True)
 
 
 class Download:
@@ -688,7 +682,7 @@ def evaluate(
     while playing:
         if stop.received:
             return None
-        actions = policy(upload(np.stack([observations[i] for i in playing]), device)).tolist()
+        actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).tolist()
         for i, action in zip(tuple(playing), actions):
             observations[i], _, terminated, truncated, info = envs[i].step(action)
             if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
@@ -876,7 +870,7 @@ class StopSignal:
 # and the replay buffer's frames. They are written straight from memory: torch.save takes 3 times as long for them, copies
 # what is a part of a tensor, and torch.load does not notice a flipped bit.
 CHECKPOINT_HEADER = struct.Struct("<8sIQ")
-CHECKPOINT_MAGIC = b"RDEckpt1"
+CHECKPOINT_MAGIC = b"RDEckpt2"
 
 
 def save_checkpoint(path: str, state: dict, frames: torch.Tensor) -> None:
@@ -1054,7 +1048,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
         explore = exploration.random(args.num_envs) < epsilon
         actions = exploration.integers(num_actions, size=args.num_envs)
         if not explore.all():
-            device_observations.copy_(upload(observations, device), non_blocking=True)
+            upload(observations, device_observations)
             greedy_actions = Download(act())
 
         # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.

@@ -359,7 +359,7 @@ class ReplayBuffer:
     ) -> None:
         """Stores a transition, over the oldest one if there is no room left."""
         row = np.concatenate([observation, action, [reward, terminated], next_observation], dtype=np.float32)
-        self.rows[self.num_added % self.capacity] = upload(row, self.device)
+        upload(row, self.rows[self.num_added % self.capacity])
         self._count_added(self.num_added + 1)
 
     def _count_added(self, num_added: int) -> None:
@@ -394,10 +394,10 @@ class ReplayBuffer:
 # ------------------------------------------------------------------------------------------------ devices and copying
 
 
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on the device. On CUDA the copy is asynchronous, from pinned memory, which PyTorch keeps until it is done."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def upload(array: np.ndarray, destination: torch.Tensor) -> None:
+    """Copies the array into the tensor. On CUDA asynchronously, from pinned memory, which PyTorch keeps until it is done."""
+    source = torch.from_numpy(array)
+    destination.copy_(source.pin_memory() if destination.is_cuda else source, non_blocking=True)
 
 
 class Download:
@@ -712,7 +712,7 @@ def evaluate(
     while playing:
         if stop.received:
             return None
-        actions = policy(upload(np.stack([observations[i] for i in playing]), device)).cpu().numpy()
+        actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).cpu().numpy()
         for i, action in zip(tuple(playing), actions):
             observations[i], _, _, _, info = envs[i].step(action)
             if "episode" in info:
@@ -889,7 +889,7 @@ class StopSignal:
 # and the replay buffer's frames. They are written straight from memory: torch.save takes 3 times as long for them, copies
 # what is a part of a tensor, and torch.load does not notice a flipped bit.
 CHECKPOINT_HEADER = struct.Struct("<8sIQ")
-CHECKPOINT_MAGIC = b"RDEckpt1"
+CHECKPOINT_MAGIC = b"RDEckpt2"
 
 
 def save_checkpoint(path: str, state: dict, frames: torch.Tensor) -> None:
@@ -1076,7 +1076,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
         if warm_up:
             actions = exploration.uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
         else:
-            device_observations.copy_(upload(observations, device), non_blocking=True)
+            upload(observations, device_observations)
             chosen_actions, acting_agents = map(Download, act())
 
         # Learn. Launched before the environment runs, so that the GPU trains while the CPU plays.
