@@ -123,11 +123,11 @@ class TrainingLoop:
 
     def step(self) -> None:
         rde.upload(self.observations, self.device_observations)
-        actions, _ = map(rde.Download, self.act())
+        choice = rde.Download(self.act())
         for _ in range(int(self.args.replay_ratio)):
             metrics = self.update()
         rde.Download(metrics)
-        self.play(actions.numpy()[0])
+        self.play(choice.numpy()[0, 0])
 
 
 class NaiveLoop:

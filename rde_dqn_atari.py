@@ -647,8 +647,8 @@ class Agent:
         return num_agents * 5 * 4 * sum(parameter.numel() for parameter in QNetwork(18).parameters())
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ensemble's greedy actions and who proposed them, each (num_envs,), for (num_envs, 4, 84, 84) uint8."""
+    def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, 4, 84, 84) uint8."""
         observations = network_input(observations)
         with self.autocast():
             q_values = torch.stack([q_network(observations) for q_network in self.q_networks])  # (N, num_envs, actions)
@@ -658,7 +658,7 @@ class Agent:
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
-        return proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents
+        return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     def update(self) -> torch.Tensor:
         """One gradient step of every agent on one mini-batch. Returns TD losses and mean Q-values, (2, N)."""
@@ -1147,7 +1147,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
         actions = exploration.integers(num_actions, size=args.num_envs)
         if not explore.all():
             upload(observations, device_observations)
-            greedy_actions, acting_agents = map(Download, act())
+            choice = Download(act())
 
         # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.
         previous_metrics = metrics
@@ -1161,8 +1161,9 @@ def train(args: Args, resume_path: str | None = None) -> None:
 
         # Step the environments and store what happened.
         if not explore.all():
-            actions = np.where(explore, actions, greedy_actions.numpy())
-            acting_counts += np.bincount(acting_agents.numpy()[~explore], minlength=args.num_agents)
+            greedy_actions, acting_agents = choice.numpy()
+            actions = np.where(explore, actions, greedy_actions)
+            acting_counts += np.bincount(acting_agents[~explore], minlength=args.num_agents)
         global_step += args.num_envs
         for i, env in enumerate(envs):
             next_observation, reward, terminated, truncated, info = env.step(actions[i])

@@ -28,7 +28,7 @@ def learn(captured: bool, num_agents: int, bf16: bool):
     metrics, choices = [], []
     for step in range(12):
         metrics.append(update().clone())
-        choices.append(torch.stack(act()).clone())
+        choices.append(act().clone())
         buffer.add(0, int(rng.integers(6)), 1.0, picture(), step == 5)  # what can be drawn grows under the captured graph
         if step == 5:
             buffer.start_episode(0, picture())
