@@ -736,7 +736,8 @@ def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
         axes.grid(axis="y", visible=False)
     for axes in panels:
         label_markers(axes, [(method, color_of(method, methods), MARKERS[i % 4]) for i, method in enumerate(methods)])
-    write_below(figure, "small dots: single seeds", "grey bar: a random player", "dashed line: no collapse")
+    random_player = ["grey bar: a random player"] if any(suite_of(env_id) == ATARI for env_id in env_ids) else []
+    write_below(figure, "small dots: single seeds", *random_player, "dashed line: no collapse")
     return figure
 
 
