@@ -172,8 +172,11 @@ def kill_and_resume(script: str, game: str, runs_dir: pathlib.Path, moments: lis
         started = Started(script, arguments_of(script, game), runs_dir)
         started.wait_for(lambda: "step/s" in started.printed())  # the progress bar: the training has begun
         started.wait_for(moment(started))
-        if started.end(number) == 0 or any(runs_dir.glob("*/model.pt")):
-            return only_run(runs_dir)  # it was faster: finished, perhaps killed on its way out
+        if started.end(number) == 0:
+            return only_run(runs_dir)  # it was faster
+        if any(runs_dir.glob("*/model.pt")):  # finished, and killed on its way out: nothing but a checkpoint may be left over
+            (only_run(runs_dir) / "checkpoint.pt").unlink(missing_ok=True)
+            return only_run(runs_dir)
     result = run_script(script, *arguments_of(script, game), "--runs-dir", runs_dir, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     return only_run(runs_dir)
