@@ -417,3 +417,12 @@ def test_cuda_graphs_give_the_same_numbers(sac):
         weights.append([parameter.detach().clone() for parameter in [*agent.actors.parameters(), *agent.critics.parameters()]])
     for captured, plain in zip(*weights):
         torch.testing.assert_close(captured, plain)
+
+
+def test_the_bytes_of_the_agents_are_those_that_are_taken(sac):
+    args = sac.Args(num_agents=3, hidden_dim=32, num_hidden_layers=3)
+    buffer = sac.ReplayBuffer(10, 7, 2, torch.device("cpu"), torch.Generator())
+    agent = sac.Agent(args, 7, 2, buffer, torch.device("cpu"))
+    count = lambda networks: sum(parameter.numel() for parameter in networks.parameters())
+    numbers = 4 * count(agent.actors) + 4 * count(agent.critics) + count(agent.target_critics)
+    assert sac.Agent.num_bytes(args, 7, 2) == 4 * numbers

@@ -359,6 +359,19 @@ def test_bad_command_line(options, expected, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("options", [{}, {"capture_video": None}, {"env_id": "quadruped-escape"}])
+def test_a_way_to_draw_that_does_not_exist(options, tmp_path):
+    """MuJoCo reads MUJOCO_GL when it is imported, and raises an error of its own."""
+    flags = [f"--{name.replace('_', '-')}" + (f"={value}" if value else "") for name, value in options.items()]
+    result = subprocess.run(
+        [*command({}), *flags], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"MUJOCO_GL": "nonsense"}, check=False
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "finds no way to draw with MUJOCO_GL=nonsense" in result.stderr
+    assert result.stderr.endswith("and set MUJOCO_GL=egl\n" if options else "unset it\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_diverges_says_so(sac, tmp_path, monkeypatch):
     """At the step whose losses they are; the rewards are too large for float32."""
     real_step = sac.DeepMindControl.step
