@@ -184,13 +184,10 @@ def check_args(args: Args) -> None:
 
     on_gpu = args.cuda and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    for flag, value, needed_bytes in (
-        ("--buffer-size", args.buffer_size, ReplayBuffer.num_bytes(args.buffer_size, args.num_envs)),
-        ("--num-agents", args.num_agents, Agent.num_bytes(args.num_agents)),
-    ):
-        if needed_bytes > free_bytes:
-            fail(f"{flag} {value} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
-                 f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
+    needed_bytes = ReplayBuffer.num_bytes(args.buffer_size, args.num_envs) + Agent.num_bytes(args.num_agents)
+    if needed_bytes > free_bytes:
+        fail(f"--buffer-size {args.buffer_size} and --num-agents {args.num_agents} need {needed_bytes / 1e9:.2f} GB, but only "
+             f"{free_bytes / 1e9:.2f} GB are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
     for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
         if wanted and importlib.util.find_spec(package) is None:
             fail(f"{flag} needs the package {package}: pip install {package}")

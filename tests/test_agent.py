@@ -305,3 +305,9 @@ def test_agent_state_goes_into_a_fresh_agent_and_back():
     assert fresh.num_resets == 2 and fresh.oldest.item() == 0 and fresh.beta.item() == 50
     for ours, theirs in zip(agent.q_networks.parameters(), fresh.q_networks.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_bytes_of_the_agents_are_those_that_are_taken():
+    agent = rde.Agent(rde.Args(num_agents=3), 18, None, CPU)
+    count = lambda networks: sum(parameter.numel() for parameter in networks.parameters())
+    assert rde.Agent.num_bytes(3) == 4 * (4 * count(agent.q_networks) + count(agent.target_networks))
