@@ -492,7 +492,10 @@ def table_text(runs: list[Run], aggregates: list[Aggregate], left_out: list[str]
 
         if (collapse := collapse_of(group)) is not None:
             of_seeds = [single.ratio for run in group if (single := collapse_of([run]))]
-            ratio = "not defined" if None in (*of_seeds, collapse.ratio) else number(collapse.ratio, of_seeds)
+            num_undefined = of_seeds.count(None)
+            ratio = "not defined" if collapse.ratio is None else number(collapse.ratio, [] if num_undefined else of_seeds)
+            if num_undefined and collapse.ratio is not None:
+                ratio += f", not defined for {num_undefined} of {len(of_seeds)} seeds"
             collapses.append(table_row(*names, collapse.num_resets, number(collapse.before), number(collapse.after), ratio))
 
     for aggregate in aggregates:

@@ -327,6 +327,8 @@ def test_collapse_by_hand(tmp_path):
     assert plot.collapse_of(runs[1:]).ratio is None  # 10 over 0
     pooled = plot.collapse_of(runs)
     assert pooled.num_resets == 3 and pooled.ratio == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
+    assert "| 3 | 233 | 353 | 1.51, not defined for 1 of 2 seeds |" in plot.table_text(runs, [], [], plot.Args())
+    assert "| 1 | 0.00 | 10.0 | not defined |" in plot.table_text(runs[1:], [], [], plot.Args())
     write_run(
         tmp_path / "pong", [(60, "before_reset", (-21.0, -19.0)), (60, "after_reset", (-21.0, -21.0)), FINAL], **SR, env_id=PONG
     )
