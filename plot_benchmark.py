@@ -711,13 +711,13 @@ def place_beside(
 
 
 def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
-    """Games from top to bottom; a small dot is a seed, the large one all seeds together."""
+    """Games from top to bottom; a small circle is a seed, the large marker all seeds together."""
     groups = {key: group for key, group in group_seeds(runs).items() if (c := collapse_of(group)) and c.ratio is not None}
     methods = sorted({key[2] for key in groups}, key=method_order)
     replay_ratios, env_ids = sorted({key[1] for key in groups}), sorted({key[0] for key in groups})
     figure, panels = new_figure(len(replay_ratios), height=1.3 + 0.5 * len(env_ids))
     for axes, replay_ratio in zip(panels, replay_ratios):
-        axes.axvline(1, color="#555555", linewidth=1, linestyle=(0, (3, 2)))
+        axes.vlines(1, -0.5, len(env_ids) - 0.5, color="#555555", linewidth=1, linestyle=(0, (3, 2)))  # below the labels
         for row, env_id in enumerate(env_ids):
             for i, method in enumerate(methods):
                 if not (group := groups.get((env_id, replay_ratio, method))):
@@ -726,9 +726,9 @@ def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
                 y = row + 0.5 * ((i + 0.5) / len(methods) - 0.5)
                 seeds = [c.ratio for c in map(collapse_of, [[run] for run in group]) if c and c.ratio is not None]
                 collapse = collapse_of(group)
-                if len(group) > 1:
-                    axes.plot(seeds, [y + 0.11] * len(seeds), "o", color=color, markersize=4, alpha=0.4, mew=0)
                 axes.plot([collapse.ratio], [y], MARKERS[i % 4], color=color, markersize=8, mec="white")
+                if len(group) > 1:
+                    axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1)
                 if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) >= 0:
                     axes.plot([random_score / collapse.before], [y], "|", color="#555555", markersize=10)
         axes.set_title(f"replay ratio {replay_ratio:g}", loc="left")
@@ -740,7 +740,7 @@ def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
     for axes in panels:
         label_markers(axes, [(method, color_of(method, methods), MARKERS[i % 4]) for i, method in enumerate(methods)])
     random_player = ["grey bar: a random player"] if any(suite_of(env_id) == ATARI for env_id in env_ids) else []
-    write_below(figure, "small dots: single seeds", *random_player, "dashed line: no collapse")
+    write_below(figure, "small circles: single seeds", *random_player, "dashed line: no collapse")
     return figure
 
 
