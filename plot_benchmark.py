@@ -726,9 +726,10 @@ def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
                 y = row + 0.5 * ((i + 0.5) / len(methods) - 0.5)
                 seeds = [c.ratio for c in map(collapse_of, [[run] for run in group]) if c and c.ratio is not None]
                 collapse = collapse_of(group)
-                axes.plot([collapse.ratio], [y], MARKERS[i % 4], color=color, markersize=8, mec="white", clip_on=False, zorder=3)
+                on_top = {"clip_on": False, "zorder": 3}  # a marker at 0 lies on the axis
+                axes.plot([collapse.ratio], [y], MARKERS[i % 4], color=color, markersize=8, mec="white", **on_top)
                 if len(group) > 1:
-                    axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1, clip_on=False, zorder=3)
+                    axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1, **on_top)
                 if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) >= 0:
                     axes.plot([random_score / collapse.before], [y], "|", color="#555555", markersize=10)
         axes.set_title(f"replay ratio {replay_ratio:g}", loc="left")
