@@ -3,7 +3,8 @@
     python plot_benchmark.py --runs-dir runs/benchmark --out-dir results
 
 Writes into --out-dir
-    results.csv                 a row for every evaluation of every run, the last one of phase "final"
+    results.csv                 a row for every evaluation of every run, the last one of phase "final", and one of phase
+                                "training": the mean of the training games that ended in the last fifth of the run
     table.md                    final and best score of every game, interquartile means over games, collapse of a reset
     learning_curves_<game>      every run and the mean over seeds; a triangle is the score right after a reset
     aggregate_curves            interquartile mean over games, with 95 % intervals
@@ -117,6 +118,7 @@ class Run:
     name: str
     args: dict
     evaluations: list[Evaluation] = field(repr=False)
+    training_games: list[tuple[int, float]] = field(repr=False)  # (step at its end, unclipped return)
 
     @property
     def key(self) -> tuple[str, float, str]:
@@ -135,6 +137,11 @@ class Run:
     @property
     def best(self) -> float:
         return max(evaluation.mean for evaluation in self.curve)
+
+    @property
+    def last_training_games(self) -> list[float]:
+        """The returns of the games that ended in the last fifth of training, played with its exploration."""
+        return [score for step, score in self.training_games if step > 0.8 * self.args["total_timesteps"]]
 
     @property
     def resets(self) -> list[tuple[Evaluation, Evaluation]]:
@@ -166,7 +173,22 @@ def method_order(label: str) -> tuple:
 
 
 PHASES = ("scheduled", "before_reset", "after_reset", "final")
-EVALUATION_COLUMNS = ["global_step", "phase", "episode", "episodic_return"]
+
+
+def phase_name(text: str) -> str:
+    if text not in PHASES:
+        raise ValueError
+    return text
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+EVALUATION_COLUMNS = {"global_step": int, "phase": phase_name, "episode": int, "episodic_return": finite}
+EPISODE_COLUMNS = {"global_step": int, "episodic_return": finite, "episodic_length": int, "wall_seconds": finite}
 
 
 def read_args(folder: str) -> dict:
@@ -185,26 +207,32 @@ def read_args(folder: str) -> dict:
     return args
 
 
-def read_evaluations(folder: str, num_episodes: int) -> list[Evaluation]:
+def read_rows(folder: str, name: str, columns: dict) -> list[tuple]:
+    """The values of a CSV file below its heading, each as its column's kind."""
     try:
-        with open(os.path.join(folder, "evaluations.csv"), newline="", encoding="utf-8") as file:
+        with open(os.path.join(folder, name), newline="", encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
-        raise RunError("evaluations.csv is missing") from None
+        raise RunError(f"{name} is missing") from None
     except (OSError, ValueError):
-        raise RunError("evaluations.csv is not a readable text") from None
+        raise RunError(f"{name} is not a readable text") from None
     rows = list(csv.reader(text.splitlines()))
-    if not rows or rows[0] != EVALUATION_COLUMNS:
-        raise RunError(f"evaluations.csv does not begin with {','.join(EVALUATION_COLUMNS)}")
-    evaluations = []
+    if not rows or rows[0] != list(columns):
+        raise RunError(f"{name} does not begin with {','.join(columns)}")
+    values = []
     for line, row in enumerate(rows[1:], start=2):
         try:
-            (step, phase, episode, score), last = row, line == len(rows)
-            step, episode, score = int(step), int(episode), float(score)
-            if phase not in PHASES or not math.isfinite(score) or (last and not text.endswith("\n")):
+            values.append(tuple(kind(cell) for kind, cell in zip(columns.values(), row, strict=True)))
+            if line == len(rows) and not text.endswith("\n"):
                 raise ValueError
         except ValueError:
-            raise RunError(f'evaluations.csv, line {line}: "{",".join(row)[:60]}" is not a row, or is cut off') from None
+            raise RunError(f'{name}, line {line}: "{",".join(row)[:60]}" is not a row, or is cut off') from None
+    return values
+
+
+def read_evaluations(folder: str, num_episodes: int) -> list[Evaluation]:
+    evaluations = []
+    for line, (step, phase, episode, score) in enumerate(read_rows(folder, "evaluations.csv", EVALUATION_COLUMNS), start=2):
         if episode == 0:
             if evaluations and step < evaluations[-1][0]:
                 raise RunError(f"evaluations.csv, line {line}: step {step} comes after step {evaluations[-1][0]}")
@@ -231,7 +259,8 @@ def read_run(folder: str, name: str) -> Run:
         raise RunError(f"not finished: the last evaluation is of step {step} of {args['total_timesteps']}")
     if num_final > 1 or evaluations[-1].phase != "final" or evaluations[-1].global_step < args["total_timesteps"]:
         raise RunError("evaluations.csv: the final evaluation is not the one of the last step")
-    return Run(name, args, evaluations)
+    episodes = read_rows(folder, "episodes.csv", EPISODE_COLUMNS)
+    return Run(name, args, evaluations, [(step, score) for step, score, _, _ in episodes])
 
 
 RUN_FOLDER = re.compile(r".+__.+__\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
@@ -423,10 +452,14 @@ def write_results(path: str, runs: list[Run]) -> None:
         for run in runs:
             env_id, replay_ratio, method = run.key
             names = (run.name, env_id, method, f"{replay_ratio:g}", run.args["seed"])
-            for evaluation in run.evaluations:
-                normalized = human_normalized_score(env_id, evaluation.mean)
-                scores = (f"{evaluation.mean:.10g}", "" if normalized is None else f"{normalized:.10g}")
-                rows.writerow((*names, evaluation.global_step, evaluation.phase, len(evaluation.scores), *scores))
+            rows_of_run = [(e.global_step, e.phase, e.scores) for e in run.evaluations]
+            if run.last_training_games:
+                rows_of_run.append((run.args["total_timesteps"], "training", run.last_training_games))
+            for step, phase, scores in rows_of_run:
+                mean = float(np.mean(scores))
+                normalized = human_normalized_score(env_id, mean)
+                columns = (f"{mean:.10g}", "" if normalized is None else f"{normalized:.10g}")
+                rows.writerow((*names, step, phase, len(scores), *columns))
 
 
 def decimals(value: float) -> int:
@@ -448,10 +481,11 @@ TABLES = """\
 ## Scores
 
 Mean ± standard deviation over seeds, each seed the mean of its evaluation's games. Final is the evaluation at the end; best is
-the run's highest evaluation, picked afterwards, and so biased upwards.
+the run's highest evaluation, picked afterwards, and so biased upwards. Training games are those that ended in the last fifth of
+training, played with its exploration; where they differ much from the evaluations, a single evaluation says little.
 
-| game | replay ratio | method | seeds | final score | best score | final, human-normalized |
-|---|---|---|---|---|---|---|
+| game | replay ratio | method | seeds | final score | best score | training games | final, human-normalized |
+|---|---|---|---|---|---|---|---|
 {scores}
 
 ## Over games
@@ -487,8 +521,10 @@ def table_text(runs: list[Run], aggregates: list[Aggregate], left_out: list[str]
         final, best = [run.final for run in group], [run.best for run in group]
         normalized = [human_normalized_score(env_id, score) for score in final]
         normalized = "-" if None in normalized else mean_and_std(normalized)
+        training = [float(np.mean(run.last_training_games)) for run in group if run.last_training_games]
+        training = mean_and_std(training) if training else "-"
         names = game_name(env_id), f"{replay_ratio:g}", method
-        scores.append(table_row(*names, len(group), mean_and_std(final), mean_and_std(best), normalized))
+        scores.append(table_row(*names, len(group), mean_and_std(final), mean_and_std(best), training, normalized))
 
         if (collapse := collapse_of(group)) is not None:
             of_seeds = [single.ratio for run in group if (single := collapse_of([run]))]

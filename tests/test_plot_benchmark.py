@@ -23,8 +23,8 @@ SR = {"exp_name": "sr_dqn_atari", "reset_interval": 80, "reset_depth": "last1"}
 RDE = SR | {"exp_name": "rde_dqn_atari", "num_agents": 2, "beta": 50.0}
 
 
-def write_run(parent: pathlib.Path, evaluations: list[tuple], name: str = "", **args) -> pathlib.Path:
-    """A finished run. `evaluations`: (step, phase, scores of the games)."""
+def write_run(parent: pathlib.Path, evaluations: list[tuple], name: str = "", games: tuple = (), **args) -> pathlib.Path:
+    """A finished run. `evaluations`: (step, phase, scores of the games); `games` of training: (step, score)."""
     args = {"env_id": ALIEN, "seed": 1, "replay_ratio": 1.0, "total_timesteps": 100, "eval_episodes": 2, **DQN} | args
     start_time = f"20260101-{args['replay_ratio'] * 100:06.0f}"
     folder = parent / (name or f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{start_time}")
@@ -34,6 +34,10 @@ def write_run(parent: pathlib.Path, evaluations: list[tuple], name: str = "", **
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["global_step", "phase", "episode", "episodic_return"])
         rows.writerows((step, phase, i, score) for step, phase, scores in evaluations for i, score in enumerate(scores))
+    with open(folder / "episodes.csv", "w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["global_step", "episodic_return", "episodic_length", "wall_seconds"])
+        rows.writerows((step, score, 400, f"{step}.25") for step, score in games)
     (folder / "model.pt").write_bytes(b"weights")
     return folder
 
@@ -173,6 +177,11 @@ SPOILED = {
         rewrite("evaluations.csv", lambda text: text.replace("final", "scheduled")),
         "not finished: the last evaluation is of step 100 of 100",
     ),
+    "no games": (lambda f: (f / "episodes.csv").unlink(), "episodes.csv is missing"),
+    "empty games": (rewrite("episodes.csv", lambda text: ""), "episodes.csv does not begin with global_step,episodic_return"),
+    "cut game": (rewrite("episodes.csv", lambda text: text + "90,1.0"), 'episodes.csv, line 2: "90,1.0" is not a row'),
+    "cut in its time": (rewrite("episodes.csv", lambda text: text + "90,1.0,4,3"), "episodes.csv, line 2"),
+    "nan game": (rewrite("episodes.csv", lambda text: text + "90,nan,4,3.5\n"), "episodes.csv, line 2"),
     "no model": (lambda f: (f / "model.pt").unlink(), "not finished: the last evaluation is of step 100 of 100"),
     "final cut off": (rewrite("evaluations.csv", lambda text: text.split("100,final,1")[0]), "final, has 1 of 2 episodes"),
     "final too early": (rewrite_args(total_timesteps=200), "the final evaluation is not the one of the last step"),
@@ -384,6 +393,24 @@ def study(tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     return path, result
+
+
+def test_training_games_by_hand(tmp_path, call):
+    write_run(tmp_path / "runs", [FINAL], games=((10, 9.0), (80, 7.0), (81, 1.0), (100, 4.0)), seed=1)  # mean 2.5
+    write_run(tmp_path / "runs", [FINAL], games=((30, 9.0), (99, 8.5)), seed=2)  # 8.5
+    write_run(tmp_path / "runs", [FINAL], games=((80, 9.0),), seed=3)  # none in the last fifth
+    write_run(tmp_path / "runs", [FINAL], seed=1, env_id=FREEWAY)  # none at all
+    call(tmp_path / "runs", tmp_path / "out")
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["phase"] == "training"]
+    columns = ("env_id", "seed", "global_step", "episodes", "score")
+    assert [[row[name] for name in columns] for row in rows] == [
+        [ALIEN, "1", "100", "2", "2.5"], [ALIEN, "2", "100", "1", "8.5"],
+    ]  # fmt: skip
+    assert float(rows[0]["human_normalized_score"]) == pytest.approx((2.5 - 227.8) / (7127.7 - 227.8))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| Alien | 1 | DQN | 3 | 1.50 ± 0.00 | 1.50 ± 0.00 | 5.50 ± 4.24 |" in table  # (2.5 + 8.5) / 2, 6 / sqrt 2
+    assert "| Freeway | 1 | DQN | 1 | 1.50 | 1.50 | - |" in table
 
 
 def test_results_csv(study):
