@@ -5,7 +5,8 @@
 Writes into --out-dir
     results.csv                 a row for every evaluation of every run, the last one of phase "final", and one of phase
                                 "training": the mean of the training games that ended in the last fifth of the run
-    table.md                    final and best score of every game, interquartile means over games, collapse of a reset
+    table.md                    final and best score of every game, its last training games, interquartile means over games,
+                                collapse of a reset
     learning_curves_<game>      every run and the mean over seeds; a triangle is the score right after a reset
     aggregate_curves            interquartile mean over games, with 95 % intervals
     performance_profiles        fraction of final scores above a threshold
@@ -458,8 +459,8 @@ def write_results(path: str, runs: list[Run]) -> None:
             for step, phase, scores in rows_of_run:
                 mean = float(np.mean(scores))
                 normalized = human_normalized_score(env_id, mean)
-                columns = (f"{mean:.10g}", "" if normalized is None else f"{normalized:.10g}")
-                rows.writerow((*names, step, phase, len(scores), *columns))
+                means = (f"{mean:.10g}", "" if normalized is None else f"{normalized:.10g}")
+                rows.writerow((*names, step, phase, len(scores), *means))
 
 
 def decimals(value: float) -> int:

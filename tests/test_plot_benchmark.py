@@ -413,6 +413,21 @@ def test_training_games_by_hand(tmp_path, call):
     assert "| Freeway | 1 | DQN | 1 | 1.50 | 1.50 | - |" in table
 
 
+def test_the_seeds_of_a_collapse_lie_on_the_line_of_their_mean_and_none_is_cut_off(tmp_path):
+    for seed, after in ((1, 0.0), (2, 100.0)):  # ratios 0 and 1, together 0.5
+        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+        write_run(tmp_path, resets, **SR, seed=seed)
+    runs, _ = plot.read_runs(str(tmp_path))
+    (axes,) = plot.plot_collapse(runs, plot.Args()).axes
+    mean, seeds = (
+        next(line for line in axes.lines if line.get_marker() == marker) for marker in "so"
+    )  # the label's comes last
+    assert list(mean.get_xdata()) == [0.5] and sorted(seeds.get_xdata()) == [0.0, 1.0]
+    assert set(seeds.get_ydata()) == set(mean.get_ydata())
+    spine = axes.spines["left"].get_zorder()
+    assert all(not line.get_clip_on() and line.get_zorder() > spine for line in (mean, seeds))
+
+
 def test_results_csv(study):
     path, _ = study
     with open(path / "out" / "results.csv", newline="") as file:

@@ -1,4 +1,4 @@
-"""The scripts that train stable-baselines3's agents beside ours: the same files, steps and starts, and one line for what they cannot do."""
+"""The scripts that train stable-baselines3's agents beside ours: the same steps, and one line for what they cannot do."""
 
 import csv
 
