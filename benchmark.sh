@@ -14,13 +14,15 @@ help() {
 usage: bash benchmark.sh [options] [-- options for every training script]
 
 Runs every combination of games, methods, replay ratios and seeds, and ends in the table and the pictures of
-plot_benchmark.py. It may be stopped at any moment (Ctrl-C) and called again: finished runs are skipped, interrupted ones
-go on from their checkpoint. A failed run does not stop the others; it is listed at the end, and the exit code is 1.
+plot_benchmark.py, in the subfolder results of --runs-dir. It may be stopped at any moment (Ctrl-C) and called again:
+finished runs are skipped, interrupted ones go on from their checkpoint. A failed run does not stop the others; it is listed
+at the end, and the exit code is 1.
 
-  --games LIST            Freeway,MsPacman (the default), or atari100k for all 26; full ids such as ALE/... as they are
+  --games LIST            Freeway,MsPacman (the default; walker-run,hopper-hop for SAC), or atari100k for all 26; full ids
+                          such as ALE/... as they are
   --methods LIST          of dqn,sr_dqn,rde_dqn (the default), of sac,sr_sac,rde_sac, or scripts of your own: my_idea.py
   --replay-ratios LIST    1,4 (the default; 0.25,1 with --setting official, which are the paper's 1 and 4)
-  --seeds N | LIST        5 = the seeds 1 to 5 (the default); or a list of seeds and ranges: 1,3,6-10
+  --seeds N | LIST        5 = the seeds 1 to 5 (the default); or a list of seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
   --total-timesteps N     environment steps of a run (default: that of the script, 100,000 on Atari)
   --setting NAME          default, or official: that of the paper's code, --num-envs 4 --reset-interval 20000
                           --learning-starts 2000 --end-e 0.1
@@ -100,6 +102,7 @@ suite=atari
 if [[ $suite == dmc ]]; then
     [[ $methods =~ dqn ]] && fail "--methods $methods mixes methods for Atari and for the DeepMind Control Suite"
     [[ $setting == default && $smoke == no ]] || fail "--setting official and --smoke are for Atari"
+    [[ $games != atari100k ]] || fail "--games atari100k is for Atari; SAC's tasks have names such as walker-run"
 fi
 
 setting_options=()
@@ -119,6 +122,13 @@ default_games=Freeway,MsPacman
 [[ $games == atari100k ]] && games=$ATARI_100K
 
 read -ra games <<<"$(tr ',\n' '  ' <<<"$games")"
+for game in "${games[@]}"; do
+    if [[ $suite == dmc ]]; then
+        [[ $game == *-* && $game != *NoFrameskip* ]] || fail "--games: $game is no task of SAC, such as walker-run"
+    elif [[ $game =~ ^[a-z_]+-[a-z_]+$ && " ${methods//,/ } " =~ \ (dqn|sr_dqn|rde_dqn)\  ]]; then
+        fail "--games: $game is a task of the DeepMind Control Suite; ${BASH_REMATCH[1]} plays Atari"
+    fi
+done
 read -ra methods <<<"${methods//,/ }"
 read -ra replay_ratios <<<"${replay_ratios//,/ }"
 for ratio in "${replay_ratios[@]}"; do
@@ -397,7 +407,8 @@ reap_runs() {
                 report "$index" "finished after $((SECONDS - started_at[$index])) s"
             else
                 ((code)) && code="exit code $code" || code="exit code 0, but no finished run"
-                last_line=$(tail -n 1 -- "${log_of_run[$index]}" | tr '\r' '\n' | tail -n 1 | cut -c 1-200)
+                last_line=$(tail -n 1 -- "${log_of_run[$index]}" 2>/dev/null | tr '\r' '\n' | tail -n 1 | cut -c 1-200) ||
+                    last_line="its log cannot be read"
                 report "$index" "FAILED ($code): $last_line"
                 failures+=("${run_names[$index]} ($code), log: ${log_of_run[$index]}")
             fi
@@ -440,6 +451,7 @@ stop_runs() {
 }
 
 mkdir -p -- "$runs_dir/logs" || fail "--runs-dir $runs_dir cannot be made"
+[[ -w $runs_dir && -w $runs_dir/logs ]] || fail "--runs-dir $runs_dir cannot be written"
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     ((SLURM_ARRAY_TASK_ID < num_runs)) || fail "array task $SLURM_ARRAY_TASK_ID: the list has the runs 0 to $((num_runs - 1))"
@@ -461,14 +473,16 @@ done
 echo "$num_runs runs in $runs_dir: ${#games[@]} game(s) x ${#methods[@]} method(s) x ${#replay_ratios[@]} replay ratio(s)" \
     "x ${#seeds[@]} seed(s)"
 echo "games: ${games[*]}; methods: ${methods[*]}; replay ratios: ${replay_ratios[*]}; seeds: ${seeds[*]}"
-echo "to do here: ${#to_do[@]} of ${#indices[@]}, $jobs at a time; $num_resumed of these were interrupted, and go on"
-if ((${#to_do[@]})); then
+echo "to do here: ${#to_do[@]} of ${#indices[@]}, $jobs at a time; interrupted before, to be continued: $num_resumed"
+if ((num_unknown < ${#to_do[@]})); then
     minutes=$((seconds_left / jobs / 60 + 1))
-    ((minutes < 120)) && duration="$minutes minutes" || duration="$(((minutes + 30) / 60)) hours"
-    echo "time: about $duration. $num_measured of the runs as long as finished ones like them; the others at" \
+    ((minutes < 120)) && duration="$minutes min" || duration="$(((minutes + 30) / 60)) hours"
+    echo "time: about $duration. As long as finished runs like them: $num_measured runs; the others at" \
         "$seconds_per_update s for an agent's gradient step ($threads of a two-core machine, no GPU)," \
         "0.003 s for a step of an environment and 1 s for a game of an evaluation"
-    ((num_unknown)) && echo "time: not counted are $num_unknown runs of scripts whose speed was not measured"
+fi
+if ((num_unknown)); then
+    echo "time: not known of $num_unknown runs, and not counted: no run like them is finished yet"
 fi
 
 trap 'stop_runs 2' INT

@@ -251,6 +251,8 @@ def test_sac_and_own_scripts(study):
     shutil.copy(study.scripts / "rde_dqn_atari.py", study.scripts / "my_idea.py")
     command = dry_run(study, "--methods", "my_idea.py", "--games", "Freeway", "--seeds", "1", "--replay-ratios", "1")[0]
     assert command[1] == f"{study.scripts}/my_idea.py" and " --reset-interval 40000 " in " ".join(command)
+    command = dry_run(study, "--methods", "my_idea.py", "--games", "walker-run", "--seeds", "1", "--replay-ratios", "1")[0]
+    assert command[2:4] == ["--env-id", "walker-run"]
 
 
 def test_seeds_and_lists(study):
@@ -299,7 +301,9 @@ BAD_OPTIONS = [
     (("--seeds", "x"), "x"), (("--jobs", "0"), "--jobs is 0"), (("--jobs", "two"), "two"),
     (("--setting", "unofficial"), "unofficial"), (("--total-timesteps", "1e5"), "1e5"),
     (("--games", "Pong,Pong"), "twice: Pong dqn"), (("--replay-ratios", "1,1.0"), "twice"),
-    (("--games", "Pong,PongNoFrameskip-v4"), "twice"),
+    (("--games", "Pong,PongNoFrameskip-v4"), "twice"), (("--games", "Pong,walker-run", "--methods", "sr_dqn"), "sr_dqn plays Atari"),
+    (("--methods", "sac", "--games", "Freeway"), "Freeway is no task of SAC"),
+    (("--methods", "sac", "--games", "atari100k"), "atari100k is for Atari"),
 ]  # fmt: skip
 
 
@@ -355,7 +359,7 @@ def test_only_a_run_with_the_same_arguments_and_a_final_evaluation_counts(study)
         assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0 and len(study.events("start")) == before
 
     (first / "model.pt").unlink()
-    assert "to do here: 1 of 2, 1 at a time; 1 of these were interrupted" in study.run(*ONE_GAME, "--seeds", "2").stdout
+    assert "to do here: 1 of 2, 1 at a time; interrupted before, to be continued: 1" in study.run(*ONE_GAME, "--seeds", "2").stdout
     (study.runs / "broken").mkdir()
     (study.runs / "broken" / "args.json").write_text('{"args": ')
     assert "to do here: 0 of 2" in study.run(*ONE_GAME, "--seeds", "2").stdout
@@ -376,6 +380,20 @@ def test_a_failure_is_reported_and_stops_nothing(study):
 
     again = study.run(*options)
     assert again.returncode == 1 and [event["seed"] for event in study.events("start", "failing")] == [1, 2, 3, 4, 2, 3]
+
+
+def test_a_log_that_cannot_be_written_fails_its_run_and_stops_nothing(study):
+    options = ("--games", "Pong,Alien,Freeway", "--methods", "dqn", "--seeds", "1", "--replay-ratios", "1", "--jobs", "2")
+    assert study.run(*options).returncode == 0
+    log = next((study.runs / "logs").glob("Alien*"))
+    shutil.rmtree(study.runs / next(path.name for path in study.runs.glob("Alien*")))
+    shutil.rmtree(study.runs / next(path.name for path in study.runs.glob("Freeway*")))
+    log.unlink()
+    log.mkdir()
+    result = study.run(*options)
+    assert result.returncode == 1 and "PLOT" in result.stdout
+    assert "Alien dqn, replay ratio 1, seed 1: FAILED (exit code 1): its log cannot be read" in result.stdout
+    assert "1 of 2 runs FAILED:" in result.stderr and any(study.runs.glob("Freeway*/model.pt"))
 
 
 def test_a_failing_plot_fails(study):
@@ -555,14 +573,14 @@ def test_estimate(study):
     """By hand: DQN, 9,998 updates of 0.02 s + 10,000 steps of 0.003 s + 1 evaluation of 10 games + 5 s."""
     options = (*ONE_GAME, "--seeds", "2", "--total-timesteps", "10000", "--", "--end-e", "0.5")
     one_run = 9_998 * 0.020 + 30 + 10 + 5
-    assert f"time: about {int(2 * one_run / 60) + 1} minutes. 0 of" in study.run(*options).stdout
+    assert f"time: about {int(2 * one_run / 60) + 1} min. As long as finished runs like them: 0 runs" in study.run(*options).stdout
     ensemble = study.run("--games", "Pong", "--methods", "rde_dqn", "--replay-ratios", "4", "--seeds", "2", "--jobs", "2",
                          "--total-timesteps", "50000")  # fmt: skip
     one_run = 49_998 * 4 * 2 * 0.033 + 150 + 10 * (1 + 2 * 49_998 * 4 * 2 / 80_000) + 5  # two at a time: the time of one
     assert f"time: about {round(one_run / 3600)} hours." in ensemble.stdout
 
     # The runs of this kind took 100 s a step, so the stand-in claims.
-    assert "time: about 28 hours. 1 of the runs as long as finished ones like them" in study.run(
+    assert "time: about 28 hours. As long as finished runs like them: 1 runs" in study.run(
         *ONE_GAME, "--seeds", "3-3", "--total-timesteps", "1000", "--", "--end-e", "0.5").stdout  # fmt: skip
 
 
@@ -587,7 +605,12 @@ def test_the_file_may_change_while_it_runs(study):
 
 def test_estimate_says_what_it_does_not_know(study):
     result = study.run("--methods", "rde_sac", "--games", "hopper-hop", "--seeds", "1", "--replay-ratios", "1")
-    assert "not counted are 1 runs" in result.stdout and result.returncode == 0
+    times = [line for line in result.stdout.splitlines() if line.startswith("time:")]
+    assert times == ["time: not known of 1 runs, and not counted: no run like them is finished yet"] and result.returncode == 0
+    shutil.copy(study.scripts / "rde_dqn_atari.py", study.scripts / "my_idea.py")
+    result = study.run("--methods", "dqn,my_idea.py", "--games", "Pong", "--seeds", "2", "--replay-ratios", "1")
+    times = [line for line in result.stdout.splitlines() if line.startswith("time:")]
+    assert times[0].startswith("time: about 1 min. ") and times[1].startswith("time: not known of 2 runs")
 
 
 # ---------------------------------------------------------------------------------------------------------------- SLURM
