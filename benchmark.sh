@@ -510,7 +510,7 @@ if ((${#failures[@]})); then
 fi
 plot_script=$(in_scripts_dir plot_benchmark.py)
 if [[ $plot == yes && -f $plot_script ]]; then
-    "$PYTHON" "$plot_script" --runs-dir "$runs_dir" --out-dir "$runs_dir/results" || failures+=("plot_benchmark.py")
+    "$PYTHON" "$plot_script" --runs-dir "$runs_dir" || failures+=("plot_benchmark.py")
 fi
 ((${#failures[@]} == 0)) || exit 1
 exit 0

@@ -1,13 +1,15 @@
 """The table and the pictures of a study: reads run folders, writes CSV, Markdown and pictures.
 
-    python plot_benchmark.py --runs-dir runs/benchmark --out-dir results
+    python plot_benchmark.py --runs-dir runs/benchmark
 
-Writes into --out-dir
+Writes into --out-dir (without it, into the subfolder results of --runs-dir)
     results.csv                 a row for every evaluation of every run, the last one of phase "final", and one of phase
                                 "training": the mean of the training games that ended in the last fifth of the run
+    training_games.csv          a row for every training game
     table.md                    final and best score of every game, its last training games, interquartile means over games,
                                 collapse of a reset
-    learning_curves_<game>      every run and the mean over seeds; a triangle is the score right after a reset
+    learning_curves_<game>      evaluations of every run and the mean over seeds; a triangle is the score right after a reset
+    training_games_<game>       the same of the training games, a moving mean over a tenth of the run
     aggregate_curves            interquartile mean over games, with 95 % intervals
     performance_profiles        fraction of final scores above a threshold
     collapse                    score right after a reset over the score right before it
@@ -42,8 +44,8 @@ from rliable import library
 class Args:
     runs_dir: str = "runs/benchmark"
     """the folder of the run folders; those in its subfolders are read as well"""
-    out_dir: str = "results"
-    """where the files are written"""
+    out_dir: str | None = None
+    """where the files are written; by default the subfolder results of --runs-dir"""
     picture_format: Literal["png", "pdf", "svg"] = "png"
     """format of the pictures"""
     bootstrap_samples: int = 2_000
@@ -200,10 +202,13 @@ def read_args(folder: str) -> dict:
         raise RunError("args.json is missing") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError('args.json is not readable as JSON with a part "args"') from None
-    number = (int, float)
-    kinds = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": number, "total_timesteps": int, "eval_episodes": int}
+    kinds = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": (int, float), "total_timesteps": int,
+             "eval_episodes": int, "reset_interval": int, "num_agents": int}  # fmt: skip
     for name, kind in kinds.items():
-        if not isinstance(args, dict) or not isinstance(args.get(name), kind):
+        value = args.get(name) if isinstance(args, dict) else None
+        if name in ("reset_interval", "num_agents") and name not in args:
+            continue  # not every method has them
+        if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
             raise RunError(f"args.json has no {name}, or one of a wrong kind")
     return args
 
@@ -463,6 +468,16 @@ def write_results(path: str, runs: list[Run]) -> None:
                 rows.writerow((*names, step, phase, len(scores), *means))
 
 
+def write_training_games(path: str, runs: list[Run]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow("env_id method replay_ratio seed global_step episodic_return".split())
+        for run in runs:
+            env_id, replay_ratio, method = run.key
+            names = (env_id, method, f"{replay_ratio:g}", run.args["seed"])
+            rows.writerows((*names, step, f"{score:.10g}") for step, score in run.training_games)
+
+
 def decimals(value: float) -> int:
     """So that three digits or so are shown: 1234, 123, 12.3, 1.23, 0.123, 0.012."""
     return 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
@@ -600,7 +615,9 @@ def new_figure(num_panels: int, height: float = 3.2) -> tuple[plt.Figure, list[p
 def draw_curve(axes: plt.Axes, x, y, interval: np.ndarray | None, color: str) -> None:
     axes.plot(x, y, color=color, linewidth=1.8, linestyle=DASHES.get(color, "-"))
     if interval is not None:
-        axes.fill_between(x, *interval, color=color, alpha=0.16, linewidth=0)
+        axes.fill_between(x, *interval, color=color, alpha=0.1, linewidth=0)
+        for edge in interval:
+            axes.plot(x, edge, color=color, alpha=0.5, linewidth=0.6)
 
 
 def write_below(figure: plt.Figure, *notes: str) -> None:
@@ -675,11 +692,56 @@ def plot_learning_curves(env_id: str, runs: list[Run], args: Args) -> plt.Figure
     return figure
 
 
+def training_curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the twentieths of a run, (20,), and the mean returns of the games of the last tenth up to there, (seeds, 20).
+
+    NaN where no game of a seed ended.
+    """
+    total = runs[0].args["total_timesteps"]
+    ends, means = np.linspace(0, total, 21)[1:], np.full((len(runs), 20), np.nan)
+    for row, run in zip(means, runs):
+        steps, scores = np.array(run.training_games).reshape(-1, 2).T
+        for i, end in enumerate(ends):
+            if (in_window := (end - total / 10 < steps) & (steps <= end)).any():
+                row[i] = scores[in_window].mean()
+    return ends, means
+
+
+def plot_training_games(env_id: str, runs: list[Run], args: Args) -> plt.Figure:
+    """A panel for every replay ratio."""
+    groups = {key: group for key, group in group_seeds(runs).items() if key[0] == env_id}
+    methods = sorted({key[2] for key in groups}, key=method_order)
+    replay_ratios = sorted({key[1] for key in groups})
+    figure, panels = new_figure(len(replay_ratios))
+    for axes, replay_ratio in zip(panels, replay_ratios):
+        ends, last_step = {}, 1
+        for method in methods:
+            if not (group := groups.get((env_id, replay_ratio, method))):
+                continue
+            color = color_of(method, methods)
+            steps, scores = training_curve(group)
+            for seed_scores in scores if len(scores) > 1 else []:
+                axes.plot(steps, seed_scores, color=color, alpha=0.25, linewidth=0.7)
+            mean = scores.mean(axis=0)  # only where every seed has games
+            draw_curve(axes, steps, mean, None, color)
+            last_step = max(last_step, group[0].args["total_timesteps"])
+            if np.isfinite(mean).any():
+                last = np.flatnonzero(np.isfinite(mean))[-1]
+                ends[method] = (steps[last], mean[last])
+        axes.set_title(f"{game_name(env_id)}, replay ratio {replay_ratio:g}", loc="left")
+        axes.set_ylabel("return of the training games")
+        thousands(axes, last_step)
+        label_ends(axes, ends, methods)
+    notes = ["thin lines: single seeds"] * any(len(group) > 1 for group in groups.values())
+    write_below(figure, "moving mean over a tenth of the run", *notes)
+    return figure
+
+
 def plot_aggregate_curves(aggregates: list[Aggregate], args: Args) -> plt.Figure:
     figure, panels = new_figure(len(aggregates))
     for axes, aggregate in zip(panels, aggregates):
         methods, ends, last_step = list(aggregate.runs), {}, 1
-        for method in methods:
+        for method in reversed(methods):  # dashed lines on top of whole ones
             color = color_of(method, methods)
             steps, scores = aggregate.curves(method)
             iqm, interval = bootstrap(interquartile_means, scores, args)
@@ -707,7 +769,7 @@ def plot_performance_profiles(aggregates: list[Aggregate], args: Args) -> plt.Fi
         room_for_names = 0.5 * (high - low) or 0.5
         left, right = low - room_for_names, high + room_for_names
         thresholds = np.linspace(left, right, 401)
-        for i, method in enumerate(methods):
+        for i, method in reversed(list(enumerate(methods))):  # dashed lines on top of whole ones
             color = color_of(method, methods)
             profile, interval = bootstrap(lambda scores: fractions_above(scores, thresholds), final[method], args)
             draw_curve(axes, thresholds, profile, interval, color)
@@ -767,7 +829,7 @@ def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
                 axes.plot([collapse.ratio], [y], MARKERS[i % 4], color=color, markersize=8, mec="white", **on_top)
                 if len(group) > 1:
                     axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1, **on_top)
-                if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) >= 0:
+                if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) > 0:
                     axes.plot([random_score / collapse.before], [y], "|", color="#555555", markersize=10)
         axes.set_title(f"replay ratio {replay_ratio:g}", loc="left")
         axes.set_yticks(range(len(env_ids)), [game_name(env_id) for env_id in env_ids])
@@ -777,8 +839,9 @@ def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
         axes.grid(axis="y", visible=False)
     for axes in panels:
         label_markers(axes, [(method, color_of(method, methods), MARKERS[i % 4]) for i, method in enumerate(methods)])
-    random_player = ["grey bar: a random player"] if any(suite_of(env_id) == ATARI for env_id in env_ids) else []
-    write_below(figure, "small circles: single seeds", *random_player, "dashed line: no collapse")
+    notes = ["small circles: single seeds"] * any(len(group) > 1 for group in groups.values())
+    notes += ["grey bar: a random player"] * any(suite_of(env_id) == ATARI for env_id in env_ids)
+    write_below(figure, *notes, "dashed line: no collapse")
     return figure
 
 
@@ -805,13 +868,21 @@ def main() -> None:
         print(f"left out: {line}", file=sys.stderr)
     if not runs:
         fail(f"there is no finished run in {args.runs_dir}")
+    args.out_dir = args.out_dir or os.path.join(args.runs_dir, "results")
     try:
-        os.makedirs(args.out_dir, exist_ok=True)
+        table = write_all(runs, left_out, args)
     except OSError as error:
-        fail(f"--out-dir {args.out_dir} cannot be made: {error.strerror}")
+        fail(f"--out-dir {args.out_dir} cannot be written: {error.strerror}: {error.filename}")
+    print(table)
+    print(f"written to {args.out_dir}")
 
+
+def write_all(runs: list[Run], left_out: list[str], args: Args) -> str:
+    """Writes the files of the study, and returns its table."""
+    os.makedirs(args.out_dir, exist_ok=True)
     aggregates = aggregate_over_games(runs)
     write_results(os.path.join(args.out_dir, "results.csv"), runs)
+    write_training_games(os.path.join(args.out_dir, "training_games.csv"), runs)
     table = table_text(runs, aggregates, left_out, args)
     with open(os.path.join(args.out_dir, "table.md"), "w", encoding="utf-8") as file:
         file.write(table)
@@ -819,13 +890,14 @@ def main() -> None:
     for env_id in sorted({run.args["env_id"] for run in runs}):
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", game_name(env_id))
         save(plot_learning_curves(env_id, runs, args), args.out_dir, f"learning_curves_{name}", args)
+        if any(run.training_games for run in runs if run.args["env_id"] == env_id):
+            save(plot_training_games(env_id, runs, args), args.out_dir, f"training_games_{name}", args)
     if comparable := [aggregate for aggregate in aggregates if aggregate.runs]:
         save(plot_aggregate_curves(comparable, args), args.out_dir, "aggregate_curves", args)
         save(plot_performance_profiles(comparable, args), args.out_dir, "performance_profiles", args)
     if any((collapse := collapse_of([run])) and collapse.ratio is not None for run in runs):
         save(plot_collapse(runs, args), args.out_dir, "collapse", args)
-    print(table)
-    print(f"written to {args.out_dir}")
+    return table
 
 
 if __name__ == "__main__":

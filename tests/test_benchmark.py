@@ -328,7 +328,7 @@ def test_runs_in_order_then_skips_and_plots(study):
     assert result.returncode == 0, result.stdout + result.stderr
     assert names(study.events("start")) == SMALL_RUNS and study.finished() == sorted(SMALL_RUNS)
     assert all(event["threads"] is None for event in study.events("start"))
-    assert result.stdout.splitlines()[-1] == f"PLOT --runs-dir {study.runs} --out-dir {study.runs}/results"
+    assert result.stdout.splitlines()[-1] == f"PLOT --runs-dir {study.runs}"
     assert "to do here: 8 of 8" in result.stdout
 
     again = study.run(*SMALL, "--no-plot")
@@ -359,7 +359,9 @@ def test_only_a_run_with_the_same_arguments_and_a_final_evaluation_counts(study)
         assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0 and len(study.events("start")) == before
 
     (first / "model.pt").unlink()
-    assert "to do here: 1 of 2, 1 at a time; interrupted before, to be continued: 1" in study.run(*ONE_GAME, "--seeds", "2").stdout
+    assert (
+        "to do here: 1 of 2, 1 at a time; interrupted before, to be continued: 1" in study.run(*ONE_GAME, "--seeds", "2").stdout
+    )
     (study.runs / "broken").mkdir()
     (study.runs / "broken" / "args.json").write_text('{"args": ')
     assert "to do here: 0 of 2" in study.run(*ONE_GAME, "--seeds", "2").stdout
@@ -573,7 +575,9 @@ def test_estimate(study):
     """By hand: DQN, 9,998 updates of 0.02 s + 10,000 steps of 0.003 s + 1 evaluation of 10 games + 5 s."""
     options = (*ONE_GAME, "--seeds", "2", "--total-timesteps", "10000", "--", "--end-e", "0.5")
     one_run = 9_998 * 0.020 + 30 + 10 + 5
-    assert f"time: about {int(2 * one_run / 60) + 1} min. As long as finished runs like them: 0 runs" in study.run(*options).stdout
+    assert (
+        f"time: about {int(2 * one_run / 60) + 1} min. As long as finished runs like them: 0 runs" in study.run(*options).stdout
+    )
     ensemble = study.run("--games", "Pong", "--methods", "rde_dqn", "--replay-ratios", "4", "--seeds", "2", "--jobs", "2",
                          "--total-timesteps", "50000")  # fmt: skip
     one_run = 49_998 * 4 * 2 * 0.033 + 150 + 10 * (1 + 2 * 49_998 * 4 * 2 / 80_000) + 5  # two at a time: the time of one

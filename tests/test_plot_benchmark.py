@@ -147,6 +147,10 @@ SPOILED = {
     "args that are none": (rewrite("args.json", lambda text: '{"args": 3}'), "args.json has no env_id"),
     "no seed": (rewrite_args(seed=None), "args.json has no seed"),
     "seed as text": (rewrite_args(seed="2"), "args.json has no seed, or one of a wrong kind"),
+    "agents as text": (rewrite_args(num_agents="2"), "args.json has no num_agents, or one of a wrong kind"),
+    "interval as list": (rewrite_args(reset_interval=[1]), "args.json has no reset_interval, or one of a wrong kind"),
+    "replay ratio nan": (rewrite_args(replay_ratio=math.nan), "args.json has no replay_ratio, or one of a wrong kind"),
+    "steps as bool": (rewrite_args(total_timesteps=True), "args.json has no total_timesteps, or one of a wrong kind"),
     "no evaluations": (lambda f: (f / "evaluations.csv").unlink(), "evaluations.csv is missing"),
     "empty evaluations": (rewrite("evaluations.csv", lambda text: ""), "does not begin with global_step,phase"),
     "other columns": (rewrite("evaluations.csv", lambda text: text.replace("phase", "stage")), "does not begin with"),
@@ -481,7 +485,7 @@ def test_the_same_runs_give_the_same_files(study, tmp_path, call):
     np.random.seed(99)
     call(path / "runs", tmp_path / "out", "--bootstrap-samples", "50")
     pictures = ["aggregate_curves", "collapse", "learning_curves_Alien", "learning_curves_Freeway", "performance_profiles"]
-    names = sorted([*(f"{name}.png" for name in pictures), "results.csv", "table.md"])
+    names = sorted([*(f"{name}.png" for name in pictures), "results.csv", "table.md", "training_games.csv"])
     for folder in (path / "out", tmp_path / "out"):
         assert sorted(file.name for file in folder.iterdir()) == names
     for name in names:
@@ -504,9 +508,12 @@ def figures(study):
     args = plot.Args(bootstrap_samples=20)
     plot.set_style(args)
     runs = plot.read_runs(str(study[0] / "runs"))[0]
+    for run in runs:
+        run.training_games = [(step, float(step * len(run.key[2]) + run.args["seed"])) for step in range(10, 101, 10)]
     aggregates = plot.aggregate_over_games(runs)
     figures = {
-        "learning": plot.plot_learning_curves(ALIEN, runs, args), "aggregate": plot.plot_aggregate_curves(aggregates, args),
+        "learning": plot.plot_learning_curves(ALIEN, runs, args), "training": plot.plot_training_games(ALIEN, runs, args),
+        "aggregate": plot.plot_aggregate_curves(aggregates, args),
         "profiles": plot.plot_performance_profiles(aggregates, args), "collapse": plot.plot_collapse(runs, args),
     }  # fmt: skip
     yield figures
@@ -514,7 +521,7 @@ def figures(study):
         plot.plt.close(figure)
 
 
-@pytest.mark.parametrize("name", ["learning", "aggregate", "profiles", "collapse"])
+@pytest.mark.parametrize("name", ["learning", "training", "aggregate", "profiles", "collapse"])
 def test_names_stand_in_the_picture_and_apart(figures, name):
     """Every panel names its methods, inside the picture and without covering one another."""
     figure = figures[name]
@@ -553,6 +560,27 @@ def test_resets_are_marked(figures):
     assert [list(line.get_xdata()) for line in triangles] == [[60, 80], [60, 80]]
 
 
+def test_training_curve_by_hand(tmp_path):
+    """Of 100 steps: points at 5, 10, ..., each the mean of the games that ended in the 10 steps up to there."""
+    write_run(tmp_path, [FINAL], seed=1, games=[(4, 1.0), (5, 3.0), (6, 10.0), (15, 6.0), (100, 7.0)])
+    write_run(tmp_path, [FINAL], seed=2, games=[(1, 5.0), (12, 20.0), (96, 1.0)])
+    write_run(tmp_path, [FINAL], seed=3)
+    runs = plot.read_runs(str(tmp_path))[0]
+    steps, means = plot.training_curve(runs)
+    assert list(steps) == list(range(5, 101, 5)) and means.shape == (3, 20)
+    known = {(row, int(steps[i])): means[row, i] for row, i in np.argwhere(np.isfinite(means))}
+    assert known == {
+        (0, 5): 2.0, (0, 10): 14 / 3, (0, 15): 8.0, (0, 20): 6.0, (0, 100): 7.0,
+        (1, 5): 5.0, (1, 10): 5.0, (1, 15): 20.0, (1, 20): 20.0, (1, 100): 1.0,
+    }  # fmt: skip
+
+    figure = plot.plot_training_games(ALIEN, runs[:2], plot.Args())
+    *_, mean = (line for line in figure.axes[0].lines if line.get_linewidth() > 1.5)
+    both = [3.5, (14 / 3 + 5) / 2, 14.0, 13.0] + 15 * [np.nan] + [4.0]  # only where both seeds have games
+    np.testing.assert_allclose(mean.get_ydata(), both)
+    plot.plt.close(figure)
+
+
 def test_learning_curve_is_the_mean_over_seeds(study, figures):
     runs = [run for run in plot.read_runs(str(study[0] / "runs"))[0] if run.key == (ALIEN, 1.0, "RDE+DQN")]
     mean = np.mean([[evaluation.mean for evaluation in run.evaluations] for run in runs], axis=0)
@@ -570,20 +598,32 @@ def test_learning_curve_is_the_mean_over_seeds(study, figures):
         (("--runs-dir", "nowhere"), "--runs-dir nowhere is not a folder"),
         (("--runs-dir", "empty"), "there is no finished run in empty"),
         (("--bootstrap-samples", "0"), "--bootstrap-samples is 0"),
-        (("--out-dir", "file"), "--out-dir file cannot be made"),
+        (("--out-dir", "file"), "--out-dir file cannot be written: File exists"),
+        (("--out-dir", "taken"), "--out-dir taken cannot be written: Is a directory: taken/results.csv"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, capsys, call, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "results.csv").mkdir(parents=True)
     write_run(tmp_path / "runs", [FINAL])
     with pytest.raises(SystemExit) as end:
         call(tmp_path / "runs", tmp_path / "out", *options)
     output = capsys.readouterr()
     assert end.value.code == 2 and output.out == ""
     assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "runs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "runs", "taken"]
+
+
+def test_files_go_to_the_study_by_default(tmp_path, monkeypatch):
+    write_run(tmp_path, [FINAL], games=[(50, 1.0)])
+    monkeypatch.setattr(sys, "argv", ["plot_benchmark.py", "--runs-dir", str(tmp_path), "--bootstrap-samples", "20"])
+    plot.main()
+    assert {"results.csv", "training_games_Alien.png"} <= {file.name for file in (tmp_path / "results").iterdir()}
+    assert (tmp_path / "results" / "training_games.csv").read_text() == (
+        "env_id,method,replay_ratio,seed,global_step,episodic_return\nAlienNoFrameskip-v4,DQN,1,1,50,1\n"
+    )
 
 
 def test_one_run_is_enough(tmp_path, call):
@@ -591,4 +631,4 @@ def test_one_run_is_enough(tmp_path, call):
     write_run(tmp_path / "runs", [FINAL], env_id="my/odd game-v0", name="one")
     call(tmp_path / "runs", tmp_path / "out")
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["learning_curves_my_odd_game-v0.png", "results.csv", "table.md"]
+    assert names == ["learning_curves_my_odd_game-v0.png", "results.csv", "table.md", "training_games.csv"]
