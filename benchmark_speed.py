@@ -4,15 +4,17 @@
     python benchmark_speed.py --csv speed.csv --rounds 5
     python benchmark_speed.py --suites dmc --hidden-dim 1024 --batch-size 1024
 
-Every row is measured in every round, for a few seconds each; a row's figure is the median over the rounds, and a ratio is
+Every row is measured in every round, for about --seconds each; a row's figure is the median over the rounds, and a ratio is
 the median of the ratios within a round. So what else goes on on the machine hits all rows alike.
 """
 
 import csv
 import datetime
+import math
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +25,6 @@ from typing import Literal
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import tyro
@@ -130,6 +131,13 @@ class TrainingLoop:
         self.play(choice.numpy()[0, 0])
 
 
+class UpdateAlone:
+    """Nothing but the gradient steps of all agents: in a loop a GPU does them while the emulator runs."""
+
+    def __init__(self, env_id: str, device: torch.device, num_agents: int):
+        self.step = TrainingLoop(env_id, device, num_agents=num_agents).update
+
+
 class NaiveLoop:
     """The common form: a deque of tuples, np.stack, an update of its own for every agent."""
 
@@ -230,9 +238,9 @@ class SACTrainingLoop:
 
     def step(self) -> None:
         sac.upload(self.observation[None], self.device_observations)
-        actions, _ = map(sac.Download, self.act())
+        choice = sac.Download(self.act())
         sac.Download(self.update())
-        self.play(actions.numpy()[0])
+        self.play(choice.numpy()[0, :-1])
 
 
 class StableBaselines3SAC:
@@ -259,10 +267,29 @@ def seconds_per_step(row, count: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / count
 
 
+def steps_in(row, seconds: float, device: torch.device) -> int:
+    """How many steps of the row take so long. The first calls, in which a CUDA graph is captured, are not typical."""
+    seconds_per_step(row, 5, device)
+    count = 1
+    while (per_step := seconds_per_step(row, count, device)) * count < seconds / 4:
+        count *= 2
+    return max(3, round(seconds / per_step))
+
+
 def update_gflop(num_actions: int) -> float:
     """One agent's update on a batch of 32: two forward passes, and a backward pass that costs two but for the first layer."""
     layers = [20 * 20 * 32 * 4 * 64, 9 * 9 * 64 * 32 * 16, 7 * 7 * 64 * 64 * 9, 3136 * 512, 512 * num_actions]
     return 32 * 2 * (4 * sum(layers) - layers[0]) / 1e9
+
+
+def update_gigabytes(num_actions: int) -> float:
+    """What one agent's update reads and writes of its parameters and of what belongs to them, if nothing stays in a cache.
+
+    Forward of the network and of its target, backward (read the parameters, write the gradients), the gradients' norm and
+    scaling, Adam (read parameters, gradients and two moments, write all but the gradients), target (read both, write one).
+    """
+    passes = 1 + 1 + 2 + 3 + 7 + 3
+    return passes * 4 * sum(parameter.numel() for parameter in rde.QNetwork(num_actions).parameters()) / 1e9
 
 
 def sac_update_gflop(args: Args, observation_dim: int, action_dim: int) -> float:
@@ -276,15 +303,39 @@ def sac_update_gflop(args: Args, observation_dim: int, action_dim: int) -> float
     return args.batch_size * 2 * products / 1e9
 
 
-def matrix_gflops(device: torch.device) -> float:
-    """What the machine does in float32 (TF32 on a GPU): the best of some square matrix products, in GFLOP/s."""
-    matrix, best = torch.rand(2048, 2048, device=device), 0.0
+def best_seconds(function, device: torch.device) -> float:
+    """Of ten calls at a time: on a GPU a single one is shorter than its launch."""
+    best = math.inf
     for _ in range(5):
         start = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()
-        best = max(best, 2 * 2048**3 / 1e9 / (time.perf_counter() - start))
+        for _ in range(10):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / 10)
     return best
+
+
+def matrix_gflops(device: torch.device) -> float:
+    """What the machine does in float32 (TF32 on a GPU): square matrix products, in GFLOP/s."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.rand(size, size, device=device)
+    product = torch.empty_like(matrix)
+    return 2 * size**3 / 1e9 / best_seconds(lambda: torch.mm(matrix, matrix, out=product), device)
+
+
+def memory_gigabytes_per_second(device: torch.device) -> float:
+    """Copies of 256 MB, read and written."""
+    source = torch.ones(64 * 2**20, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / 1e9 / best_seconds(lambda: target.copy_(source), device)
+
+
+def replay_buffer_gigabytes(device: torch.device) -> float:
+    """What 100,000 transitions take on the device, as allocated."""
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    buffer = rde.ReplayBuffer(100_000, 1, device, torch.Generator(device))
+    return (torch.cuda.memory_allocated() - before if before else buffer.frames.nbytes + buffer.rows.nbytes) / 1e9
 
 
 ATARI_CEILING, DMC_CEILING = "emulator + wrappers (the ceiling)", "physics (the ceiling of SAC)"
@@ -296,6 +347,7 @@ def atari_rows(args: Args, device: torch.device) -> dict:
         for replay_ratio in args.replay_ratios:
             name = f"training loop, N = {num_agents}, replay ratio {replay_ratio}"
             rows[name] = TrainingLoop(args.env_id, device, num_agents=num_agents, replay_ratio=replay_ratio)
+        rows[f"update alone, N = {num_agents}"] = UpdateAlone(args.env_id, device, num_agents)
     rows["training loop, N = 2, replay ratio 1, --bf16"] = TrainingLoop(args.env_id, device, num_agents=2, bf16=True)
     if device.type == "cuda":
         name = "training loop, N = 2, replay ratio 1, --no-cuda-graphs"
@@ -317,16 +369,37 @@ def dmc_rows(args: Args, device: torch.device) -> dict:
     return rows
 
 
+def check_args(args: Args) -> None:
+    for name in ("rounds", "seconds", "batch_size", "num_agents", "num_sac_agents", "replay_ratios"):
+        values = getattr(args, name) if isinstance(getattr(args, name), tuple) else (getattr(args, name),)
+        if not values or not all(value > 0 and math.isfinite(value) for value in values):
+            rde.fail(f"--{name.replace('_', '-')} must be positive")
+    if args.batch_size > 500:
+        rde.fail(f"--batch-size {args.batch_size} is more than the 500 transitions that the loops begin with")
+    for num_agents in args.num_agents:
+        for ratio in args.replay_ratios:
+            rde.check_args(rde.Args(env_id=args.env_id, num_agents=num_agents, replay_ratio=ratio, cuda=args.cuda,
+                                    buffer_size=10_000))  # fmt: skip
+    for num_agents in args.num_sac_agents:
+        sac.check_args(sac.Args(env_id=args.task, num_agents=num_agents, hidden_dim=args.hidden_dim, cuda=args.cuda,
+                                buffer_size=10_000))  # fmt: skip
+    if args.csv:
+        try:
+            open(args.csv, "a").close()
+        except OSError as error:
+            rde.fail(f"--csv {args.csv} cannot be written: {error.strerror}")
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    rde.check_args(rde.Args(env_id=args.env_id))
-    sac.check_args(sac.Args(env_id=args.task, hidden_dim=args.hidden_dim, buffer_size=10_000))
+    check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = rde.Args().torch_deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rows = atari_rows(args, device) if "atari" in args.suites else {}
     rows |= dmc_rows(args, device) if "dmc" in args.suites else {}
 
-    counts = {name: max(3, int(args.seconds / seconds_per_step(row, 5, device))) for name, row in rows.items()}
+    counts = {name: steps_in(row, args.seconds, device) for name, row in rows.items()}
     seconds = {name: [] for name in rows}
     for round_number in range(args.rounds):
         for name, row in rows.items():
@@ -362,20 +435,25 @@ def main() -> None:
         ("training loop, N = 1, replay ratio 1", "stable-baselines3's DQN (N = 1)"),
         ("SAC training loop, N = 1", "stable-baselines3's SAC (N = 1)"),
     ]:
-        if first in rows:
+        if first in rows and second in rows:
             print(f"{first}, over {second}: {ratio(first, second):.2f}")
+    if {"update alone, N = 2", "update alone, N = 8"} <= rows.keys():
+        print(f"time of an update, N = 8 over N = 2: {ratio('update alone, N = 2', 'update alone, N = 8'):.2f}")
     gflops = matrix_gflops(device)
     if "atari" in args.suites:
         gflop = update_gflop(rows[ATARI_CEILING].env.action_space.n)
         print(f"floor of one DQN agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = "
               f"{gflop / gflops * 1e3:.2f} ms")  # fmt: skip
-        print(f"replay buffer of 100,000 transitions: {rde.ReplayBuffer.num_bytes(100_000, 1) / 1e9:.3f} GB")
+        gigabytes, rate = update_gigabytes(rows[ATARI_CEILING].env.action_space.n), memory_gigabytes_per_second(device)
+        print(f"its parameters' traffic: {gigabytes:.3f} GB at {rate:.0f} GB/s (copying) = {gigabytes / rate * 1e3:.2f} ms")
+        print(f"replay buffer of 100,000 transitions: {replay_buffer_gigabytes(device):.3f} GB")
     if "dmc" in args.suites:
         env = rows[DMC_CEILING].env
         gflop = sac_update_gflop(args, env.observation_space.shape[0], env.action_space.shape[0])
         print(f"floor of one SAC agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = "
               f"{gflop / gflops * 1e3:.2f} ms")  # fmt: skip
-    print(f"peak memory of this process with all rows: {psutil.Process().memory_info().rss / 1e9:.2f} GB on the host", end="")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
+    print(f"peak memory of this process with all rows: {peak / 1e9:.2f} GB on the host", end="")
     print(f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU" if device.type == "cuda" else "")
     if args.csv:
         with open(args.csv, "w", newline="") as file:

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -129,6 +130,10 @@ def check_args(args: Args) -> None:
             fail(f"{flag} is {value}, but must be a finite number")
         if isinstance(value, (int, float)) and value < 0:
             fail(f"{flag} is {value}, but must not be negative")
+        if isinstance(value, (int, float)) and value > 1e30:
+            fail(f"{flag} is larger than 1e30")
+    if not args.exp_name or "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
     for name in ("total_timesteps", "num_envs", "learning_rate", "buffer_size", "batch_size", "replay_ratio",
                  "max_grad_norm", "eval_episodes"):  # fmt: skip
         if getattr(args, name) == 0:
@@ -150,6 +155,8 @@ def check_args(args: Args) -> None:
 
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    if gradient_steps_due(args, args.total_timesteps) == 0:
+        fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
     if args.batch_size > min(args.learning_starts, args.buffer_size):
         fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
              "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
@@ -642,8 +649,8 @@ class Agent:
         torch.set_rng_state(state["initialisation"])
 
     def weights(self) -> dict:
-        """What model.pt holds."""
-        return {"q_network": self.q_network.state_dict()}
+        """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
+        return {"q_network": copy.deepcopy(self.q_network).cpu().state_dict()}
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -703,21 +710,13 @@ class RunFolder:
     """What a run leaves behind: TensorBoard events, args.json, episodes.csv, evaluations.csv, checkpoint.pt, model.pt."""
 
     def __init__(self, args: Args, device: torch.device, path: str | None = None):
-        """Makes the folder, or takes that of an interrupted run; `open` then opens its files."""
-        self.path, self.env_id = path or make_run_folder(args), args.env_id
+        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `open`."""
+        self.args, self.device, self.path = args, device, path or make_run_folder(args)
         if not self.lock():
             raise RunError(f"another process is at work in {self.path}")
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        arguments = {name: value for name, value in vars(args).items() if name != "resume"}
-        with replaced_when_written(os.path.join(self.path, "args.json")) as file:
-            content = {"args": arguments, "versions": package_versions(), "device": device_name}
-            file.write(json.dumps(content, indent=2).encode())
-        if args.track:
-            import wandb
-
-            identity = os.path.basename(os.path.normpath(self.path))
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=identity, id=identity,
-                       resume="allow", config=arguments, sync_tensorboard=True)  # fmt: skip
+        self.arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+        if path is None:
+            self.write_args()
 
     def lock(self) -> bool:
         """Keeps other processes out for as long as this one lives. False if another one was first."""
@@ -728,6 +727,12 @@ class RunFolder:
             os.close(self.folder)
             return False
         return True
+
+    def write_args(self) -> None:
+        device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        with replaced_when_written(os.path.join(self.path, "args.json")) as file:
+            content = {"args": self.arguments, "versions": package_versions(), "device": device_name}
+            file.write(json.dumps(content, indent=2).encode())
 
     def growing_files(self) -> list[str]:
         events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
@@ -745,6 +750,13 @@ class RunFolder:
 
     def open(self, file_sizes: dict[str, int]) -> None:
         """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
+        self.write_args()  # --total-timesteps may have been raised
+        if self.args.track:
+            import wandb
+
+            identity = os.path.basename(os.path.normpath(self.path))
+            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
+                       resume="allow", config=self.arguments, sync_tensorboard=True)  # fmt: skip
         for path in filter(os.path.exists, self.growing_files()):
             if os.path.basename(path) in file_sizes:
                 os.truncate(path, file_sizes[os.path.basename(path)])
@@ -781,7 +793,7 @@ class RunFolder:
 
     def log_evaluation(self, global_step: int, phase: str, scores: list[float]) -> None:
         self.evaluations.writerows((global_step, phase, episode, score) for episode, score in enumerate(scores))
-        mean, normalized = float(np.mean(scores)), human_normalized_score(self.env_id, float(np.mean(scores)))
+        mean, normalized = float(np.mean(scores)), human_normalized_score(self.args.env_id, float(np.mean(scores)))
         line = f"step {global_step}: evaluation ({phase.replace('_', ' ')}) mean {mean:.1f}"
         self.writer.add_scalar("eval/episodic_return", mean, global_step)
         if normalized is not None:
@@ -811,6 +823,8 @@ def make_run_folder(args: Args) -> str:
             return path
         except FileExistsError:
             time.sleep(0.2)
+        except OSError as error:
+            fail(f"the run folder {path} cannot be made: {error.strerror}")
 
 
 def package_versions() -> dict[str, str]:
@@ -899,7 +913,10 @@ def load_checkpoint(path: str, args: Args, device: torch.device) -> tuple[dict, 
     content = content[CHECKPOINT_HEADER.size :]
     if zlib.crc32(content) != checksum:
         raise RunError(f"{path} is damaged or cut off: its checksum is wrong")
-    state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
     if state["script"] != os.path.basename(__file__):
         raise RunError(f"{path} was written by {state['script']}, not by {os.path.basename(__file__)}")
     for name, value in vars(args).items():
@@ -1134,7 +1151,12 @@ def read_run_args(path: str) -> Args:
     """The arguments of the run in a folder."""
     try:
         with open(os.path.join(path, "args.json")) as file:
-            return Args(**json.load(file)["args"])
+            args = Args(**json.load(file)["args"])
+        for name, default in vars(Args()).items():
+            kind = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and not isinstance(getattr(args, name), kind):
+                raise TypeError
+        return args
     except OSError as error:
         raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -1143,8 +1165,8 @@ def read_run_args(path: str) -> Args:
 
 def resume_args(args: Args, path: str) -> Args:
     """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
-    saved = dataclasses.replace(read_run_args(path), resume=args.resume, runs_dir=args.runs_dir)
-    args = tyro.cli(Args, description=__doc__, default=saved)
+    saved = dataclasses.replace(read_run_args(path), resume=args.resume)
+    args = dataclasses.replace(tyro.cli(Args, description=__doc__, default=saved), runs_dir=saved.runs_dir)
     for name, value in vars(saved).items():
         if name != "total_timesteps" and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "

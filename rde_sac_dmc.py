@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -134,6 +135,10 @@ def check_args(args: Args) -> None:
             fail(f"{flag} is {value}, but must be a finite number")
         if isinstance(value, (int, float)) and value < 0:
             fail(f"{flag} is {value}, but must not be negative")
+        if isinstance(value, (int, float)) and value > 1e30:
+            fail(f"{flag} is larger than 1e30")
+    if not args.exp_name or "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
     for name in ("total_timesteps", "num_envs", "learning_rate", "buffer_size", "batch_size", "replay_ratio",
                  "hidden_dim", "num_hidden_layers", "eval_episodes"):  # fmt: skip
         if getattr(args, name) == 0:
@@ -588,10 +593,8 @@ class Agent:
         return outputs.float().view(num_agents, 2, batch_size)
 
     @torch.no_grad()
-    def act(
-        self, observations: torch.Tensor, generator: torch.Generator, deterministic: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions of the ensemble (num_envs, action_dim) and the agents that proposed them (num_envs,).
+    def act(self, observations: torch.Tensor, generator: torch.Generator, deterministic: bool = False) -> torch.Tensor:
+        """The ensemble's actions and, in the last column, the agents that proposed them, (num_envs, action_dim + 1).
 
         For observations (num_envs, observation_dim). The agents propose samples of their policies, or their modes.
         """
@@ -608,7 +611,8 @@ class Agent:
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
-        return proposals[torch.arange(num_envs, device=self.device), acting_agents], acting_agents
+        actions = proposals[torch.arange(num_envs, device=self.device), acting_agents]  # (num_envs, action_dim)
+        return torch.cat([actions, acting_agents.unsqueeze(1)], dim=1)
 
     def update(self) -> torch.Tensor:
         """One gradient step of every agent on one mini-batch, in stable-baselines3's order: alpha, critics, actor, targets.
@@ -686,11 +690,11 @@ class Agent:
         torch.set_rng_state(state["initialisation"])
 
     def weights(self) -> dict:
-        """What model.pt holds."""
+        """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
         return {
-            "actors": self.actors.state_dict(),
-            "critics": self.critics.state_dict(),
-            "log_alphas": self.log_alphas.detach(),
+            "actors": copy.deepcopy(self.actors).cpu().state_dict(),
+            "critics": copy.deepcopy(self.critics).cpu().state_dict(),
+            "log_alphas": self.log_alphas.detach().cpu(),
             "oldest_agent": self.oldest.item(),
         }
 
@@ -731,21 +735,13 @@ class RunFolder:
     """What a run leaves behind: TensorBoard events, args.json, episodes.csv, evaluations.csv, checkpoint.pt, model.pt."""
 
     def __init__(self, args: Args, device: torch.device, path: str | None = None):
-        """Makes the folder, or takes that of an interrupted run; `open` then opens its files."""
-        self.path, self.env_id = path or make_run_folder(args), args.env_id
+        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `open`."""
+        self.args, self.device, self.path = args, device, path or make_run_folder(args)
         if not self.lock():
             raise RunError(f"another process is at work in {self.path}")
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        arguments = {name: value for name, value in vars(args).items() if name != "resume"}
-        with replaced_when_written(os.path.join(self.path, "args.json")) as file:
-            content = {"args": arguments, "versions": package_versions(), "device": device_name}
-            file.write(json.dumps(content, indent=2).encode())
-        if args.track:
-            import wandb
-
-            identity = os.path.basename(os.path.normpath(self.path))
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=identity, id=identity,
-                       resume="allow", config=arguments, sync_tensorboard=True)  # fmt: skip
+        self.arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+        if path is None:
+            self.write_args()
 
     def lock(self) -> bool:
         """Keeps other processes out for as long as this one lives. False if another one was first."""
@@ -756,6 +752,12 @@ class RunFolder:
             os.close(self.folder)
             return False
         return True
+
+    def write_args(self) -> None:
+        device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        with replaced_when_written(os.path.join(self.path, "args.json")) as file:
+            content = {"args": self.arguments, "versions": package_versions(), "device": device_name}
+            file.write(json.dumps(content, indent=2).encode())
 
     def growing_files(self) -> list[str]:
         events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
@@ -773,6 +775,13 @@ class RunFolder:
 
     def open(self, file_sizes: dict[str, int]) -> None:
         """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
+        self.write_args()  # --total-timesteps may have been raised
+        if self.args.track:
+            import wandb
+
+            identity = os.path.basename(os.path.normpath(self.path))
+            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
+                       resume="allow", config=self.arguments, sync_tensorboard=True)  # fmt: skip
         for path in filter(os.path.exists, self.growing_files()):
             if os.path.basename(path) in file_sizes:
                 os.truncate(path, file_sizes[os.path.basename(path)])
@@ -836,6 +845,8 @@ def make_run_folder(args: Args) -> str:
             return path
         except FileExistsError:
             time.sleep(0.2)
+        except OSError as error:
+            fail(f"the run folder {path} cannot be made: {error.strerror}")
 
 
 def package_versions() -> dict[str, str]:
@@ -918,7 +929,10 @@ def load_checkpoint(path: str, args: Args, device: torch.device) -> tuple[dict, 
     content = content[CHECKPOINT_HEADER.size :]
     if zlib.crc32(content) != checksum:
         raise RunError(f"{path} is damaged or cut off: its checksum is wrong")
-    state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
     if state["script"] != os.path.basename(__file__):
         raise RunError(f"{path} was written by {state['script']}, not by {os.path.basename(__file__)}")
     for name, value in vars(args).items():
@@ -1034,7 +1048,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
     def evaluate_and_log(phase: str) -> bool:
         """False if a signal stopped it, and nothing was logged."""
         generator = torch.Generator(device).manual_seed(derive_seed(args.seed, EVALUATION, global_step))
-        policy = lambda observations: agent.act(observations, generator, deterministic=True)[0]
+        policy = lambda observations: agent.act(observations, generator, deterministic=True)[:, :-1]
         if args.capture_video:
             eval_envs[0].set_wrapper_attr("name_prefix", f"step-{global_step}-{phase}")
         scores = evaluate(policy, eval_envs, args.seed, global_step, device, stop)
@@ -1077,7 +1091,7 @@ def train(args: Args, resume_path: str | None = None) -> None:
             actions = exploration.uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
         else:
             upload(observations, device_observations)
-            chosen_actions, acting_agents = map(Download, act())
+            choice = Download(act())
 
         # Learn. Launched before the environment runs, so that the GPU trains while the CPU plays.
         previous_metrics = metrics
@@ -1091,10 +1105,10 @@ def train(args: Args, resume_path: str | None = None) -> None:
 
         # Step the environments and store what happened.
         if not warm_up:
-            actions = chosen_actions.numpy()
+            actions, acting_agents = np.split(choice.numpy(), [action_dim], axis=1)
             if not np.isfinite(actions).all():  # the physics would stop with an error of its own
                 raise FloatingPointError(f"an action is not finite any more at step {global_step}; try a lower --learning-rate")
-            acting_counts += np.bincount(acting_agents.numpy(), minlength=args.num_agents)
+            acting_counts += np.bincount(acting_agents[:, 0].astype(np.int64), minlength=args.num_agents)
         global_step += args.num_envs
         for i, env in enumerate(envs):
             next_observation, reward, terminated, truncated, info = env.step(actions[i])
@@ -1165,7 +1179,12 @@ def read_run_args(path: str) -> Args:
     """The arguments of the run in a folder."""
     try:
         with open(os.path.join(path, "args.json")) as file:
-            return Args(**json.load(file)["args"])
+            args = Args(**json.load(file)["args"])
+        for name, default in vars(Args()).items():
+            kind = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and not isinstance(getattr(args, name), kind):
+                raise TypeError
+        return args
     except OSError as error:
         raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -1174,8 +1193,8 @@ def read_run_args(path: str) -> Args:
 
 def resume_args(args: Args, path: str) -> Args:
     """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
-    saved = dataclasses.replace(read_run_args(path), resume=args.resume, runs_dir=args.runs_dir)
-    args = tyro.cli(Args, description=__doc__, default=saved)
+    saved = dataclasses.replace(read_run_args(path), resume=args.resume)
+    args = dataclasses.replace(tyro.cli(Args, description=__doc__, default=saved), runs_dir=saved.runs_dir)
     for name, value in vars(saved).items():
         if name != "total_timesteps" and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "

@@ -32,7 +32,17 @@ def command(script: str, *arguments) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    """Of the commands that are tested: on the CPU, also where there is a GPU."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu(request):
+    """What runs in the process of the tests runs on the CPU, too. What needs a GPU stands in test_cuda.py."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.module.__name__ != "test_cuda":
+            monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        yield
 
 
 def run_script(script: str, *arguments, timeout: float = 300) -> subprocess.CompletedProcess:

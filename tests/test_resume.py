@@ -298,8 +298,7 @@ def resume(path, *arguments, script="rde_dqn_atari"):
     result = run_script(script, "--resume", path, *arguments)
     assert "Traceback" not in result.stderr and result.returncode in (1, 2), result.stderr
     (line,) = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    now = {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {}
-    assert {name for name in files if files[name] != now.get(name)} <= {"args.json"} and now.keys() == files.keys()
+    assert files == ({file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {})
     return result.returncode, line
 
 
@@ -342,6 +341,12 @@ def rewrite_state(path, change):
     )
 
 
+def a_number_as_text(path):
+    content = json.loads((path / "args.json").read_text())
+    content["args"]["num_agents"] = "2"
+    (path / "args.json").write_text(json.dumps(content))
+
+
 def other_script(path):
     rewrite_state(path, lambda state: state.update(script="dqn_atari.py"))
 
@@ -363,14 +368,18 @@ def other_device(path):
         (empty, 1, "checkpoint.pt is cut off"),
         (garbage, 1, "is not a checkpoint of this version of the scripts"),
         (other_number_of_agents, 1, "was written with num_agents = 2, but args.json says 3"),
+        (a_number_as_text, 1, "its args.json does not fit"),
         (other_script, 1, "was written by dqn_atari.py, not by rde_"),
         (other_version, 1, "was written with torch 1.0, but here is"),
         (other_device, 1, "was written with device cuda, but here is cpu"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(copy_of_stopped_run, damage, code, message):
+    """It is refused, also with a raised total, which args.json must not hold then."""
     damage(copy_of_stopped_run)
-    got, line = resume(copy_of_stopped_run, script=copy_of_stopped_run.name.split("__")[1])
+    script = copy_of_stopped_run.name.split("__")[1]
+    total = json.loads((copy_of_stopped_run / "args.json").read_text())["args"]["total_timesteps"] + 100
+    got, line = resume(copy_of_stopped_run, "--total-timesteps", total, script=script)
     assert got == code and message in line
 
 
@@ -594,5 +603,6 @@ def test_nothing_in_a_checkpoint_is_executed(copy_of_stopped_run, rde):
     content = file.getvalue()
     header = rde.CHECKPOINT_HEADER.pack(rde.CHECKPOINT_MAGIC, rde.zlib.crc32(content), len(content))
     (copy_of_stopped_run / "checkpoint.pt").write_bytes(header + content)
-    run_script("rde_dqn_atari", "--resume", copy_of_stopped_run)
+    code, line = resume(copy_of_stopped_run)
+    assert code == 1 and line.endswith("checkpoint.pt holds more than numbers and tensors, and was not loaded")
     assert not (copy_of_stopped_run / "executed").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ATARI_SCRIPTS, QUICK, command, load_script, run_script
+from conftest import ATARI_SCRIPTS, QUICK, command, environment, load_script, run_script
 
 # name: script and arguments beside QUICK
 RUNS = {
@@ -197,6 +197,6 @@ def test_a_run_with_two_agents_stays_below_1_6_gigabytes(tmp_path):
     arguments = [*QUICK, "--buffer-size", 100_000, "--batch-size", 32, "--eval-episodes", 10, "--runs-dir", tmp_path]
     python, *rest = command("rde_dqn_atari", *arguments, "--total-timesteps", 400, "--checkpoint-interval", 250)
 
-    result = subprocess.run([python, "-c", code, *rest], capture_output=True, text=True, check=False)
+    result = subprocess.run([python, "-c", code, *rest], capture_output=True, text=True, env=environment(), check=False)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split("peak")[-1]) < 1.6e9

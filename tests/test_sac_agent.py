@@ -359,8 +359,9 @@ def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
         agent.reset()
     observation = torch.randn(OBSERVATION_DIM, generator=torch.Generator().manual_seed(5))
     num_draws = 20_000
-    actions, acting_agents = agent.act(observation.expand(num_draws, -1), torch.Generator().manual_seed(6), deterministic=True)
-    assert actions.shape == (num_draws, ACTION_DIM) and acting_agents.shape == (num_draws,)
+    choices = agent.act(observation.expand(num_draws, -1), torch.Generator().manual_seed(6), deterministic=True)
+    assert choices.shape == (num_draws, ACTION_DIM + 1)
+    actions, acting_agents = choices[:, :-1], choices[:, -1].long()
 
     proposals = []
     for i in range(3):
@@ -387,36 +388,15 @@ def test_samples_of_the_policy(sac):
     with torch.no_grad():
         agent.actors.biases[-1][0, 0, ACTION_DIM:] = -1.0
     observation = torch.zeros(OBSERVATION_DIM)
-    actions, acting_agents = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2))
+    actions, acting_agents = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2)).split(
+        [ACTION_DIM, 1], 1
+    )
     mean, log_std = agent.policies(observation.unsqueeze(0))
     unsquashed = torch.atanh(actions.double())
     torch.testing.assert_close(unsquashed.mean(0).float(), mean[0, 0], rtol=0, atol=0.02)
     torch.testing.assert_close(unsquashed.std(0).float(), log_std[0, 0].exp(), rtol=0.03, atol=0)
     correlations = torch.corrcoef(unsquashed.T) - torch.eye(ACTION_DIM)
     assert correlations.abs().max() < 0.05 and not acting_agents.any()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs_give_the_same_numbers(sac):
-    """30 gradient steps and a reset, captured and not."""
-    device, weights = torch.device("cuda"), []
-    for capture in (True, False):
-        args = sac.Args(num_agents=2, hidden_dim=64, batch_size=BATCH_SIZE)
-        generator = torch.Generator(device).manual_seed(1)
-        buffer = sac.ReplayBuffer(200, OBSERVATION_DIM, ACTION_DIM, device, generator)
-        rng = np.random.default_rng(0)
-        agent = sac.Agent(args, OBSERVATION_DIM, ACTION_DIM, buffer, device)
-        update = sac.CudaGraph(agent.update, generator, capture)
-        for step in range(130):
-            observation, next_observation = rng.normal(size=(2, OBSERVATION_DIM))
-            buffer.add(observation, rng.uniform(-1, 1, ACTION_DIM), 1.0, False, next_observation)
-            if step >= 100:
-                update()
-            if step == 115:
-                agent.reset()
-        weights.append([parameter.detach().clone() for parameter in [*agent.actors.parameters(), *agent.critics.parameters()]])
-    for captured, plain in zip(*weights):
-        torch.testing.assert_close(captured, plain)
 
 
 def test_the_bytes_of_the_agents_are_those_that_are_taken(sac):

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT
+from conftest import ROOT, environment
 
 TINY = {
     "env_id": "cartpole-balance", "hidden_dim": 8, "batch_size": 16, "buffer_size": 2_000, "learning_starts": 100,
@@ -49,9 +48,7 @@ def command(options):
 
 def run_script(options, folder):
     """With one thread, so that tests that run side by side don't fight for the cores."""
-    return subprocess.run(
-        command(options), capture_output=True, text=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    return subprocess.run(command(options), capture_output=True, text=True, cwd=folder, env=environment(), check=False)
 
 
 @contextlib.contextmanager
@@ -221,9 +218,7 @@ def resume(sac, monkeypatch, folder):
 def stop_when(condition, options, number, folder):
     """Starts a run, sends it the signal when the condition holds, and returns the exit code and what it printed."""
     with open(folder / "log.txt", "w+") as log:
-        process = subprocess.Popen(
-            command(options), stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen(command(options), stdout=log, stderr=subprocess.STDOUT, env=environment())
         while process.poll() is None and not condition():
             time.sleep(0.005)
         process.send_signal(number)
@@ -293,7 +288,7 @@ sac.main()
 def test_stopped_before_the_first_step_and_a_raised_total(tmp_path, undisturbed):
     """The replay buffer is empty then. Nothing before the run's old end differs."""
     code = [sys.executable, "-c", STOPPED_AT_ONCE, *command(RESUMED | {"runs_dir": str(tmp_path)})[2:]]
-    result = subprocess.run(code, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    result = subprocess.run(code, capture_output=True, text=True, env=environment(), check=False)
     assert result.returncode == 143 and "stopped at step 0; to continue" in result.stderr, result.stderr
     (folder,) = tmp_path.iterdir()
     result = run_script({"resume": str(folder), "total_timesteps": 2_100}, tmp_path)
@@ -364,7 +359,7 @@ def test_a_way_to_draw_that_does_not_exist(options, tmp_path):
     """MuJoCo reads MUJOCO_GL when it is imported, and raises an error of its own."""
     flags = [f"--{name.replace('_', '-')}" + (f"={value}" if value else "") for name, value in options.items()]
     result = subprocess.run(
-        [*command({}), *flags], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"MUJOCO_GL": "nonsense"}, check=False
+        [*command({}), *flags], capture_output=True, text=True, cwd=tmp_path, env=environment() | {"MUJOCO_GL": "nonsense"}, check=False
     )  # fmt: skip
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "finds no way to draw with MUJOCO_GL=nonsense" in result.stderr

@@ -1,0 +1,103 @@
+"""benchmark_speed.py: what it measures, what it counts, what it prints."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import ROOT, environment
+
+sys.path.insert(0, str(ROOT))
+
+import benchmark_speed as speed  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class Row:
+    """Slow in its first calls, as where a CUDA graph is captured, then 1 ms."""
+
+    def __init__(self):
+        self.num_steps = 0
+
+    def step(self):
+        self.num_steps += 1
+        time.sleep(0.05 if self.num_steps <= 4 else 0.001)
+
+
+def test_slow_first_steps_do_not_shorten_the_measurement():
+    """0.2 s are 190 steps or fewer, never the 5 or so that the first calls would make of it."""
+    assert 60 <= speed.steps_in(Row(), 0.2, CPU) <= 200
+
+
+@pytest.mark.parametrize("suite", ["dqn", "sac"])
+def test_floor_in_flop_is_what_pytorch_counts(suite):
+    """PyTorch's counter looks at matrix products and convolutions; SAC's last layer is a sum of products on the CPU."""
+    if suite == "dqn":
+        agent, gflop = speed.TrainingLoop("AlienNoFrameskip-v4", CPU, num_agents=1).agent, speed.update_gflop(18)
+    else:
+        args = speed.Args(hidden_dim=64, batch_size=32)
+        agent = speed.SACTrainingLoop("walker-run", CPU, num_agents=1, hidden_dim=64, batch_size=32).agent
+        gflop = speed.sac_update_gflop(args, 24, 6) - 2 * 32 * 2 * 6 * 64 / 1e9  # without the critics' last layers
+    with FlopCounterMode(display=False) as counter:
+        agent.update()
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
+def test_memory_floor_by_hand():
+    """1,693,362 parameters of 4 bytes, read or written 17 times."""
+    assert speed.update_gigabytes(18) == pytest.approx(17 * 4 * 1_693_362 / 1e9)
+
+
+def test_replay_buffer_is_measured():
+    """84 x 84 bytes and a row of 8 numbers for every transition, and 1 % more frames."""
+    assert speed.replay_buffer_gigabytes(CPU) == pytest.approx(1e5 * (1.01 * 84 * 84 + 64) / 1e9, rel=1e-3)
+
+
+def test_table(tmp_path):
+    """As a command, as short as it can be: every row and ratio is there, and the file holds the same."""
+    options = "--num-agents 1 2 --num-sac-agents 1 --replay-ratios 1 --rounds 1 --seconds 0.02 --hidden-dim 8 --batch-size 16"
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmark_speed.py", *options.split(), "--csv", tmp_path / "speed.csv"],
+        capture_output=True, text=True, env=environment(), timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = [line[2:-2].split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [line[0] for line in lines] == [
+        "emulator alone, 4 frames", "emulator + wrappers (the ceiling)", "training loop, N = 1, replay ratio 1",
+        "update alone, N = 1", "training loop, N = 2, replay ratio 1", "update alone, N = 2",
+        "training loop, N = 2, replay ratio 1, --bf16", "naive loop, N = 1", "naive loop, N = 2",
+        "stable-baselines3's DQN (N = 1)", "physics (the ceiling of SAC)", "SAC training loop, N = 1",
+        "stable-baselines3's SAC (N = 1)",
+    ]  # fmt: skip
+    assert all(float(steps) * float(milliseconds) == pytest.approx(1e3, rel=0.05) for _, steps, milliseconds, _ in lines)
+    with open(tmp_path / "speed.csv") as file:
+        assert list(csv.reader(file))[1:] == lines
+    for text in ("over emulator alone, 4 frames: ", "over naive loop, N = 2: ", "over stable-baselines3's DQN (N = 1): ",
+                 "floor of one DQN agent's update: ", "floor of one SAC agent's update: ", "replay buffer of 100,000"):  # fmt: skip
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--rounds 0", "--rounds must be positive"), ("--replay-ratios 0", "--replay-ratios must be positive"),
+        ("--num-sac-agents 0", "--num-sac-agents must be positive"), ("--num-agents 1 0", "--num-agents must be positive"),
+        ("--seconds nan", "--seconds must be positive"), ("--batch-size 501", "--batch-size 501 is more than the 500"),
+        ("--env-id Pong", "--env-id Pong is not a game of the form"), ("--task hoper-hop", "did you mean hopper-hop"),
+        ("--hidden-dim 0", "--hidden-dim is 0"), ("--csv nowhere/x.csv", "--csv nowhere/x.csv cannot be written: No such file"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark_speed.py", *options.split()])
+    with pytest.raises(SystemExit) as end:
+        speed.main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == "" and os.listdir(tmp_path) == []
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
