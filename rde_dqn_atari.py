@@ -84,8 +84,8 @@ class Args:
     checkpoint_interval: int = 25_000
     """environment steps between two checkpoints; 0 = only when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
     resume: str = ""
-    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised); "auto" = the newest
-    unfinished run with the same arguments, or a new one"""
+    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
+    "auto" = the newest unfinished run with the same arguments, or a new one"""
 
     env_id: str = "AlienNoFrameskip-v4"
     """the game, as <Game>NoFrameskip-v4"""

@@ -1,9 +1,8 @@
 """stable-baselines3's DQN in the place of dqn_atari.py, to compare the two.
 
-    python tests/stable_baselines3_dqn.py --env-id MsPacmanNoFrameskip-v4 --seed 1 --num-envs 4 --replay-ratio 0.25 \
-        --learning-starts 2000 --end-e 0.1
+    python tests/stable_baselines3_dqn.py --env-id MsPacmanNoFrameskip-v4 --seed 1 --num-envs 4 --replay-ratio 0.25
 
-The arguments are those of dqn_atari.py, and its evaluations are played at the same steps, from the same starts; everything
+The arguments are those of dqn_atari.py that have an effect, and its evaluations are played at the same steps, from the same starts; everything
 else is stable-baselines3's: wrappers, replay buffer, network, exploration, loop. What comes out is a run folder's
 evaluations.csv and episodes.csv.
 """
@@ -22,6 +21,9 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import dqn_atari as dqn
+
+WITHOUT_EFFECT = ("cuda", "cuda_graphs", "torch_deterministic", "bf16", "track", "wandb_project_name", "wandb_entity", "capture_video",
+                  "checkpoint_interval", "resume", "exp_name")  # fmt: skip
 
 
 class Logs(BaseCallback):
@@ -48,6 +50,9 @@ class Logs(BaseCallback):
 
 def main() -> None:
     args = tyro.cli(dqn.Args, description=__doc__)
+    for name in WITHOUT_EFFECT:
+        if getattr(args, name) != getattr(dqn.Args(), name):
+            dqn.fail(f"--{name.replace('_', '-')} has no effect on stable-baselines3's DQN; leave it out")
     args = dataclasses.replace(args, exp_name="stable_baselines3_dqn", cuda=False)
     if args.replay_ratio * args.num_envs != 1:
         dqn.fail("stable-baselines3's DQN moves its target once in a loop step; --replay-ratio must be 1 / --num-envs here")
@@ -64,6 +69,9 @@ def main() -> None:
     logs = Logs(args, run, dqn.StopSignal())
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
+    if logs.stop.received:
+        print(f"stopped at step {model.num_timesteps}, without a final evaluation; it cannot be continued", file=sys.stderr)
+        sys.exit(128 + logs.stop.received)
     print(f"the evaluations are in {run.path}")
 
 

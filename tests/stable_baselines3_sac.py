@@ -2,7 +2,7 @@
 
     python tests/stable_baselines3_sac.py --env-id cheetah-run --seed 1 --replay-ratio 4 --total-timesteps 50000
 
-The arguments are those of rde_sac_dmc.py; the environment and the evaluations are its own, too, at the same steps, from the
+The arguments are those of rde_sac_dmc.py that have an effect; the environment and the evaluations are its own, too, at the same steps, from the
 same starts. What comes out is a run folder's evaluations.csv.
 """
 
@@ -17,6 +17,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import rde_sac_dmc as sac
+
+DEFAULTS = sac.Args(num_agents=1, reset_interval=0)
+WITHOUT_EFFECT = ("cuda", "cuda_graphs", "torch_deterministic", "bf16", "track", "wandb_project_name", "wandb_entity", "capture_video",
+                  "checkpoint_interval", "resume", "exp_name", "beta")  # fmt: skip
 
 
 class Evaluations(BaseCallback):
@@ -39,7 +43,10 @@ class Evaluations(BaseCallback):
 
 
 def main() -> None:
-    args = tyro.cli(sac.Args, description=__doc__, default=sac.Args(num_agents=1, reset_interval=0))
+    args = tyro.cli(sac.Args, description=__doc__, default=DEFAULTS)
+    for name in WITHOUT_EFFECT:
+        if getattr(args, name) != getattr(DEFAULTS, name):
+            sac.fail(f"--{name.replace('_', '-')} has no effect on stable-baselines3's SAC; leave it out")
     args = dataclasses.replace(args, exp_name="stable_baselines3_sac", cuda=False)
     if args.num_agents != 1 or args.reset_interval or args.num_envs != 1 or args.replay_ratio % 1:
         sac.fail(
@@ -57,6 +64,9 @@ def main() -> None:
     evaluations = Evaluations(args, run, sac.StopSignal())
     model.learn(args.total_timesteps, callback=evaluations)
     evaluations.evaluate("final")
+    if evaluations.stop.received:
+        print(f"stopped at step {model.num_timesteps}, without a final evaluation; it cannot be continued", file=sys.stderr)
+        sys.exit(128 + evaluations.stop.received)
     print(f"the evaluations are in {run.path}")
 
 

@@ -1,10 +1,13 @@
 """The scripts that train stable-baselines3's agents beside ours: the same steps, and one line for what they cannot do."""
 
 import csv
+import signal
+import subprocess
+import time
 
 import pytest
 
-from conftest import load_script, run_script
+from conftest import command, environment, load_script, run_script
 
 DQN = (
     "--env-id BreakoutNoFrameskip-v4 --num-envs 4 --replay-ratio 0.25 --total-timesteps 600 --learning-starts 200 "
@@ -31,9 +34,33 @@ def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, ours, argumen
 
 
 @pytest.mark.parametrize(
-    "script, argument", [("dqn", "--replay-ratio=2"), ("sac", "--num-agents=2"), ("sac", "--replay-ratio=0.5")]
+    "script, argument",
+    [
+        ("dqn", "--replay-ratio=2"),
+        ("dqn", "--bf16"),
+        ("dqn", "--resume=auto"),
+        ("dqn", "--no-cuda"),
+        ("sac", "--num-agents=2"),
+        ("sac", "--replay-ratio=0.5"),
+        ("sac", "--checkpoint-interval=10"),
+        ("sac", "--beta=1"),
+    ],
 )
 def test_what_it_cannot_do_is_one_line(tmp_path, script, argument):
     result = run_script(f"tests/stable_baselines3_{script}", argument, "--runs-dir", tmp_path / "runs")
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_stopped(tmp_path):
+    process = subprocess.Popen(
+        command("tests/stable_baselines3_sac", *SAC, "--total-timesteps", "1000000", "--runs-dir", tmp_path),
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 200
+    while not list(tmp_path.glob("*/evaluations.csv")) or "150," not in next(tmp_path.glob("*/evaluations.csv")).read_text():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "without a final evaluation; it cannot be continued" in errors
