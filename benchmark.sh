@@ -477,7 +477,7 @@ echo "to do here: ${#to_do[@]} of ${#indices[@]}, $jobs at a time; interrupted b
 if ((num_unknown < ${#to_do[@]})); then
     minutes=$((seconds_left / jobs / 60 + 1))
     ((minutes < 120)) && duration="$minutes min" || duration="$(((minutes + 30) / 60)) hours"
-    echo "time: about $duration. As long as finished runs like them: $num_measured runs; the others at" \
+    echo "time: about $duration. Known from finished runs like them: $num_measured runs; for the others from" \
         "$seconds_per_update s for an agent's gradient step ($threads of a two-core machine, no GPU)," \
         "0.003 s for a step of an environment and 1 s for a game of an evaluation"
 fi

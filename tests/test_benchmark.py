@@ -576,7 +576,7 @@ def test_estimate(study):
     options = (*ONE_GAME, "--seeds", "2", "--total-timesteps", "10000", "--", "--end-e", "0.5")
     one_run = 9_998 * 0.020 + 30 + 10 + 5
     assert (
-        f"time: about {int(2 * one_run / 60) + 1} min. As long as finished runs like them: 0 runs" in study.run(*options).stdout
+        f"time: about {int(2 * one_run / 60) + 1} min. Known from finished runs like them: 0 runs" in study.run(*options).stdout
     )
     ensemble = study.run("--games", "Pong", "--methods", "rde_dqn", "--replay-ratios", "4", "--seeds", "2", "--jobs", "2",
                          "--total-timesteps", "50000")  # fmt: skip
@@ -584,7 +584,7 @@ def test_estimate(study):
     assert f"time: about {round(one_run / 3600)} hours." in ensemble.stdout
 
     # The runs of this kind took 100 s a step, so the stand-in claims.
-    assert "time: about 28 hours. As long as finished runs like them: 1 runs" in study.run(
+    assert "time: about 28 hours. Known from finished runs like them: 1 runs" in study.run(
         *ONE_GAME, "--seeds", "3-3", "--total-timesteps", "1000", "--", "--end-e", "0.5").stdout  # fmt: skip
 
 

@@ -48,7 +48,11 @@ def test_the_logged_metrics_are_described():
             assert f"`{tag.rstrip('_')}" in README, tag
 
 
-def test_the_files_that_the_readme_names_exist():
-    for name in re.findall(r"`([a-zA-Z_/]+\.(?:py|sh|txt|md|png|csv))`", README) + re.findall(r"\]\(([^)h][^)]*)\)", README):
-        if name not in ("episodes.csv", "evaluations.csv", "results.csv"):
+@pytest.mark.parametrize("path", ["README.md", "results/README.md"])
+def test_the_files_that_a_readme_names_exist(path):
+    text, folder = (ROOT / path).read_text(), (ROOT / path).parent
+    for name in re.findall(r"`([a-zA-Z_/]+\.(?:py|sh|txt|md|png|csv))`", text):
+        if name not in ("episodes.csv", "evaluations.csv", "results.csv", "training_games.csv"):  # of run and result folders
             assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([^)h#][^)]*)\)", text):
+        assert (folder / name).exists(), name

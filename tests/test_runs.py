@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ATARI_SCRIPTS, QUICK, command, environment, load_script, run_script
+from conftest import ATARI_SCRIPTS, QUICK, ROOT, command, environment, load_script, run_script
 
 # name: script and arguments beside QUICK
 RUNS = {
@@ -161,6 +161,14 @@ def test_the_weights_of_the_run_play(runs):
     network = rde.QNetwork(4)
     network.load_state_dict(model["q_networks"][0])
     assert torch.isfinite(network(torch.rand(3, 4, 84, 84))).all()
+
+
+def test_a_model_is_used_as_the_readme_says(runs, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.syspath_prepend(ROOT)
+    values = {}
+    exec(code.replace("runs/<run folder>", str(runs("rde").path)).replace("Alien", "Breakout"), values)
+    assert values["q_values"].shape == (1, 4) and values["observation"].shape == (4, 84, 84)
 
 
 @pytest.mark.parametrize("script", ATARI_SCRIPTS)
