@@ -469,18 +469,19 @@ class StackedMLP(nn.Module):
         layers = list(zip(widths, widths[1:]))
         self.weights = nn.ParameterList(torch.zeros(num_networks, fan_in, fan_out) for fan_in, fan_out in layers)
         self.biases = nn.ParameterList(torch.zeros(num_networks, 1, fan_out) for _, fan_out in layers)
+        self.layers = list(zip(self.weights, self.biases))  # on a CPU ParameterLists cost 4 % of the training loop
 
     @torch.no_grad()
     def initialise(self, network: int) -> None:
         """Gives one of the networks, in place, the values of freshly built `nn.Linear` layers."""
-        for weight, bias in zip(self.weights, self.biases):
+        for weight, bias in self.layers:
             layer = nn.Linear(weight.shape[1], weight.shape[2])
             weight[network] = layer.weight.T
             bias[network, 0] = layer.bias
 
     def forward(self, inputs: torch.Tensor, networks: torch.Tensor | None = None) -> torch.Tensor:
         """All networks, or those whose numbers are given on the device."""
-        for depth, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+        for depth, (weight, bias) in enumerate(self.layers):
             if networks is not None:
                 weight, bias = weight.index_select(0, networks), bias.index_select(0, networks)
             if depth:
@@ -496,12 +497,12 @@ def squashed_gaussian(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Te
     """The sample tanh(mean + std * noise), (..., action_dim), and its log-probability, (...), for standard normal noise.
 
     log(1 - tanh(u)^2) is written as 2 * (log 2 - u - softplus(-2 * u)): the same number, but finite and exact where tanh(u)
-    rounds to 1. The Gaussian's part takes the noise itself, because (u - mean) / std has lost it where std is tiny.
+    rounds to 1. The Gaussian's part takes the noise itself, because (u - mean) / std has lost it where std is tiny. What is
+    the same for all samples, log(sqrt(2 * pi)) and 2 * log 2 of every dimension, is subtracted at the end.
     """
-    unsquashed = mean + log_std.exp() * noise
-    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    correction = 2 * (math.log(2) - unsquashed - F.softplus(-2 * unsquashed))
-    return unsquashed.tanh(), (gaussian - correction).sum(dim=-1)
+    unsquashed = torch.addcmul(mean, log_std.exp(), noise)
+    log_probs = torch.add(-0.5 * noise.square() - log_std, unsquashed + F.softplus(-2 * unsquashed), alpha=2)
+    return unsquashed.tanh(), log_probs.sum(dim=-1) - mean.shape[-1] * math.log(4 * math.sqrt(2 * math.pi))
 
 
 def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
@@ -527,7 +528,7 @@ class Agent:
         self.actors = StackedMLP(args.num_agents, [observation_dim, *hidden, 2 * action_dim]).to(device)
         self.critics = StackedMLP(2 * args.num_agents, [observation_dim + action_dim, *hidden, 1]).to(device)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.log_alphas = torch.zeros(args.num_agents, device=device, requires_grad=True)
+        self.log_alphas = torch.zeros(args.num_agents, device=device)
         # PyTorch's global generator initialises networks and serves no other purpose.
         torch.manual_seed(derive_seed(args.seed, INITIALISATION))
         for index in range(args.num_agents):
@@ -602,6 +603,8 @@ class Agent:
         mean, log_std = self.policies(observations)
         noise = torch.zeros_like(mean) if deterministic else torch.empty_like(mean).normal_(generator=generator)
         proposals = squashed_gaussian(mean, log_std, noise)[0].transpose(0, 1)  # (num_envs, N, action_dim)
+        if num_agents == 1:  # nothing to choose, and so nothing to judge
+            return torch.cat([proposals[:, 0], torch.zeros_like(proposals[:, 0, :1])], dim=1)
         inputs = torch.cat([observations.unsqueeze(1).expand(-1, num_agents, -1), proposals], dim=2).flatten(0, 1)
         with self.autocast():
             judging_critics = 2 * self.oldest + torch.arange(2, device=self.device)
@@ -621,13 +624,13 @@ class Agent:
         """
         args, generator = self.args, self.buffer.generator
         observations, actions, rewards, terminated, next_observations = self.buffer.sample(args.batch_size)
-        alphas = self.log_alphas.detach().exp().unsqueeze(1)  # (N, 1), of before this step
+        alphas = self.log_alphas.exp().unsqueeze(1)  # (N, 1), of before this step
 
         # The agents' losses are summed: none depends on another agent's parameters, so the gradients stay their own.
         mean, log_std = self.policies(observations)
         policy_actions, log_probs = squashed_gaussian(mean, log_std, torch.empty_like(mean).normal_(generator=generator))
-        alpha_loss = -(self.log_alphas * (log_probs.detach().mean(dim=1) + self.target_entropy)).sum()
-        self.step(self.alpha_optimizer, torch.autograd.grad(alpha_loss, [self.log_alphas]))
+        # The loss of alpha, -log(alpha) * (log_prob + target entropy), is linear in log(alpha): its gradient is the factor.
+        self.step(self.alpha_optimizer, [-(log_probs.detach().mean(dim=1) + self.target_entropy)])
 
         with torch.no_grad():
             mean, log_std = self.policies(next_observations)
@@ -639,7 +642,7 @@ class Agent:
         critic_parameters = list(self.critics.parameters())
         self.step(self.critic_optimizer, torch.autograd.grad(critic_losses.sum(), critic_parameters))
 
-        policy_q_values = torch.minimum(*self.q_values(self.critics, observations, policy_actions).unbind(1))  # (N, batch_size)
+        policy_q_values = self.q_values(self.critics, observations, policy_actions).amin(dim=1)  # (N, batch_size)
         actor_losses = (alphas * log_probs - policy_q_values).mean(dim=1)  # (N,)
         self.step(self.actor_optimizer, torch.autograd.grad(actor_losses.sum(), list(self.actors.parameters())))
 
@@ -672,7 +675,7 @@ class Agent:
             "actors": self.actors.state_dict(),
             "critics": self.critics.state_dict(),
             "target_critics": self.target_critics.state_dict(),
-            "log_alphas": self.log_alphas.detach(),
+            "log_alphas": self.log_alphas,
             "actor_optimizer": self.actor_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
@@ -694,7 +697,7 @@ class Agent:
         return {
             "actors": copy.deepcopy(self.actors).cpu().state_dict(),
             "critics": copy.deepcopy(self.critics).cpu().state_dict(),
-            "log_alphas": self.log_alphas.detach().cpu(),
+            "log_alphas": self.log_alphas.cpu(),
             "oldest_agent": self.oldest.item(),
         }
 

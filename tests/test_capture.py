@@ -87,7 +87,8 @@ def test_acting_can_be_captured_and_draws_from_its_own_generator(make, what, arg
     agent, _ = make(what, **arguments)
     selection = torch.Generator().manual_seed(2)
     observations = torch.ones(2, 5) if make is sac_agent else torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
-    num_draws = {"dqn_atari": 0, "sr_dqn_atari": 0, "rde_dqn_atari": 1}.get(what, 2)  # one agent is greedy, and draws nothing
+    # One agent of DQN is greedy, and draws nothing. SAC's draws its noise, and nothing to choose an agent with.
+    num_draws = {"dqn_atari": 0, "sr_dqn_atari": 0, "rde_dqn_atari": 1, 1: 1, 3: 2}[what]
     watch = watched(lambda: agent.act(observations, *[selection] * bool(num_draws)), selection)
     assert watch.cannot_be_captured == []
     assert watch.num_draws == num_draws

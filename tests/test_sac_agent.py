@@ -406,3 +406,12 @@ def test_the_bytes_of_the_agents_are_those_that_are_taken(sac):
     count = lambda networks: sum(parameter.numel() for parameter in networks.parameters())
     numbers = 4 * count(agent.actors) + 4 * count(agent.critics) + count(agent.target_critics)
     assert sac.Agent.num_bytes(args, 7, 2) == 4 * numbers
+
+
+def test_layers_are_the_parameters_also_of_a_copy_that_is_moved(sac):
+    """The list of layers beside the ParameterLists holds the very same parameters, or a network would learn what it does not use."""
+    networks = sac.StackedMLP(2, [3, 4, 1])
+    for stack in (networks, copy.deepcopy(networks), copy.deepcopy(networks).double(), copy.deepcopy(networks).cpu()):
+        assert all(weight is stack.weights[i] and bias is stack.biases[i] for i, (weight, bias) in enumerate(stack.layers))
+        assert len(stack.layers) == 2 and len(list(stack.parameters())) == 4
+    assert networks.layers[0][0] is not copy.deepcopy(networks).layers[0][0]
