@@ -631,8 +631,10 @@ class Agent:
             torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), args.tau)
         return torch.stack([loss.detach(), q_values.detach().mean()])
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False)
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def state(self) -> dict:
         return {

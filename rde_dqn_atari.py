@@ -706,8 +706,10 @@ class Agent:
         self.oldest.fill_(num_resets % self.args.num_agents)
         self.beta.fill_(self.args.beta if num_resets else 0.0)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False)
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def state(self) -> dict:
         return {

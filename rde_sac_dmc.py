@@ -533,8 +533,10 @@ class Agent:
         torch.manual_seed(derive_seed(args.seed, INITIALISATION))
         for index in range(args.num_agents):
             self.initialise(index)
-        self.actor_optimizer = self.make_optimizer(list(self.actors.parameters()))
-        self.critic_optimizer = self.make_optimizer(list(self.critics.parameters()))
+        self.actor_parameters, self.critic_parameters = list(self.actors.parameters()), list(self.critics.parameters())
+        self.target_parameters = list(self.target_critics.parameters())
+        self.actor_optimizer = self.make_optimizer(self.actor_parameters)
+        self.critic_optimizer = self.make_optimizer(self.critic_parameters)
         self.alpha_optimizer = self.make_optimizer([self.log_alphas])
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
@@ -639,15 +641,14 @@ class Agent:
             td_targets = rewards + args.gamma * (1 - terminated) * (next_q_values - alphas * next_log_probs)  # (N, batch_size)
         q_values = self.q_values(self.critics, observations, actions.expand(args.num_agents, -1, -1))  # (N, 2, batch_size)
         critic_losses = 0.5 * (q_values - td_targets.unsqueeze(1)).square().mean(dim=2).sum(dim=1)  # (N,)
-        critic_parameters = list(self.critics.parameters())
-        self.step(self.critic_optimizer, torch.autograd.grad(critic_losses.sum(), critic_parameters))
+        self.step(self.critic_optimizer, torch.autograd.grad(critic_losses.sum(), self.critic_parameters))
 
         policy_q_values = self.q_values(self.critics, observations, policy_actions).amin(dim=1)  # (N, batch_size)
         actor_losses = (alphas * log_probs - policy_q_values).mean(dim=1)  # (N,)
-        self.step(self.actor_optimizer, torch.autograd.grad(actor_losses.sum(), list(self.actors.parameters())))
+        self.step(self.actor_optimizer, torch.autograd.grad(actor_losses.sum(), self.actor_parameters))
 
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target_critics.parameters()), critic_parameters, args.tau)
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, args.tau)
         mean_q_values = q_values.detach().mean(dim=(1, 2))
         return torch.stack([critic_losses.detach(), mean_q_values, actor_losses.detach(), alphas.squeeze(1)])
 
@@ -667,8 +668,10 @@ class Agent:
         self.oldest.fill_(num_resets % self.args.num_agents)
         self.beta.fill_(self.args.beta if num_resets else 0.0)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False)
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def state(self) -> dict:
         return {

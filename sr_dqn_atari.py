@@ -661,8 +661,10 @@ class Agent:
                 moment_or_step.zero_()
         self.num_resets += 1
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False)
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def state(self) -> dict:
         return {
