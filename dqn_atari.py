@@ -2,7 +2,26 @@
 
     python dqn_atari.py --env-id AlienNoFrameskip-v4
 
+In two minutes, to see everything happen once:
+
+    python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 --learning-starts 500
+        --eval-interval 1000 --eval-episodes 2
+
 Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
+
+Where is what:
+    Args                          every argument, its meaning and its range
+    QNetwork                      the network
+    Agent                         act, update
+    gradient_steps_due, ...       when there is a gradient step, an evaluation
+    train                         the training loop
+    -- the line --                below it nothing is of the algorithm; equal in all Atari scripts
+    AtariGame, AtariView          the environment
+    ReplayBuffer                  transitions; every frame once
+    -- the second line --         equal in all scripts
+    derive_seed, CudaGraph, ...   seeds, devices, evaluation
+    Run                           folder, logs, checkpoints, signals
+    check_args, main              what is refused; the start
 """
 
 import atexit
@@ -13,9 +32,9 @@ import dataclasses
 import difflib
 import fcntl
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import math
 import os
@@ -24,13 +43,18 @@ import platform
 import shlex
 import shutil
 import signal
-import struct
+import subprocess
 import sys
 import time
-import zlib
-from collections import deque
+import typing
+import warnings
+import zipfile
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Annotated, Literal
+
+# Threads that wait for each other by spinning are 26 times slower as soon as another process competes for a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import ale_py
 import cv2
@@ -45,103 +69,456 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-gym.register_envs(ale_py)
-
-
-# ---------------------------------------------------------------------------------------------------------- arguments
-
 
 @dataclass
 class Args:
+    # ------------------------------------------------------------ the run
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """name of the experiment, a part of the run folder's name"""
-    seed: int = 1
+    seed: Annotated[int, "[0, inf)"] = 1
     """seed of every random generator of the run"""
-    torch_deterministic: bool = True
-    """CUDA: let cuDNN choose deterministic kernels only"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    cuda_graphs: bool = True
-    """CUDA: capture acting and learning as CUDA graphs"""
-    bf16: bool = False
-    """compute the networks in bfloat16 (parameters and targets stay float32)"""
+    runs_dir: str = "runs"
+    """the folder in which the run's own folder is made"""
+    resume: str = ""
+    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
+    "auto" = the run with the same script and arguments: said to be finished, gone on with, or begun"""
+    allow_changed_script: bool = False
+    """resume also a run that another version of this script has begun"""
+    check_only: bool = False
+    """check the arguments, and end"""
+    checkpoint_interval: Annotated[int, "[0, inf)"] = 25_000
+    """environment steps between two checkpoints; 0 = only at the end and when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
+    keep_models: Annotated[int, "[0, 10000]"] = 0
+    """how many times during the run the weights are kept, as models/step_00050000.pt"""
     track: bool = False
     """log to Weights & Biases as well"""
     wandb_project_name: str = "rde"
     """the project's name in Weights & Biases"""
     wandb_entity: str | None = None
     """the entity (team) of the project in Weights & Biases"""
-    capture_video: bool = False
-    """record the first game of every evaluation as a video in the run folder"""
-    runs_dir: str = "runs"
-    """the folder in which the run's own folder is made"""
-    checkpoint_interval: int = 25_000
-    """environment steps between two checkpoints; 0 = only when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
-    resume: str = ""
-    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
-    "auto" = the newest unfinished run with the same arguments, or a new one"""
 
+    # ------------------------------------------------------------ the machine
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    torch_deterministic: bool = True
+    """CUDA: let cuDNN choose deterministic kernels only"""
+    cuda_graphs: bool = True
+    """CUDA: capture acting and learning as CUDA graphs"""
+    bf16: bool = False
+    """compute the networks in bfloat16 (parameters and targets stay float32)"""
+
+    # ------------------------------------------------------------ the environment
     env_id: str = "AlienNoFrameskip-v4"
     """the game, as <Game>NoFrameskip-v4"""
-    total_timesteps: int = 100_000
+    total_timesteps: Annotated[int, "[1, inf)"] = 100_000
     """environment steps (agent actions, 4 emulator frames each) of the whole run"""
-    num_envs: int = 1
+    num_envs: Annotated[int, "[1, inf)"] = 1
     """environments that are advanced together, once in a loop step"""
-    learning_rate: float = 1e-4
-    """learning rate of Adam"""
-    buffer_size: int = 100_000
-    """transitions in the replay buffer"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """how far the target network moves towards the online network after a gradient step"""
-    batch_size: int = 32
-    """transitions in a mini-batch"""
-    replay_ratio: float = 1.0
-    """gradient steps per environment step; fractions are allowed"""
-    learning_starts: int = 10_000
+
+    # ------------------------------------------------------------ learning
+    replay_ratio: Annotated[float, "(0, inf)"] = 1.0
+    """gradient steps per environment step; fractions are allowed (sensible: 0.25 to 8)"""
+    learning_starts: Annotated[int, "[0, inf)"] = 10_000
     """environment steps before the first gradient step"""
-    start_e: float = 1.0
-    """epsilon at the start"""
-    end_e: float = 0.01
-    """epsilon at the end of its decay"""
-    exploration_fraction: float = 0.1
-    """fraction of the run in which epsilon decays"""
-    max_grad_norm: float = 10.0
+    buffer_size: Annotated[int, "[1, inf)"] = 100_000
+    """transitions in the replay buffer"""
+    batch_size: Annotated[int, "[1, inf)"] = 32
+    """transitions in a mini-batch"""
+    learning_rate: Annotated[float, "(0, inf)"] = 1e-4
+    """learning rate of Adam (sensible: 5e-5 to 5e-4)"""
+    gamma: Annotated[float, "[0, 1]"] = 0.99
+    """discount factor"""
+    tau: Annotated[float, "[0, 1]"] = 0.005
+    """how far the target network moves towards the online network after a gradient step (sensible: 0.001 to 0.02)"""
+    max_grad_norm: Annotated[float, "(0, inf)"] = 10.0
     """the norm at which an agent's gradient is clipped"""
-    eval_interval: int = 5_000
-    """environment steps between two evaluations; 0 = only at the end"""
-    eval_episodes: int = 10
+
+    # ------------------------------------------------------------ exploration
+    start_e: Annotated[float, "[0, 1]"] = 1.0
+    """epsilon at the start"""
+    end_e: Annotated[float, "[0, 1]"] = 0.01
+    """epsilon at the end of its decay"""
+    exploration_fraction: Annotated[float, "[0, 1]"] = 0.1
+    """fraction of the run in which epsilon decays"""
+
+    # ------------------------------------------------------------ evaluation
+    eval_interval: Annotated[int, "[0, inf)"] = 5_000
+    """environment steps between two evaluations; 0 = only at the end (and around resets, if there are any)"""
+    eval_episodes: Annotated[int, "[1, inf)"] = 10
     """whole games in an evaluation"""
+    eval_epsilon: Annotated[float, "[0, 1]"] = 0.0
+    """epsilon in evaluations (Dopamine, SPR and BBF: 0.001; DQN's paper: 0.05)"""
+    capture_video: bool = False
+    """record the first game of every evaluation as a video in the run folder"""
 
 
-def fail(message: str) -> None:
-    """Ends the program because of a wrong argument: one line, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ------------------------------------------------------------------------------------------------------------ network
 
 
-def check_args(args: Args) -> None:
-    """Refuses what cannot work before anything is created."""
-    for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"{flag} is {value}, but must be a finite number")
-        if isinstance(value, (int, float)) and value < 0:
-            fail(f"{flag} is {value}, but must not be negative")
-        if isinstance(value, (int, float)) and value > 1e30:
-            fail(f"{flag} is larger than 1e30")
-    if not args.exp_name or "/" in args.exp_name:
-        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
-    for name in ("total_timesteps", "num_envs", "learning_rate", "buffer_size", "batch_size", "replay_ratio",
-                 "max_grad_norm", "eval_episodes"):  # fmt: skip
-        if getattr(args, name) == 0:
-            fail(f"--{name.replace('_', '-')} is 0, but must be positive")
-    for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction"):
-        if getattr(args, name) > 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must lie between 0 and 1")
+class QNetwork(nn.Module):
+    """Nature DQN: (batch, 4, 84, 84) in [0, 1] to (batch, num_actions), with PyTorch's initialisation."""
 
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+            nn.Flatten(),
+        )  # fmt: skip
+        self.hidden = nn.Linear(3136, 512)
+        self.output = nn.Linear(512, num_actions)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.output(F.relu(self.hidden(self.convolutions(observations))))
+
+
+def network_input(frames: torch.Tensor) -> torch.Tensor:
+    """Stacks of frames, uint8, as the network wants them: float32 in [0, 1], channels last (faster convolutions)."""
+    return frames.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+# -------------------------------------------------------------------------------------------------------------- agent
+
+
+class Agent:
+    """DQN."""
+
+    KEPT = ("q_network", "target_network", "optimizer", "metrics")
+    METRICS = ("td_loss", "q_values")
+
+    def __init__(
+        self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
+    ):
+        self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
+        # PyTorch's global generator initialises networks and serves no other purpose.
+        torch.manual_seed(derive_seed(args.seed, INITIALISATION))
+        self.q_network = QNetwork(self.num_actions)
+        self.q_network.to(device, memory_format=torch.channels_last)
+        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
+        self.optimizer = optim.Adam(
+            self.q_network.parameters(), lr=args.learning_rate, fused=True, capturable=device.type == "cuda"
+        )
+        self.metrics = torch.zeros(len(self.METRICS), device=device)  # of the last mini-batch
+
+    @staticmethod
+    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
+        """Parameters, targets, gradients and Adam's two moments, float32."""
+        return 5 * 4 * sum(parameter.numel() for parameter in QNetwork(action_space.n).parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the network."""
+        return sum(parameter.numel() for parameter in self.q_network.parameters())
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor) -> torch.Tensor:
+        """Greedy actions, (num_envs,), for observations (num_envs, 4, 84, 84) uint8."""
+        with self.autocast():
+            return self.q_network(network_input(observations)).argmax(dim=1)
+
+    def update(self) -> None:
+        """One gradient step on one mini-batch."""
+        args = self.args
+        frames, actions, rewards, terminated = self.buffer.sample(args.batch_size)
+        observations, next_observations = network_input(frames[:, :4]), network_input(frames[:, 1:])
+        self.optimizer.zero_grad()
+        with self.autocast():
+            with torch.no_grad():
+                next_q_values = self.target_network(next_observations).float().amax(dim=1)  # (batch_size,)
+                td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (batch_size,)
+            q_values = self.q_network(observations).float().gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
+        loss = F.smooth_l1_loss(q_values, td_targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.q_network.parameters(), args.max_grad_norm, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():  # the whole target network in one call
+            torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), args.tau)
+        self.metrics.copy_(torch.stack([loss.detach(), q_values.detach().mean()]))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def evaluation_policy(self, generator: torch.Generator):
+        """What evaluations play: (batch, 4, 84, 84) uint8 to (batch,) actions."""
+        return epsilon_greedy(self.act, self.args.eval_epsilon, self.num_actions, generator)
+
+    def weights(self) -> dict:
+        """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
+        return {"q_network": copy.deepcopy(self.q_network).cpu().state_dict()}
+
+    def load_weights(self, weights: dict) -> None:
+        self.q_network.load_state_dict(weights["q_network"])
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """`start` at step 0, `end` from step `duration` on."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+def gradient_steps_due(args: Args, global_step: int) -> int:
+    """Gradient steps that belong to the first `global_step` environment steps; exact for fractions such as 0.29."""
+    return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
+
+
+def events_due(args: Args, global_step: int) -> list[str]:
+    """The evaluation (by its phase) that follows the loop step that ends at `global_step`, if any."""
+    if global_step >= args.total_timesteps:
+        return ["final"]
+    return ["scheduled"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
+
+
+def check_schedules(args: Args) -> None:
+    """Refuses schedules that cannot work."""
+    if gradient_steps_due(args, args.total_timesteps) == 0:
+        fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
+
+
+# ------------------------------------------------------------------------------------------------------- training loop
+
+
+def train(args: Args, path: str | None = None) -> None:
+    """A whole run, or (in the folder `path`) the rest of one."""
+    run = Run(args, path)
+    envs = run.make_envs(args.num_envs)
+    spaces = envs[0].observation_space, envs[0].action_space
+    exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
+    mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches)
+    agent = Agent(args, *spaces, buffer, run.device)
+
+    observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
+    device_observations = torch.from_numpy(observations).to(run.device, copy=True)
+    act = CudaGraph(lambda: agent.act(device_observations), None, run.captures)
+    update = CudaGraph(agent.update, mini_batches, run.captures)
+
+    parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
+             "mini_batches": mini_batches}  # fmt: skip
+    if not run.restore(parts):
+        for i, env in enumerate(envs):
+            observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
+            buffer.start_episode(i, observations[i, -1])
+    run.announce(1, agent.num_parameters, num_resets=0)
+
+    while run.goes_on():
+        # Between two steps: an evaluation, a checkpoint.
+        if run.agenda:
+            run.attend(agent)
+            continue
+
+        # Act: greedy actions, and on top, per environment, random ones with probability epsilon.
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, run.global_step)
+        explore = exploration.random(args.num_envs) < epsilon  # (num_envs,)
+        actions = exploration.integers(agent.num_actions, size=args.num_envs)
+        if not explore.all():
+            upload(observations, device_observations)
+            greedy_actions = Download(act())
+
+        # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.
+        learns = run.global_step >= args.learning_starts
+        while learns and run.gradient_steps < gradient_steps_due(args, run.global_step + args.num_envs):
+            update()
+            run.count_gradient_step()
+
+        # Step the environments and store what happened.
+        if not explore.all():
+            actions = np.where(explore, actions, greedy_actions.numpy())
+        run.global_step += args.num_envs
+        for i, env in enumerate(envs):
+            next_observation, reward, terminated, truncated, info = env.step(actions[i])
+            buffer.add(i, actions[i], reward, next_observation[-1], terminated)
+            if terminated or truncated:
+                next_observation, reset_info = env.reset()
+                buffer.start_episode(i, next_observation[-1])
+                info = info | reset_info
+            observations[i] = next_observation
+            if "episode" in info:
+                run.log_episode(info["episode"])
+
+        # Log, and see what is due.
+        run.count_step()
+        if run.log_is_due():
+            run.log(agent, {"charts/epsilon": epsilon})
+        run.agenda = run.upkeep_due() + events_due(args, run.global_step)
+
+    run.finish(agent.weights())
+
+
+# =========================================================================================================== the line
+# Above it stands the algorithm. Below it stands what it is built on, equal to the byte in all Atari scripts.
+
+
+# ------------------------------------------------------------------------------------------------------- environments
+
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+gym.register_envs(ale_py)
+
+ENVIRONMENT_BYTES = 1_600_000  # what an environment adds to the memory of the process
+
+
+def environment_versions() -> dict[str, str]:
+    return {"ale-py": ale_py.__version__, "opencv": cv2.__version__}
+
+
+def episode_columns(args: Args) -> tuple[str, ...]:
+    """What `info["episode"]` holds beside the return "r" and the length "l"."""
+    return ()
+
+
+class AtariGame(gym.Wrapper):
+    """Whole games, 4 emulator frames a step, after 1 to 30 no-ops; the last two RGB screens' maximum, (210, 160, 3) uint8.
+
+    At the end of a game `info["episode"]` holds the unclipped return "r" and the length "l" in emulator frames, the no-ops
+    included (as stable-baselines3's Monitor counts it). The cut of a game at its frame cap can fall into the four frames.
+    Then the last two frames before the cut are taken, because a truncation bootstraps from them. (At a game's end the
+    screens are stale: nothing looks at them.)
+    """
+
+    KEPT = ("emulator", "random_generator", "episodic_return", "episodic_length", "screen", "previous_screen")
+
+    def __init__(self, env: gym.Env, frame_skip: int = 4):
+        super().__init__(env)
+        self.ale, self.frame_skip = env.unwrapped.ale, frame_skip
+        self.ale_actions = self.ale.getMinimalActionSet()
+        self.frame_cap = self.ale.getInt("max_num_frames_per_episode")  # 108,000; 0 = none
+        height, width = self.ale.getScreenDims()
+        self.screen, self.previous_screen = np.zeros((2, height, width, 3), np.uint8)
+        self.episodic_return, self.episodic_length = 0.0, 0
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        self.episodic_return, self.episodic_length = 0.0, 0
+        for _ in range(self.random_generator.integers(1, 31)):
+            _, terminated, truncated = self.act(0)
+            if terminated or truncated:
+                self.env.reset()
+                self.episodic_return, self.episodic_length = 0.0, 0
+        self.read_screen()
+        return self.screen, info
+
+    def step(self, action: int):
+        num_frames = self.frame_skip
+        if self.frame_cap:
+            num_frames = min(num_frames, self.frame_cap - self.ale.getEpisodeFrameNumber())
+        total_reward = 0.0
+        for frame in range(num_frames):
+            reward, terminated, truncated = self.act(action)
+            total_reward += reward
+            if terminated or truncated:
+                break
+            if frame == num_frames - 2:
+                self.read_screen()
+        self.read_screen()
+        info = {}
+        if terminated or truncated:
+            info["episode"] = {"r": self.episodic_return, "l": self.episodic_length}
+        return np.maximum(self.screen, self.previous_screen), total_reward, terminated, truncated, info
+
+    def act(self, action: int) -> tuple[float, bool, bool]:
+        """One frame. Of four frames two are looked at, so the screen is read elsewhere."""
+        try:
+            reward = self.ale.act(self.ale_actions[action])
+        except RuntimeError as error:
+            raise RunError(f"the emulator failed: {error}; {WHAT_STAYS}") from error
+        self.episodic_return += reward
+        self.episodic_length += 1
+        return reward, self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+
+    def read_screen(self) -> None:
+        self.screen, self.previous_screen = self.previous_screen, self.screen
+        self.ale.getScreenRGB(self.screen)
+
+    @property
+    def random_generator(self) -> np.random.Generator:
+        return self.unwrapped.np_random
+
+    @property
+    def emulator(self) -> bytes:
+        """The exact state of the emulator in the middle of a game."""
+        return self.ale.cloneSystemState().serialize()
+
+    @emulator.setter
+    def emulator(self, state: bytes) -> None:
+        self.env.reset()
+        self.ale.act(0)  # sets a flag that the emulator's state lacks: without it Qbert goes on wrongly
+        self.ale.restoreSystemState(ale_py.ALEState(state))
+
+
+class AtariView(gym.Wrapper):
+    """What the agent sees and earns of a game: (4, 84, 84) uint8, the sign of the reward, and lives as episodes.
+
+    The last 4 frames, oldest first, in grayscale and resized by area interpolation, with zeros before the first frame of an
+    episode or life. The loss of a life is terminal for learning; `reset` goes on with the game then, which is itself only
+    reset when it is over. Games that wait for FIRE get it, and the action after it, at the start of a game or life.
+    """
+
+    KEPT = ("game", "lives", "game_is_over", "frames")
+
+    def __init__(self, env: gym.Env, game: AtariGame, num_frames: int = 4):
+        super().__init__(env)
+        self.game = game
+        self.observation_space = gym.spaces.Box(0, 255, (num_frames, 84, 84), np.uint8)
+        self.frames = np.zeros((num_frames, 84, 84), np.uint8)
+        self.lives, self.game_is_over = 0, True
+        self.first_actions = (1, 2) if "FIRE" in env.unwrapped.get_action_meanings() else ()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Begins a game, or goes on after a lost life. If a no-op or FIRE ends a game, info["episode"] says so."""
+        screen, info = self.begin(seed, options)
+        for action in self.first_actions:
+            screen, _, terminated, truncated, step_info = self.play(action)
+            info = info | step_info
+            if terminated or truncated:
+                screen, reset_info = self.begin()
+                info = info | reset_info
+        self.frames[:] = 0
+        self.frames[-1] = self.gray(screen)
+        return self.frames.copy(), info
+
+    def step(self, action: int):
+        screen, reward, terminated, truncated, info = self.play(action)
+        self.frames[:-1] = self.frames[1:]
+        self.frames[-1] = self.gray(screen)
+        return self.frames.copy(), float(np.sign(reward)), terminated, truncated, info
+
+    def begin(self, seed: int | None = None, options: dict | None = None):
+        """A new game, or the next life of the present one, with a no-op (which can end it)."""
+        if self.game_is_over or seed is not None:
+            screen, info = self.env.reset(seed=seed, options=options)
+        else:
+            screen, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                screen, _ = self.env.reset()
+        self.lives = self.game.ale.lives()
+        return screen, info
+
+    def play(self, action: int):
+        """A step of the game, in which the loss of a life terminates."""
+        screen, reward, terminated, truncated, info = self.env.step(action)
+        self.game_is_over = terminated or truncated
+        lives = self.game.ale.lives()
+        if 0 < lives < self.lives:  # Qbert stays at 0 lives for some frames before its game is over
+            terminated = True
+        self.lives = lives
+        return screen, reward, terminated, truncated, info
+
+    def gray(self, screen: np.ndarray) -> np.ndarray:
+        return cv2.resize(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA)
+
+
+def make_env(args: Args, video_folder: str | None = None, **kwargs) -> gym.Env:
+    """The game as stable-baselines3's `make_atari_env` and `VecFrameStack` show it, to the byte."""
+    game = AtariGame(gym.make(args.env_id, render_mode="rgb_array" if video_folder else None, **kwargs))
+    return AtariView(record_video(game, video_folder, fps=15) if video_folder else game, game)
+
+
+def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
+    """Refuses what is no game, and returns the spaces of observations and actions."""
     games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
     if args.env_id not in games:
         stem = args.env_id.removeprefix("ALE/").split("-v")[0].removesuffix("NoFrameskip")
@@ -152,259 +529,44 @@ def check_args(args: Args) -> None:
             fail(f"--env-id {args.env_id} skips frames by itself or has sticky actions, and either would be applied twice or "
                  f"against the protocol; use {near[0]}")  # fmt: skip
         fail(f"--env-id {args.env_id} is not a game of the form <Game>NoFrameskip-v4; {hint}")
-
-    if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
-    if gradient_steps_due(args, args.total_timesteps) == 0:
-        fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
-    if args.batch_size > min(args.learning_starts, args.buffer_size):
-        fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
-             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
     if args.buffer_size < 5 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for stacks of 4 frames and the next one in {args.num_envs} "
              f"environment(s); it must be at least {5 * args.num_envs}")  # fmt: skip
-    for name in ("eval_interval", "checkpoint_interval"):
-        if 0 < getattr(args, name) < args.num_envs:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
-                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
-    on_gpu = args.cuda and torch.cuda.is_available()
-    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed_bytes = ReplayBuffer.num_bytes(args.buffer_size, args.num_envs)
-    if needed_bytes > free_bytes:
-        fail(f"--buffer-size {args.buffer_size} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB "
-             f"are free {'on the GPU' if on_gpu else 'in memory'}")  # fmt: skip
-    for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
-        if wanted and importlib.util.find_spec(package) is None:
-            fail(f"{flag} needs the package {package}: pip install {package}")
+    env = make_env(args)
+    return env.observation_space, env.action_space
 
 
-# ------------------------------------------------------------------------------------------------------------ seeding
-
-# One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
-ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
-
-
-def derive_seed(seed: int, purpose: int, *indices: int) -> int:
-    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
-    return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
-
-
-# ------------------------------------------------------------------------------------------------------- environments
+# Mean scores of a random player and of a human, the 26 games of Atari-100k (as in Dopamine, SPR, BBF and DreamerV3).
+RANDOM_AND_HUMAN_SCORES = {
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5), "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
+}  # fmt: skip
 
 
-class AtariGame(gym.Wrapper):
-    """The emulator, one frame a step, and the statistics of whole games.
-
-    `step` returns None for the observation: of four frames two are looked at, and `MaxAndSkip` reads those itself. At the
-    end of a game `info["episode"]` holds the unclipped return "r" and the length "l" in emulator frames, the no-ops
-    included (as stable-baselines3's Monitor counts it).
-    """
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.ale = env.unwrapped.ale
-        self.ale_actions = self.ale.getMinimalActionSet()
-
-    def reset(self, **kwargs):
-        self.episodic_return, self.episodic_length = 0.0, 0
-        return self.env.reset(**kwargs)
-
-    def step(self, action: int):
-        try:
-            reward = self.ale.act(self.ale_actions[action])
-        except RuntimeError as error:
-            raise RunError(f"the emulator failed: {error}; {WHAT_STAYS}") from error
-        self.episodic_return += reward
-        self.episodic_length += 1
-        terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
-        info = {}
-        if terminated or truncated:
-            info["episode"] = {"r": self.episodic_return, "l": self.episodic_length}
-        return None, reward, terminated, truncated, info
+def normalized_scores(env_id: str, score: float) -> dict[str, float]:
+    """The human-normalized score (score - random) / (human - random), where the game is one of the 26."""
+    if (game := env_id.removesuffix("NoFrameskip-v4")) not in RANDOM_AND_HUMAN_SCORES:
+        return {}
+    random_score, human_score = RANDOM_AND_HUMAN_SCORES[game]
+    return {"human_normalized_score": (score - random_score) / (human_score - random_score)}
 
 
-class NoopReset(gym.Wrapper):
-    """Starts a game with 1 to 30 no-ops."""
+def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Generator):
+    """The policy that plays as `greedy` does, (batch, ...) to (batch,), but a random action with probability epsilon."""
+    if epsilon == 0:
+        return greedy
 
-    def reset(self, **kwargs):
-        _, info = self.env.reset(**kwargs)
-        for _ in range(self.unwrapped.np_random.integers(1, 31)):
-            _, _, terminated, truncated, _ = self.env.step(0)
-            if terminated or truncated:
-                self.env.reset()
-        return None, info
+    def policy(observations: torch.Tensor) -> torch.Tensor:
+        actions = greedy(observations)
+        explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
+        return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
 
-
-class MaxAndSkip(gym.Wrapper):
-    """Repeats an action for 4 frames; the observation is the maximum of the last two RGB screens, (210, 160, 3) uint8.
-
-    The cut of a game at its frame cap can fall into the four frames. Then the last two frames before the cut are taken,
-    because a truncation bootstraps from them. (At a game's end the screens are stale: nothing looks at them.)
-    """
-
-    def __init__(self, env: gym.Env, skip: int = 4):
-        super().__init__(env)
-        self.skip = skip
-        self.ale = env.unwrapped.ale
-        self.frame_cap = self.ale.getInt("max_num_frames_per_episode")  # 108,000; 0 = none
-        height, width = self.ale.getScreenDims()
-        self.screen, self.previous_screen = np.zeros((2, height, width, 3), np.uint8)
-
-    def read_screen(self) -> None:
-        self.screen, self.previous_screen = self.previous_screen, self.screen
-        self.ale.getScreenRGB(self.screen)
-
-    def reset(self, **kwargs):
-        _, info = self.env.reset(**kwargs)
-        self.read_screen()
-        return self.screen, info
-
-    def step(self, action: int):
-        num_frames = self.skip
-        if self.frame_cap:
-            num_frames = min(num_frames, self.frame_cap - self.ale.getEpisodeFrameNumber())
-        total_reward = 0.0
-        for frame in range(num_frames):
-            _, reward, terminated, truncated, info = self.env.step(action)
-            total_reward += reward
-            if terminated or truncated:
-                break
-            if frame == num_frames - 2:
-                self.read_screen()
-        self.read_screen()
-        return np.maximum(self.screen, self.previous_screen), total_reward, terminated, truncated, info
-
-
-class EpisodicLife(gym.Wrapper):
-    """Makes the loss of a life terminal for learning; the game itself is only reset when it is over."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.ale = env.unwrapped.ale
-        self.lives, self.game_is_over = 0, True
-
-    def step(self, action: int):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self.game_is_over = terminated or truncated
-        lives = self.ale.lives()
-        if 0 < lives < self.lives:  # Qbert stays at 0 lives for some frames before its game is over
-            terminated = True
-        self.lives = lives
-        return observation, reward, terminated, truncated, info
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Goes on after a lost life with a no-op. If that ends the game, info["episode"] says so and a new one begins."""
-        if self.game_is_over or seed is not None:
-            observation, info = self.env.reset(seed=seed, options=options)
-        else:
-            observation, _, terminated, truncated, info = self.env.step(0)
-            if terminated or truncated:
-                observation, _ = self.env.reset()
-        self.lives = self.ale.lives()
-        return observation, info
-
-
-class FireReset(gym.Wrapper):
-    """Presses FIRE (and the action after it) at the start of a game or life, in games that wait for it."""
-
-    def reset(self, **kwargs):
-        observation, info = self.env.reset(**kwargs)
-        for action in (1, 2):
-            observation, _, terminated, truncated, step_info = self.env.step(action)
-            info = info | step_info
-            if terminated or truncated:
-                observation, reset_info = self.env.reset()
-                info = info | reset_info
-        return observation, info
-
-
-class GrayResize(gym.ObservationWrapper):
-    """Grayscale, then 84x84 by area interpolation: (84, 84) uint8."""
-
-    def observation(self, observation: np.ndarray) -> np.ndarray:
-        gray = cv2.cvtColor(observation, cv2.COLOR_RGB2GRAY)
-        return cv2.resize(gray, (84, 84), interpolation=cv2.INTER_AREA)
-
-
-class ClipReward(gym.RewardWrapper):
-    """The sign of the reward."""
-
-    def reward(self, reward: float) -> float:
-        return float(np.sign(reward))
-
-
-class FrameStack(gym.Wrapper):
-    """The last 4 frames, oldest first, (4, 84, 84) uint8, with zeros before the first frame of an episode or life."""
-
-    def __init__(self, env: gym.Env, num_frames: int = 4):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 255, (num_frames, 84, 84), np.uint8)
-        self.frames = np.zeros((num_frames, 84, 84), np.uint8)
-
-    def reset(self, **kwargs):
-        frame, info = self.env.reset(**kwargs)
-        self.frames[:] = 0
-        self.frames[-1] = frame
-        return self.frames.copy(), info
-
-    def step(self, action: int):
-        frame, reward, terminated, truncated, info = self.env.step(action)
-        self.frames[:-1] = self.frames[1:]
-        self.frames[-1] = frame
-        return self.frames.copy(), reward, terminated, truncated, info
-
-
-# What a checkpoint has to know of every wrapper, beside the emulator and its random generator.
-WRAPPER_STATE = {
-    AtariGame: ("episodic_return", "episodic_length"),
-    MaxAndSkip: ("screen", "previous_screen"),
-    EpisodicLife: ("lives", "game_is_over"),
-    FrameStack: ("frames",),
-}
-
-
-def environment_state(env: gym.Env) -> dict:
-    """The exact state of an environment in the middle of a game, in plain values and tensors."""
-    state = {
-        "emulator": env.unwrapped.ale.cloneSystemState().serialize(),
-        "random_generator": env.unwrapped.np_random.bit_generator.state,
-    }
-    while env is not env.unwrapped:
-        for name in WRAPPER_STATE.get(type(env), ()):
-            value = getattr(env, name)
-            state[name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-        env = env.env
-    return state
-
-
-def restore_environment(env: gym.Env, state: dict) -> None:
-    env.reset()
-    env.unwrapped.ale.act(0)  # sets a flag that the emulator's state lacks: without it Qbert goes on wrongly
-    env.unwrapped.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
-    env.unwrapped.np_random.bit_generator.state = state["random_generator"]
-    while env is not env.unwrapped:
-        for name in WRAPPER_STATE.get(type(env), ()):
-            value = state[name]
-            setattr(env, name, value.numpy().copy() if isinstance(value, torch.Tensor) else value)
-        env = env.env
-
-
-def make_env(env_id: str, video_folder: str | None = None, **kwargs) -> gym.Env:
-    """The game with the wrappers of stable-baselines3's `make_atari_env` and `VecFrameStack`, in their order."""
-    env = gym.make(env_id, render_mode="rgb_array" if video_folder else None, **kwargs)
-    env = AtariGame(env)
-    env = NoopReset(env)
-    env = MaxAndSkip(env)
-    if video_folder:
-        env = gym.wrappers.RecordVideo(
-            env, video_folder, episode_trigger=lambda episode: True, name_prefix="evaluation", fps=15, disable_logger=True
-        )
-    env = EpisodicLife(env)
-    if "FIRE" in env.unwrapped.get_action_meanings():
-        env = FireReset(env)
-    env = GrayResize(env)
-    env = ClipReward(env)
-    return FrameStack(env)
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
@@ -419,6 +581,8 @@ class ReplayBuffer:
     look-ups. The frames are written into a ring of their own; a transition leaves the buffer before one of its frames is
     overwritten.
     """
+
+    KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "oldest_frames")
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
         self.capacity, self.device, self.generator = capacity, device, generator
@@ -439,8 +603,13 @@ class ReplayBuffer:
         return capacity + 10 * num_envs + capacity // 100
 
     @staticmethod
-    def num_bytes(capacity: int, num_envs: int) -> int:
-        return (ReplayBuffer.frame_capacity(capacity, num_envs) + 1) * 84 * 84 + capacity * (8 * 8 + 8)
+    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
+        return (ReplayBuffer.frame_capacity(args.buffer_size, args.num_envs) + 1) * 84 * 84 + args.buffer_size * (8 * 8 + 8)
+
+    @property
+    def used_frames(self) -> torch.Tensor:
+        """The part of the frames that has been written, (frames, 84, 84) uint8, without a copy."""
+        return self.frames[: min(self.frames_written, self.num_frames)]
 
     def start_episode(self, env_index: int, frame: np.ndarray) -> None:
         """Begins an episode or life with its first frame, (84, 84) uint8."""
@@ -477,22 +646,6 @@ class ReplayBuffer:
     def _publish_drawable(self) -> None:
         upload(np.array([self.oldest, self.size]), self.drawable)
 
-    def state(self) -> dict:
-        """Everything but the frames, which a checkpoint holds apart from the rest."""
-        state = {name: getattr(self, name) for name in ("rows", "oldest", "size", "frames_written", "stacks")}
-        return state | {"oldest_frames": torch.from_numpy(self.oldest_frames)}
-
-    def restore(self, state: dict) -> None:
-        self.rows.copy_(state["rows"])
-        for name in ("oldest", "size", "frames_written", "stacks"):
-            setattr(self, name, state[name])
-        self.oldest_frames = state["oldest_frames"].numpy().copy()
-        self._publish_drawable()
-
-    def used_frames(self) -> torch.Tensor:
-        """The part of the frames that has been written, (frames, 84, 84) uint8, without a copy."""
-        return self.frames[: min(self.frames_written, self.num_frames)]
-
     def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draws transitions uniformly, with replacement.
 
@@ -508,7 +661,19 @@ class ReplayBuffer:
         return frames, actions, rows[:, 6].float(), rows[:, 7].float()
 
 
-# ------------------------------------------------------------------------------------------------ devices and copying
+# ==================================================================================================== the second line
+# Below it all scripts are equal to the byte.
+
+
+# -------------------------------------------------------------------------------------------- seeds, devices, copying
+
+# One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+
+
+def derive_seed(seed: int, purpose: int, *indices: int) -> int:
+    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
+    return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
 
 
 def upload(array: np.ndarray, destination: torch.Tensor) -> None:
@@ -566,179 +731,424 @@ class CudaGraph:
         return self.result
 
 
-# -------------------------------------------------------------------------------------------------------------- agent
-
-
-class QNetwork(nn.Module):
-    """Nature DQN: (batch, 4, 84, 84) in [0, 1] to (batch, num_actions), with PyTorch's initialisation."""
-
-    def __init__(self, num_actions: int):
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
-            nn.Flatten(),
-        )  # fmt: skip
-        self.hidden = nn.Linear(3136, 512)
-        self.output = nn.Linear(512, num_actions)
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.output(F.relu(self.hidden(self.convolutions(observations))))
-
-
-def network_input(frames: torch.Tensor) -> torch.Tensor:
-    """Stacks of frames, uint8, as the network wants them: float32 in [0, 1], channels last (faster convolutions)."""
-    return frames.float().div_(255).contiguous(memory_format=torch.channels_last)
-
-
-class Agent:
-    """DQN."""
-
-    def __init__(self, args: Args, num_actions: int, buffer: ReplayBuffer, device: torch.device):
-        self.args, self.num_actions, self.buffer, self.device = args, num_actions, buffer, device
-        # PyTorch's global generator initialises networks and serves no other purpose.
-        torch.manual_seed(derive_seed(args.seed, INITIALISATION))
-        self.q_network = QNetwork(num_actions)
-        self.q_network.to(device, memory_format=torch.channels_last)
-        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        self.optimizer = optim.Adam(
-            self.q_network.parameters(), lr=args.learning_rate, fused=True, capturable=device.type == "cuda"
-        )
-
-    @torch.no_grad()
-    def act(self, observations: torch.Tensor) -> torch.Tensor:
-        """Greedy actions, (num_envs,), for observations (num_envs, 4, 84, 84) uint8."""
-        with self.autocast():
-            return self.q_network(network_input(observations)).argmax(dim=1)
-
-    def update(self) -> torch.Tensor:
-        """One gradient step on one mini-batch. Returns TD loss and mean Q-value, (2,)."""
-        args = self.args
-        frames, actions, rewards, terminated = self.buffer.sample(args.batch_size)
-        observations, next_observations = network_input(frames[:, :4]), network_input(frames[:, 1:])
-        self.optimizer.zero_grad()
-        with self.autocast():
-            with torch.no_grad():
-                next_q_values = self.target_network(next_observations).float().amax(dim=1)  # (batch_size,)
-                td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (batch_size,)
-            q_values = self.q_network(observations).float().gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
-        loss = F.smooth_l1_loss(q_values, td_targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.q_network.parameters(), args.max_grad_norm, foreach=True)
-        self.optimizer.step()
-        with torch.no_grad():  # the whole target network in one call
-            torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), args.tau)
-        return torch.stack([loss.detach(), q_values.detach().mean()])
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if not self.args.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-
-    def state(self) -> dict:
-        return {
-            "q_network": self.q_network.state_dict(),
-            "target_network": self.target_network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "initialisation": torch.get_rng_state(),
-        }
-
-    def restore(self, state: dict) -> None:
-        self.q_network.load_state_dict(state["q_network"])
-        self.target_network.load_state_dict(state["target_network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["initialisation"])
-
-    def weights(self) -> dict:
-        """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
-        return {"q_network": copy.deepcopy(self.q_network).cpu().state_dict()}
-
-
 # --------------------------------------------------------------------------------------------------------- evaluation
-
-# Mean scores of a random player and of a human, the 26 games of Atari-100k (as in Dopamine, SPR, BBF and DreamerV3).
-RANDOM_AND_HUMAN_SCORES = {
-    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
-    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
-    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
-    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
-    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5), "KungFuMaster": (258.5, 22736.3),
-    "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0),
-    "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
-}  # fmt: skip
-
-
-def human_normalized_score(env_id: str, score: float) -> float | None:
-    """(score - random) / (human - random), or None for a game that is not one of the 26."""
-    if (game := env_id.removesuffix("NoFrameskip-v4")) not in RANDOM_AND_HUMAN_SCORES:
-        return None
-    random_score, human_score = RANDOM_AND_HUMAN_SCORES[game]
-    return (score - random_score) / (human_score - random_score)
 
 
 def evaluate(
     policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device, stop: "StopSignal"
-) -> list[float] | None:
-    """Plays one whole game in each environment, side by side, and returns the unclipped scores (None if stopped).
+) -> list[dict] | None:
+    """Plays one whole episode in each environment, side by side, and returns their `info["episode"]` (None if stopped).
 
-    `policy` maps observations (batch, 4, 84, 84) uint8 to actions (batch,). The scores depend on the policy, the seed and
-    the step alone: the games are loaded anew (some keep state from one game to the next), and the random numbers are
-    their own. So an evaluation changes nothing in the training, and the two around a reset play from the same starts.
+    `policy` maps observations (batch, ...) to actions (batch, ...). The results depend on the policy, the seed and the step
+    alone: the environments are seeded anew (Atari games are loaded anew: some keep state from one game to the next), and the
+    random numbers are their own. So an evaluation changes nothing in the training, and the two around a reset play from
+    the same starts.
     """
-    observations = [env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0] for i, env in enumerate(envs)]
-    scores, playing = [0.0] * len(envs), list(range(len(envs)))
+    observations, episodes, playing = [], [{}] * len(envs), list(range(len(envs)))
+    for i, env in enumerate(envs):
+        if stop.received:
+            return None
+        observations.append(env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0])
     while playing:
         if stop.received:
             return None
-        actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).tolist()
+        actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).cpu().numpy()
         for i, action in zip(tuple(playing), actions):
             observations[i], _, terminated, truncated, info = envs[i].step(action)
             if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
                 observations[i], info = envs[i].reset()
             if "episode" in info:
-                scores[i] = info["episode"]["r"]
+                episodes[i] = info["episode"]
                 playing.remove(i)
-    return scores
+    return episodes
 
 
-# ------------------------------------------------------------------------------------------------------------ the run
+def record_video(env: gym.Env, folder: str, fps: int | None = None) -> gym.Env:
+    """The environment, of which `Run.evaluate` records the first episode of every evaluation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "overwriting existing videos": an evaluation that is played again does
+        return gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda episode: True, fps=fps, disable_logger=True)
 
+
+# ------------------------------------------------------------------------------------------------- what a run consists of
+
+SCRIPT = os.path.basename(__file__)
+with open(__file__, "rb") as script_file:
+    SCRIPT_SHA256 = hashlib.sha256(script_file.read()).hexdigest()
 
 LOG_INTERVAL = 100  # environment steps between two points of the training curves
+NOT_SAVED = ("resume", "allow_changed_script", "check_only")  # arguments of a command, not of a run
+WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
+FINISHED, INTERRUPTED, UNDER_WAY = range(3)
+EXIT_CODE_UNDER_WAY = 75  # another process is at the run (EX_TEMPFAIL of sysexits.h)
 
 
-class RunFolder:
-    """What a run leaves behind: TensorBoard events, args.json, episodes.csv, evaluations.csv, checkpoint.pt, model.pt."""
+class RunError(Exception):
+    """Something that its message explains to the person who typed the command, without a stack trace."""
 
-    def __init__(self, args: Args, device: torch.device, path: str | None = None):
-        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `open`."""
-        self.args, self.device, self.path = args, device, path or make_run_folder(args)
-        if not self.lock():
-            raise RunError(f"another process is at work in {self.path}")
-        self.arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+
+def state_of(part):
+    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
+
+    A class names the attributes that have to be kept in KEPT. PyTorch's modules, optimizers and generators, NumPy's
+    generators, arrays and tensors keep themselves; everything else has to be a plain value.
+    """
+    if hasattr(part, "KEPT"):
+        return {name: state_of(getattr(part, name)) for name in part.KEPT}
+    if isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+        return [state_of(item) for item in part]
+    if isinstance(part, (nn.Module, optim.Optimizer)):
+        return part.state_dict()
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, np.random.Generator):
+        return part.bit_generator.state
+    if isinstance(part, torch.Tensor):  # through NumPy, because of a view torch.save would write the whole memory
+        return torch.from_numpy(part.detach().cpu().numpy())
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+
+
+def restored(part, state):
+    """The part as it was kept: the same object, in place (captured CUDA graphs hold addresses), or a plain value."""
+    if hasattr(part, "KEPT"):
+        for name in part.KEPT:
+            attribute = getattr(part, name)
+            if (value := restored(attribute, state[name])) is not attribute:
+                setattr(part, name, value)
+    elif isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+        for item, item_state in zip(part, state, strict=True):
+            restored(item, item_state)
+    elif isinstance(part, (nn.Module, optim.Optimizer)):
+        part.load_state_dict(state)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, np.random.Generator):
+        part.bit_generator.state = state
+    elif isinstance(part, torch.Tensor):
+        part.copy_(state)
+    elif isinstance(part, np.ndarray):
+        part[...] = state.numpy()
+    else:
+        return state
+    return part
+
+
+class StopSignal:
+    """Remembers SIGTERM (from a cluster's scheduler) or SIGINT (Ctrl-C); the second one ends the process at once."""
+
+    def __init__(self):
+        self.received, self.time = 0, math.inf
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        self.received, self.time = number, time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Run:
+    """A run: its folder, logs, checkpoints and counters, its evaluations, and the signal that stops it.
+
+    In the folder: args.json, TensorBoard events, episodes.csv, evaluations.csv, checkpoint.pt, model.pt, models/, videos/.
+    """
+
+    KEPT = ("global_step", "gradient_steps", "num_episodes", "agenda", "last_returns", "speed_steps", "speed_seconds",
+            "wall_seconds")  # fmt: skip
+
+    def __init__(self, args: Args, path: str | None = None):
+        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `restore`."""
+        self.args, self.stop = args, StopSignal()
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.captures = args.cuda_graphs and self.device.type == "cuda"
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.columns = episode_columns(args)
+        self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
+        self.agenda: list[str] = []  # what is to be done before the next step, see `attend` and `train`
+        self.last_returns: list[float] = []
+        self.speed_steps, self.speed_seconds = 0, 0.0  # since learning began, without evaluations
+        self.wall_seconds = 0.0
+        self.path, self.lock = (path, lock_folder(path)) if path else make_run_folder(args)
+        if self.lock is None:
+            leave_to_another_process(self.path)
+        check_files(self.path)
         if path is None:
             self.write_args()
+        self.eval_envs: list[gym.Env] = []
 
-    def lock(self) -> bool:
-        """Keeps other processes out for as long as this one lives. False if another one was first."""
-        self.folder = os.open(self.path, os.O_RDONLY)
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.time() - self.start_time
+
+    @wall_seconds.setter
+    def wall_seconds(self, seconds: float) -> None:
+        self.start_time = time.time() - seconds
+
+    @property
+    def last_loop_step(self) -> int:
+        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
+        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
+
+    def make_envs(self, count: int, video_folder: str | None = None) -> list[gym.Env]:
+        """That many environments, of which the first one can be recorded."""
+        envs: list[gym.Env] = []
+        while len(envs) < count:
+            if self.stop.received:
+                self.end(f"stopped before the run went on; to continue: {self.command_to_continue()}")
+            envs.append(make_env(self.args, video_folder if not envs else None))
+        return envs
+
+    # ------------------------------------------------------------ begin, go on, end
+
+    def restore(self, parts: dict) -> bool:
+        """Opens the run's files for all that is to be logged. True if there is a checkpoint, which all parts then are as."""
+        self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
+        self.parts = {"run": self, "initialisation": torch.default_generator} | parts
+        checkpoint = self.file("checkpoint.pt")
+        if resumed := os.path.exists(checkpoint):
+            content = load_checkpoint(checkpoint, self.args, self.device)
+            for name, size in content["file_sizes"].items():
+                if not os.path.exists(self.file(name)) or os.path.getsize(self.file(name)) < size:
+                    raise RunError(f"{self.file(name)} is shorter than it was at the checkpoint, or gone: it is damaged")
+            try:
+                for name, part in self.parts.items():
+                    restored(part, content["parts"][name])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
+            if "final" in self.agenda and self.global_step < self.args.total_timesteps:  # the end was postponed
+                self.agenda = []
+            torch.set_num_threads(content["num_threads"])  # with another number sums are rounded in another order
+        self.open(content["file_sizes"] if resumed else {})
+        if resumed:
+            tqdm.write(f"continuing {self.path} at step {self.global_step}, with {torch.get_num_threads()} thread(s) as before")
+        self.progress = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", smoothing=0.02,
+                             mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
+        return resumed
+
+    def open(self, file_sizes: dict[str, int]) -> None:
+        """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
+        self.write_args()  # --total-timesteps may have been raised
+        if self.args.track:
+            import wandb
+
+            identity = os.path.basename(os.path.normpath(self.path))
+            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
+                       resume="allow", config=saved_arguments(self.args), sync_tensorboard=True)  # fmt: skip
+        for path in filter(os.path.exists, self.growing_files()):
+            if os.path.basename(path) in file_sizes:
+                os.truncate(path, file_sizes[os.path.basename(path)])
+            else:
+                os.remove(path)
+        columns = ("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns)
+        self.episodes = self.open_csv("episodes.csv", columns)
+        columns = ("global_step", "phase", "episode", "episodic_return", *self.columns)
+        self.evaluations = self.open_csv("evaluations.csv", columns)
+        self.writer = SummaryWriter(self.path)
+        atexit.register(self.flush_at_exit)
+
+    def flush_at_exit(self) -> None:
+        """However the process ends (but for a kill), what TensorBoard was told is written."""
+        with contextlib.suppress(OSError):  # a full disk has been reported already
+            self.writer.flush()
+
+    def open_csv(self, name: str, columns: tuple[str, ...]):
+        file = open(self.file(name), "a", newline="", buffering=1)  # every row is written as it ends
+        rows = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            rows.writerow(columns)
+        return rows
+
+    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+        """Says in one line what the run will do."""
+        args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
+                f"parameters, {gradient_steps_due(args, args.total_timesteps):,} gradient steps, {num_resets} reset(s), "
+                f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
+        if self.speed_steps:  # of a run that goes on the speed is known
+            seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
+            line += f", about {seconds / 60:.0f} min left"
+        tqdm.write(f"{line}; in {self.path}")
+
+    def spaces(self) -> tuple[gym.Space, gym.Space]:
+        return self.eval_envs[0].observation_space, self.eval_envs[0].action_space
+
+    def goes_on(self) -> bool:
+        """Whether anything is left to do. Ends the process, after a checkpoint, if a signal asks for it."""
+        if self.stop.received:
+            self.save()
+            self.end(f"stopped at step {self.global_step}; to continue: {self.command_to_continue()}")
+        self.turn_started = time.perf_counter()
+        return bool(self.agenda) or self.global_step < self.args.total_timesteps
+
+    def command_to_continue(self) -> str:
+        return f"python {sys.argv[0]} --resume {shlex.quote(self.path)}"
+
+    def end(self, message: str) -> None:
+        """Ends the process as a shell expects of one that a signal ended."""
+        if hasattr(self, "progress"):
+            self.progress.close()
+        print(message, file=sys.stderr)
+        sys.exit(128 + self.stop.received)
+
+    def finish(self, weights: dict) -> None:
+        """Leaves the weights and takes away the checkpoint, which is of no use any more."""
+        self.progress.close()
+        self.write_model("model.pt", weights)
+        remove_leftovers(self.path)
+        self.writer.close()
+        for env in self.parts["envs"] + self.eval_envs:
+            env.close()
+        tqdm.write(f"the run is in {self.path}")
+
+    # ------------------------------------------------------------ what happens at a step
+
+    def count_gradient_step(self) -> None:
+        self.gradient_steps += 1
+        if time.monotonic() > self.stop.time + 10:  # too many for one step: there is no state to save between them
+            self.end(f"stopped in the middle of step {self.global_step}; {WHAT_STAYS} {shlex.quote(self.path)}")
+
+    def count_step(self) -> None:
+        self.progress.update(self.args.num_envs)
+        if self.gradient_steps:
+            self.speed_steps += self.args.num_envs
+            self.speed_seconds += time.perf_counter() - self.turn_started
+
+    def log_is_due(self) -> bool:
+        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
+
+    def upkeep_due(self) -> list[str]:
+        """What `attend` has to do for the folder after the loop step that ends at the present step."""
+        args, step, due = self.args, self.global_step, []
+        if args.keep_models and interval_has_passed(Fraction(args.total_timesteps, args.keep_models), step, args.num_envs):
+            due.append("weights")
+        # A checkpoint at the end, too: a full disk or a kill before model.pt is written then loses nothing.
+        if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
+            due.append("checkpoint")
+        return due
+
+    def attend(self, agent: "Agent") -> None:
+        """Does the first item of the agenda, unless a signal stops it: keep weights, save a checkpoint, or evaluate."""
+        if self.agenda[0] == "weights":
+            os.makedirs(self.file("models"), exist_ok=True)
+            self.write_model(f"models/step_{self.global_step:08d}.pt", agent.weights())
+        elif self.agenda[0] == "checkpoint":
+            self.agenda.pop(0)  # so that the checkpoint does not ask for itself
+            try:
+                self.save()
+            except RunError as error:
+                if self.global_step < self.args.total_timesteps:
+                    raise
+                tqdm.write(f"warning: {error}", file=sys.stderr)  # model.pt is smaller, and may fit
+            return
+        else:
+            generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
+            if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
+                return
+        self.agenda.pop(0)
+
+    def evaluate(self, phase: str, policy) -> bool:
+        """False if a signal stopped it, and nothing was logged."""
+        self.finite_metrics()
+        recorder = self.eval_envs[0] if self.args.capture_video else None
+        if recorder is not None:
+            recorder.set_wrapper_attr("name_prefix", f"step-{self.global_step}-{phase}")
+            recorder.set_wrapper_attr("episode_id", -1)
         try:
-            fcntl.flock(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.folder)
-            return False
-        return True
+            episodes = evaluate(policy, self.eval_envs, self.args.seed, self.global_step, self.device, self.stop)
+        finally:
+            if recorder is not None and recorder.get_wrapper_attr("recording"):
+                recorder.get_wrapper_attr("stop_recording")()
+        if episodes is not None:
+            self.log_evaluation(phase, episodes)
+        return episodes is not None
+
+    # ------------------------------------------------------------ logs
+
+    def say(self, message: str) -> None:
+        tqdm.write(f"step {self.global_step}: {message}")
+
+    def log_scalars(self, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.global_step)
+
+    def log(self, agent: "Agent", scalars: dict[str, float]) -> None:
+        """A point of the training curves. Only here, and before evaluations and checkpoints, the losses are looked at."""
+        for name, values in zip(agent.METRICS, self.finite_metrics()):
+            for i, value in enumerate(np.atleast_1d(values)):
+                scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
+        if not self.gradient_steps:
+            scalars = {name: value for name, value in scalars.items() if not name.startswith("losses/")}
+        if self.speed_steps:
+            scalars["charts/SPS"] = self.speed_steps / self.speed_seconds
+        self.log_scalars(scalars)
+        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "-"
+        epsilon = f" epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
+        speed = f"{scalars.get('charts/SPS', 0):.0f}"
+        self.progress.set_postfix_str(f"return={mean_return}{epsilon} SPS={speed}", refresh=False)
+
+    def finite_metrics(self) -> np.ndarray:
+        """The agent's metrics, on the host. Nothing is evaluated or saved once one of them is not finite."""
+        agent = self.parts["agent"]
+        metrics = agent.metrics.cpu().numpy()
+        for name, values in zip(agent.METRICS, metrics):
+            if not np.isfinite(values).all():
+                raise FloatingPointError(
+                    f"{name} is not finite any more at step {self.global_step} ({values.tolist()}); try a lower --learning-rate"
+                )
+        return metrics
+
+    def log_episode(self, episode: dict) -> None:
+        extra = {name: episode[name] for name in self.columns}
+        wall_seconds = f"{self.wall_seconds:.2f}"
+        self.episodes.writerow((self.global_step, episode["r"], episode["l"], wall_seconds, *extra.values()))
+        self.num_episodes += 1
+        self.last_returns = [*self.last_returns[-9:], episode["r"]]
+        self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
+
+    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+        for i, episode in enumerate(episodes):
+            extra = [episode[name] for name in self.columns]
+            self.evaluations.writerow((self.global_step, phase, i, episode["r"], *extra))
+        returns = [episode["r"] for episode in episodes]
+        scalars = normalized_scores(self.args.env_id, float(np.mean(returns)))
+        scalars |= {f"episodic_{name}": float(np.mean([episode[name] for episode in episodes])) for name in self.columns}
+        line = f"evaluation ({phase.replace('_', ' ')}) mean {np.mean(returns):.1f}"
+        for name, value in scalars.items():
+            line += f", {name.replace('_', ' ')} {value:.3f}"
+        self.say(f"{line}, episodes {' '.join(f'{score:g}' for score in returns)}")
+        scalars["episodic_return"] = float(np.mean(returns))
+        # A curve has one point at a step: what a reset cost stands in curves of its own.
+        if phase in ("before_reset", "after_reset"):
+            self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
+        if phase != "after_reset":
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
 
     def write_args(self) -> None:
-        device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        with replaced_when_written(os.path.join(self.path, "args.json")) as file:
-            content = {"args": self.arguments, "versions": package_versions(), "device": device_name}
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        content = {"script": SCRIPT, "script_sha256": SCRIPT_SHA256} | commit_of_script()
+        content |= {"args": saved_arguments(self.args), "versions": package_versions(), "device": device}
+        with replaced_when_written(self.file("args.json")) as file:
             file.write(json.dumps(content, indent=2).encode())
+
+    def write_model(self, name: str, weights: dict) -> None:
+        try:
+            with replaced_when_written(self.file(name)) as file:
+                torch.save(weights, file)
+        except RuntimeError as error:  # PyTorch's way to say that the disk is full
+            raise RunError(f"{self.file(name)} was not written: {free_space(self.path)}; {WHAT_STAYS}") from error
+
+    # ------------------------------------------------------------ checkpoints
 
     def growing_files(self) -> list[str]:
         events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
-        return events + [os.path.join(self.path, name) for name in ("episodes.csv", "evaluations.csv")]
+        return events + [self.file("episodes.csv"), self.file("evaluations.csv")]
 
     def file_sizes(self) -> dict[str, int]:
         """The sizes of the files that grow, so much of which is on the disk."""
@@ -750,94 +1160,47 @@ class RunFolder:
                 sizes[os.path.basename(path)] = os.fstat(file.fileno()).st_size
         return sizes
 
-    def open(self, file_sizes: dict[str, int]) -> None:
-        """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
-        self.write_args()  # --total-timesteps may have been raised
-        if self.args.track:
-            import wandb
-
-            identity = os.path.basename(os.path.normpath(self.path))
-            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
-                       resume="allow", config=self.arguments, sync_tensorboard=True)  # fmt: skip
-        for path in filter(os.path.exists, self.growing_files()):
-            if os.path.basename(path) in file_sizes:
-                os.truncate(path, file_sizes[os.path.basename(path)])
-            else:
-                os.remove(path)
-        self.episodes = self.open_csv("episodes.csv", "global_step", "episodic_return", "episodic_length", "wall_seconds")
-        self.evaluations = self.open_csv("evaluations.csv", "global_step", "phase", "episode", "episodic_return")
-        self.writer = SummaryWriter(self.path)
-        atexit.register(self.flush_at_exit)
-
-    def flush_at_exit(self) -> None:
-        """However the process ends (but for a kill), what TensorBoard was told is written."""
-        with contextlib.suppress(OSError):  # a full disk has been reported already
-            self.writer.flush()
-
-    def open_csv(self, name: str, *columns: str):
-        file = open(os.path.join(self.path, name), "a", newline="", buffering=1)  # every row is written as it ends
-        rows = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            rows.writerow(columns)
-        return rows
-
-    @property
-    def checkpoint_path(self) -> str:
-        return os.path.join(self.path, "checkpoint.pt")
-
-    def log_scalars(self, global_step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, global_step)
-
-    def log_episode(self, global_step: int, episode: dict, wall_seconds: float) -> None:
-        self.episodes.writerow((global_step, episode["r"], episode["l"], f"{wall_seconds:.2f}"))
-        self.log_scalars(global_step, {"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
-
-    def log_evaluation(self, global_step: int, phase: str, scores: list[float]) -> None:
-        self.evaluations.writerows((global_step, phase, episode, score) for episode, score in enumerate(scores))
-        mean, normalized = float(np.mean(scores)), human_normalized_score(self.args.env_id, float(np.mean(scores)))
-        line = f"step {global_step}: evaluation ({phase.replace('_', ' ')}) mean {mean:.1f}"
-        self.writer.add_scalar("eval/episodic_return", mean, global_step)
-        if normalized is not None:
-            line += f", human-normalized {normalized:.3f}"
-            self.writer.add_scalar("eval/human_normalized_score", normalized, global_step)
-        tqdm.write(f"{line}, games {' '.join(f'{score:g}' for score in scores)}")
-
-    def finish(self, weights: dict) -> None:
-        """Leaves the weights and takes away the checkpoint, which is of no use any more."""
-        weights_file = io.BytesIO()  # torch.save itself does not report a full disk as an OSError
-        torch.save(weights, weights_file)
-        with replaced_when_written(os.path.join(self.path, "model.pt")) as file:
-            file.write(weights_file.getbuffer())
-        if os.path.exists(self.checkpoint_path):
-            os.remove(self.checkpoint_path)
-        self.writer.close()
-        tqdm.write(f"the run is in {self.path}")
-
-
-def make_run_folder(args: Args) -> str:
-    """A new folder. Runs of the same script, environment and seed that start in the same second wait for the next one."""
-    while True:
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        path = os.path.join(args.runs_dir, name)
+    def save(self) -> None:
+        """Replaces the checkpoint; the last one stays until the new one is on the disk."""
+        self.finite_metrics()
+        content = {
+            "script": SCRIPT, "script_sha256": SCRIPT_SHA256, "args": saved_arguments(self.args),
+            "versions": package_versions() | {"device": self.device.type}, "num_threads": torch.get_num_threads(),
+            "file_sizes": self.file_sizes(), "parts": {name: state_of(part) for name, part in self.parts.items()},
+        }  # fmt: skip
         try:
-            os.makedirs(path)
-            return path
-        except FileExistsError:
-            time.sleep(0.2)
-        except OSError as error:
-            fail(f"the run folder {path} cannot be made: {error.strerror}")
+            with replaced_when_written(self.file("checkpoint.pt")) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise RunError(
+                f"{self.file('checkpoint.pt')} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}"
+            ) from error
 
 
-def package_versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "gymnasium", "ale-py", "opencv-python-headless")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # OpenCV comes in packages of several names
-            versions[name] = cv2.__version__
-    return versions
+def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
+    """What `Run.save` wrote. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError:
+        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
+    except Exception as error:  # a flipped bit can have any consequence
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise RunError(f"{path} is damaged, cut off, or of another version of the scripts{reason}") from None
+    if content["script"] != SCRIPT:
+        raise RunError(f"{path} was written by {content['script']}, not by {SCRIPT}")
+    if content["script_sha256"] != SCRIPT_SHA256 and not args.allow_changed_script:
+        refuse_changed_script(path)
+    for name, value in saved_arguments(args).items():
+        if name not in ("runs_dir", "total_timesteps") and content["args"].get(name) != value:
+            raise RunError(f"{path} was written with {name} = {content['args'].get(name)}, but args.json says {value}")
+    for name, value in (package_versions() | {"device": device.type}).items():
+        if (written := content["versions"].get(name)) != value:
+            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
+    return content
 
 
 @contextlib.contextmanager
@@ -853,346 +1216,268 @@ def replaced_when_written(path: str):
         os.fsync(folder)  # the new name, too
         os.close(folder)
     except BaseException:
-        if os.path.exists(path + ".tmp"):
+        if os.path.isfile(path + ".tmp"):
             os.remove(path + ".tmp")
         raise
 
 
-class RunError(Exception):
-    """Something that its message explains to the person who typed the command, without a stack trace."""
+def free_space(path: str) -> str:
+    return f"{shutil.disk_usage(path).free / 1e6:.0f} MB are free"
 
 
-WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
+# ---------------------------------------------------------------------------------------------------- folders of runs
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-class StopSignal:
-    """Remembers SIGTERM (from a cluster's scheduler) or SIGINT (Ctrl-C); the second one ends the process at once."""
-
-    def __init__(self):
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        self.received = number
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-
-
-# A checkpoint file: this header (magic, CRC-32 of all that follows, size of the state), the state as torch.save writes it,
-# and the replay buffer's frames. They are written straight from memory: torch.save takes 3 times as long for them, copies
-# what is a part of a tensor, and torch.load does not notice a flipped bit.
-CHECKPOINT_HEADER = struct.Struct("<8sIQ")
-CHECKPOINT_MAGIC = b"RDEckpt2"
-
-
-def save_checkpoint(path: str, state: dict, frames: torch.Tensor) -> None:
-    """Replaces the checkpoint; the last one stays until the new one is on the disk."""
-    state_file = io.BytesIO()
-    torch.save(state, state_file)
-    parts = [state_file.getbuffer(), memoryview(frames.cpu().numpy()).cast("B")]
-    checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
-    needed_bytes, free_bytes = sum(map(len, parts)), shutil.disk_usage(os.path.dirname(path)).free
-    if needed_bytes > free_bytes:
-        raise RunError(f"{path} was not written: it needs {needed_bytes / 1e6:.0f} MB, the disk has {free_bytes / 1e6:.0f} MB")
-    with replaced_when_written(path) as file:
-        file.write(CHECKPOINT_HEADER.pack(CHECKPOINT_MAGIC, checksum, len(parts[0])))
-        for part in parts:
-            file.write(part)
-
-
-def load_checkpoint(path: str, args: Args, device: torch.device) -> tuple[dict, torch.Tensor]:
-    """The state and the frames. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
-    content = np.memmap(path, np.uint8, mode="c") if os.path.getsize(path) else np.zeros(0, np.uint8)
-    if len(content) < CHECKPOINT_HEADER.size:
-        raise RunError(f"{path} is cut off")
-    magic, checksum, state_size = CHECKPOINT_HEADER.unpack(content[: CHECKPOINT_HEADER.size].tobytes())
-    if magic != CHECKPOINT_MAGIC:
-        raise RunError(f"{path} is not a checkpoint of this version of the scripts")
-    content = content[CHECKPOINT_HEADER.size :]
-    if zlib.crc32(content) != checksum:
-        raise RunError(f"{path} is damaged or cut off: its checksum is wrong")
+def make_run_folder(args: Args) -> tuple[str, int | None]:
+    """A new folder, and its lock. Runs of one script, environment and seed that start in the same second wait for the next."""
     try:
-        state = torch.load(io.BytesIO(content[:state_size].tobytes()), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
-    if state["script"] != os.path.basename(__file__):
-        raise RunError(f"{path} was written by {state['script']}, not by {os.path.basename(__file__)}")
-    for name, value in vars(args).items():
-        if name not in ("resume", "runs_dir", "total_timesteps") and state["args"].get(name) != value:
-            raise RunError(f"{path} was written with {name} = {state['args'].get(name)}, but args.json says {value}")
-    for name, value in (package_versions() | {"device": device.type}).items():
-        if (written := state["versions"].get(name)) != value:
-            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
-    return state, torch.from_numpy(content[state_size:]).view(-1, 84, 84)
+        os.makedirs(args.runs_dir, exist_ok=True)
+        lock = lock_folder(args.runs_dir, wait=True)
+        if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
+            leave_to_another_process(found[0])
+        while True:
+            path = os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(path)
+                os.close(lock)
+                return path, lock_folder(path)
+            time.sleep(0.2)
+    except OSError as error:
+        fail(f"a run folder in {args.runs_dir} cannot be made: {error.strerror}")
 
 
-def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
-    """`start` at step 0, `end` from step `duration` on."""
-    return end if step >= duration else start + (end - start) * step / duration
+def run_name(args: Args) -> str:
+    return f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
 
-def gradient_steps_due(args: Args, global_step: int) -> int:
-    """Gradient steps that belong to the first `global_step` environment steps; exact for fractions such as 0.29."""
-    return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
+def lock_folder(path: str, wait: bool = False) -> int | None:
+    """Keeps other processes out for as long as the descriptor is open. None if another process was first."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(folder)
+        return None
+    return folder
 
 
-def interval_has_passed(interval: int, global_step: int, num_envs: int) -> bool:
-    """Whether the loop step that ends at `global_step` reached or passed a multiple of the interval; 0 = never."""
-    return interval > 0 and global_step // interval > (global_step - num_envs) // interval
+def leave_to_another_process(path: str) -> None:
+    print(f"another process is at work in {path}", file=sys.stderr)
+    sys.exit(EXIT_CODE_UNDER_WAY)
 
 
-def check_finite(metrics: np.ndarray, global_step: int) -> None:
-    if not np.isfinite(metrics).all():
-        raise FloatingPointError(
-            f"the loss or a Q-value is not finite any more at step {global_step} (losses {metrics[0].tolist()}, "
-            f"Q-values {metrics[1].tolist()}); try a lower --learning-rate or --max-grad-norm"
-        )
+def check_files(path: str) -> None:
+    """Refuses a folder in which something else stands in the place of a run's files: a folder, a link to nothing, ..."""
+    for name in ("args.json", "episodes.csv", "evaluations.csv", "checkpoint.pt", "model.pt"):
+        for file in (os.path.join(path, name), os.path.join(path, f"{name}.tmp")):
+            if os.path.lexists(file) and not os.path.isfile(file):
+                raise RunError(f"{file} is in the way: it is not a file, or a link to nothing")
 
 
-def agenda_due(args: Args, global_step: int) -> list[str]:
-    """The evaluation (by its phase) that follows the loop step that ends at `global_step`, if any."""
-    if global_step >= args.total_timesteps:
-        return ["final"]
-    return ["scheduled"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
+def is_finished(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "model.pt"))
 
 
-def train(args: Args, resume_path: str | None = None) -> None:
-    stop = StopSignal()
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    run = RunFolder(args, device, resume_path)
-
-    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-    video_folder = os.path.join(run.path, "videos") if args.capture_video else None
-    eval_envs = [make_env(args.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
-    exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
-    mini_batches = torch.Generator(device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
-
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, device, mini_batches)
-    num_actions = int(envs[0].action_space.n)
-    agent = Agent(args, num_actions, buffer, device)
-    device_observations = torch.zeros((args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-    capture = args.cuda_graphs and device.type == "cuda"
-    act = CudaGraph(lambda: agent.act(device_observations), None, capture)
-    update = CudaGraph(agent.update, mini_batches, capture)
-
-    observations = np.zeros((args.num_envs, 4, 84, 84), np.uint8)
-    global_step, gradient_steps, agenda, metrics = 0, 0, [], None
-    speed_steps, speed_seconds, wall_seconds = 0, 0.0, 0.0  # the speed since learning began, without evaluations
-    last_returns = deque(maxlen=10)
-    if os.path.exists(run.checkpoint_path):
-        state, frames = load_checkpoint(run.checkpoint_path, args, device)
-        buffer.frames[: len(frames)] = frames
-        buffer.restore(state["buffer"])
-        agent.restore(state["agent"])
-        for env, environment in zip(envs, state["environments"], strict=True):
-            restore_environment(env, environment)
-        exploration.bit_generator.state = state["exploration"]
-        mini_batches.set_state(state["mini_batches"])
-        observations[:] = state["observations"].numpy()
-        global_step, gradient_steps, agenda = state["global_step"], state["gradient_steps"], state["agenda"]
-        metrics = None if state["metrics"] is None else Download(state["metrics"])
-        speed_steps, speed_seconds, wall_seconds = state["speed_steps"], state["speed_seconds"], state["wall_seconds"]
-        last_returns.extend(state["last_returns"])
-        if "final" in agenda and global_step < args.total_timesteps:  # the end was postponed
-            agenda = agenda_due(args, global_step)
-        run.open(state["file_sizes"])
-        torch.set_num_threads(state["num_threads"])  # with another number sums are rounded in another order
-        tqdm.write(f"continuing {run.path} at step {global_step}, with {state['num_threads']} thread(s) as before")
-        del state, frames
-    else:
-        for i, env in enumerate(envs):
-            observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
-            buffer.start_episode(i, observations[i, -1])
-        run.open({})
-    first_step, start_time = global_step, time.time() - wall_seconds
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", smoothing=0.02,
-                    mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
-
-    def save() -> None:
-        state = {
-            "script": os.path.basename(__file__), "args": vars(args), "versions": package_versions() | {"device": device.type},
-            "buffer": buffer.state(), "agent": agent.state(), "environments": [environment_state(env) for env in envs],
-            "exploration": exploration.bit_generator.state, "mini_batches": mini_batches.get_state(),
-            "observations": torch.from_numpy(observations),
-            "global_step": global_step, "gradient_steps": gradient_steps, "agenda": agenda,
-            "metrics": None if metrics is None else torch.from_numpy(metrics.numpy()),
-            "speed_steps": speed_steps, "speed_seconds": speed_seconds, "wall_seconds": time.time() - start_time,
-            "last_returns": list(last_returns),
-            "file_sizes": run.file_sizes(), "num_threads": torch.get_num_threads(),
-        }  # fmt: skip
-        save_checkpoint(run.checkpoint_path, state, buffer.used_frames())
-
-    def evaluate_and_log(phase: str) -> bool:
-        """False if a signal stopped it, and nothing was logged."""
-        if args.capture_video:
-            eval_envs[0].set_wrapper_attr("name_prefix", f"step-{global_step}-{phase}")
-        scores = evaluate(agent.act, eval_envs, args.seed, global_step, device, stop)
-        if scores is not None:
-            run.log_evaluation(global_step, phase, scores)
-        return scores is not None
-
-    while True:
-        # Evaluate, if that is due.
-        if agenda and metrics is not None:
-            check_finite(metrics.numpy(), global_step)
-        while agenda and not stop.received:
-            if not evaluate_and_log(agenda[0]):
-                break
-            agenda.pop(0)
-        finished = global_step >= args.total_timesteps and not agenda
-        checkpoint_is_due = (
-            interval_has_passed(args.checkpoint_interval, global_step, args.num_envs) and global_step > first_step
-        )
-        if stop.received or checkpoint_is_due and not finished:
-            save()
-        if stop.received:
-            progress.close()
-            print(
-                f"stopped at step {global_step}; to continue: python {sys.argv[0]} --resume {shlex.quote(run.path)}",
-                file=sys.stderr,
-            )
-            sys.exit(128 + stop.received)
-        if finished:
-            break
-        step_started = time.perf_counter()
-
-        # Act: greedy actions, and on top, per environment, random ones with probability epsilon.
-        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
-        explore = exploration.random(args.num_envs) < epsilon
-        actions = exploration.integers(num_actions, size=args.num_envs)
-        if not explore.all():
-            upload(observations, device_observations)
-            greedy_actions = Download(act())
-
-        # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.
-        previous_metrics = metrics
-        if global_step >= args.learning_starts:
-            new_gradient_steps = gradient_steps_due(args, global_step + args.num_envs) - gradient_steps
-            for _ in range(new_gradient_steps):
-                metrics = update()
-            if new_gradient_steps:
-                metrics = Download(metrics)
-                gradient_steps += new_gradient_steps
-
-        # Step the environments and store what happened.
-        if not explore.all():
-            actions = np.where(explore, actions, greedy_actions.numpy())
-        global_step += args.num_envs
-        for i, env in enumerate(envs):
-            next_observation, reward, terminated, truncated, info = env.step(actions[i])
-            buffer.add(i, actions[i], reward, next_observation[-1], terminated)
-            if terminated or truncated:
-                next_observation, reset_info = env.reset()
-                buffer.start_episode(i, next_observation[-1])
-                info = info | reset_info
-            observations[i] = next_observation
-            if "episode" in info:
-                last_returns.append(info["episode"]["r"])
-                run.log_episode(global_step, info["episode"], time.time() - start_time)
-        if gradient_steps:
-            speed_steps, speed_seconds = speed_steps + args.num_envs, speed_seconds + time.perf_counter() - step_started
-
-        # Log. The losses are those of the loop step before: they are on the host by now, and cost no wait.
-        if previous_metrics is not None:
-            check_finite(previous_metrics.numpy(), global_step - args.num_envs)
-        if interval_has_passed(LOG_INTERVAL, global_step, args.num_envs):
-            scalars = {"charts/epsilon": epsilon}
-            if previous_metrics is not None:
-                scalars["charts/SPS"] = speed_steps / speed_seconds
-                scalars["losses/td_loss"], scalars["losses/q_values"] = previous_metrics.numpy()
-            run.log_scalars(global_step, scalars)
-            mean_return = f"{np.mean(last_returns):.1f}" if last_returns else "-"
-            progress.set_postfix_str(
-                f"return={mean_return} epsilon={epsilon:.2f} SPS={scalars.get('charts/SPS', 0):.0f}", refresh=False
-            )
-        progress.update(args.num_envs)
-
-        agenda = agenda_due(args, global_step)
-
-    progress.close()
-    for env in envs + eval_envs:
-        env.close()
-    run.finish(agent.weights())
+def remove_leftovers(path: str) -> None:
+    """Of a finished run, also of one that was killed after it had written its weights."""
+    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(path, name))
 
 
-def find_unfinished_run(args: Args) -> str | None:
-    """The newest run folder with the same arguments that is not finished and has no process at work in it."""
-    paths = glob.glob(os.path.join(glob.escape(args.runs_dir), f"{glob.escape(args.env_id)}__*", "args.json"))
-    for path in sorted(map(os.path.dirname, paths), reverse=True):  # the names end in the time of the start
+def saved_arguments(args: Args) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+
+
+def find_run(args: Args) -> tuple[str, int] | None:
+    """The run folder with the same script and arguments, and its state; the newest interrupted one if none is finished."""
+    pattern = os.path.join(glob.escape(args.runs_dir), f"{glob.escape(run_name(args))}__*", "args.json")
+    paths, found = glob.glob(pattern), []
+    for path in sorted(map(os.path.dirname, paths)):  # the names end in the time of the start
         try:
-            saved = dataclasses.replace(read_run_args(path), resume=args.resume, runs_dir=args.runs_dir)
+            saved = read_args(path, args.allow_changed_script)
         except RunError:
             continue
-        if saved == args and not is_finished(path) and not is_locked(path):
-            return path
+        if saved_arguments(dataclasses.replace(saved, runs_dir=args.runs_dir)) == saved_arguments(args):
+            state = FINISHED if is_finished(path) else UNDER_WAY if is_locked(path) else INTERRUPTED
+            found.append((path, state))
+    for wanted in (FINISHED, UNDER_WAY, INTERRUPTED):
+        for path, state in reversed(found):
+            if state == wanted:
+                return path, state
     return None
 
 
 def is_locked(path: str) -> bool:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if (lock := lock_folder(path)) is None:
         return True
-    finally:
-        os.close(folder)
+    os.close(lock)
     return False
 
 
-def is_finished(path: str) -> bool:
-    return os.path.exists(os.path.join(path, "model.pt"))
-
-
-def read_run_args(path: str) -> Args:
-    """The arguments of the run in a folder."""
+def read_args(path: str, allow_changed_script: bool = False) -> Args:
+    """The arguments of the run in a folder; `RunError` if it is not one of this script."""
     try:
+        check_files(path)
         with open(os.path.join(path, "args.json")) as file:
-            args = Args(**json.load(file)["args"])
-        for name, default in vars(Args()).items():
-            kind = (int, float) if isinstance(default, float) else type(default)
-            if default is not None and not isinstance(getattr(args, name), kind):
-                raise TypeError
+            content = json.load(file)
+        script, sha256, saved = content["script"], content["script_sha256"], content["args"]
+        if script != SCRIPT:
+            raise RunError(f"{path} is a run folder of {script}, not of {SCRIPT}")
+        if sha256 != SCRIPT_SHA256 and not allow_changed_script:
+            refuse_changed_script(path)
+        args = Args(**saved)
+        if saved_arguments(args).keys() != saved.keys():
+            raise KeyError
+        if message := wrong_value(args):
+            raise RunError(f"{path} is not a run folder any more: in its args.json {message}")
         return args
     except OSError as error:
         raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path} is not a run folder of {os.path.basename(__file__)}: its args.json does not fit") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunError(f"{path} is not a run folder of {SCRIPT}: its args.json does not fit") from None
+
+
+def refuse_changed_script(path: str) -> None:
+    raise RunError(f"{path} is of another version of {SCRIPT}: the run would go on with changed code; "
+                   "if that is meant: --allow-changed-script")  # fmt: skip
 
 
 def resume_args(args: Args, path: str) -> Args:
     """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
-    saved = dataclasses.replace(read_run_args(path), resume=args.resume)
+    command = {name: getattr(args, name) for name in NOT_SAVED}
+    saved = dataclasses.replace(read_args(path, args.allow_changed_script), **command)
     args = dataclasses.replace(tyro.cli(Args, description=__doc__, default=saved), runs_dir=saved.runs_dir)
     for name, value in vars(saved).items():
         if name != "total_timesteps" and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "
                  "a resumed run keeps its arguments, only --total-timesteps may be raised")  # fmt: skip
-    if is_finished(path):
-        fail(f"the run in {path} is finished")
     if args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
+    if is_finished(path):
+        if args.total_timesteps > saved.total_timesteps:
+            fail(f"the run in {path} is finished, and its replay buffer is gone: --total-timesteps cannot be raised any more")
+        remove_leftovers(path)
+        print(f"the run in {path} is finished already")
+        sys.exit(0)
     if args.total_timesteps > saved.total_timesteps:
-        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} the decay of "
-              "epsilon, a fraction of the run, is another one from here on", file=sys.stderr)  # fmt: skip
+        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} what is a fraction of "
+              "the run, as the decay of epsilon, is another one from here on", file=sys.stderr)  # fmt: skip
     return args
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    return versions | {"gymnasium": gym.__version__} | environment_versions()
+
+
+def commit_of_script() -> dict:
+    """The commit that the script lies at, and whether it was changed since; None outside of a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
     try:
-        path = find_unfinished_run(args) if args.resume == "auto" else args.resume or None
+        git = lambda *words: subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return {"commit": commit, "changed_since_commit": bool(git("status", "--porcelain", "--", SCRIPT).stdout)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "changed_since_commit": None}
+
+
+# ----------------------------------------------------------------------------------------------- arguments, and the start
+
+
+def interval_has_passed(interval: int | Fraction, global_step: int, num_envs: int) -> bool:
+    """Whether the loop step that ends at `global_step` reached or passed a multiple of the interval; 0 = never."""
+    return interval > 0 and global_step // interval > (global_step - num_envs) // interval
+
+
+def fail(message: str) -> None:
+    """Ends the program because of a wrong argument: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def wrong_value(args: Args) -> str | None:
+    """What is wrong with the first value that is not of its argument's type, or not in the interval written beside it."""
+    for name, hint in typing.get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        kind, *intervals = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        if typing.get_origin(kind) is Literal:
+            if value not in typing.get_args(kind):
+                return f"{flag} is {value!r}, but must be one of {', '.join(typing.get_args(kind))}"
+        elif type(value) not in {float: (float, int)}.get(kind, typing.get_args(kind) or (kind,)):
+            return f"{flag} is {value!r}, but must be of the type {getattr(kind, '__name__', kind)}"
+        if isinstance(value, (float, int)) and not abs(value) < 1e30:
+            return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
+        for interval in intervals:  # as "[0, 1)"
+            low, high = map(float, interval[1:-1].split(", "))
+            if not (low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")):
+                return f"{flag} is {value}, but must lie in {interval}"
+    return None
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before anything is created."""
+    if message := wrong_value(args):
+        fail(message)
+    if not args.exp_name or "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    if args.batch_size > min(args.learning_starts, args.buffer_size):
+        fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
+             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
+    for name in ("eval_interval", "checkpoint_interval"):
+        if 0 < getattr(args, name) < args.num_envs:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
+                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
+    check_schedules(args)
+    for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
+        if wanted and importlib.util.find_spec(package) is None:
+            fail(f"{flag} needs the package {package}: pip install {package}")
+
+    spaces = check_environment(args)
+    on_gpu = args.cuda and torch.cuda.is_available()
+    buffer_bytes, agent_bytes = ReplayBuffer.num_bytes(args, *spaces), Agent.num_bytes(args, *spaces)
+    environment_bytes = ENVIRONMENT_BYTES * (args.num_envs + args.eval_episodes)
+    check_memory(psutil.virtual_memory().available, "in memory", {
+        "the environments of --num-envs and --eval-episodes": environment_bytes,
+        "the replay buffer of --buffer-size": 0 if on_gpu else buffer_bytes, "the agents": 0 if on_gpu else agent_bytes,
+    })  # fmt: skip
+    if on_gpu:
+        check_memory(torch.cuda.mem_get_info()[0], "on the GPU", {
+            "the replay buffer of --buffer-size": buffer_bytes, "the agents": agent_bytes,
+        })  # fmt: skip
+
+
+def check_memory(free_bytes: int, where: str, needed: dict[str, int]) -> None:
+    if sum(needed.values()) > free_bytes:
+        parts = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in needed.items() if size)
+        fail(
+            f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({parts}), but only {free_bytes / 1e9:.2f} GB are free {where}"
+        )
+
+
+def main() -> None:
+    args, path = tyro.cli(Args, description=__doc__), None
+    try:
+        if args.resume == "auto":
+            if (found := find_run(args)) is not None:
+                path, state = found
+                if state == UNDER_WAY:
+                    leave_to_another_process(path)
+        elif args.resume:
+            path = args.resume
         if path is not None:
             args = resume_args(args, path)
         check_args(args)
-        train(args, path)
+        if not args.check_only:
+            train(args, path)
     except (RunError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: memory is out ({error}); smaller are --batch-size, --buffer-size, --num-envs, --eval-episodes")
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error}; {WHAT_STAYS}")
 
