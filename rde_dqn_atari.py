@@ -1026,8 +1026,8 @@ class Run:
                     restored(part, content["parts"][name])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
-            if "final" in self.agenda and self.global_step < self.args.total_timesteps:  # the end was postponed
-                self.agenda = []
+            if self.global_step < self.args.total_timesteps:  # if that was the end, it was postponed
+                self.agenda = ["scheduled" if item == "final" else item for item in self.agenda]
             torch.set_num_threads(content["num_threads"])  # with another number sums are rounded in another order
         self.open(content["file_sizes"] if resumed else {})
         if resumed:
@@ -1186,13 +1186,11 @@ class Run:
 
     def log(self, agent: "Agent", scalars: dict[str, float]) -> None:
         """A point of the training curves. Only here, and before evaluations and checkpoints, the losses are looked at."""
-        for name, values in zip(agent.METRICS, self.finite_metrics()):
-            for i, value in enumerate(np.atleast_1d(values)):
-                scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
-        if not self.gradient_steps:
-            scalars = {name: value for name, value in scalars.items() if not name.startswith("losses/")}
-        if self.speed_steps:
+        if self.gradient_steps:
             scalars["charts/SPS"] = self.speed_steps / self.speed_seconds
+            for name, values in zip(agent.METRICS, self.finite_metrics()):
+                for i, value in enumerate(np.atleast_1d(values)):
+                    scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
         self.log_scalars(scalars)
         mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "-"
         epsilon = f" epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
@@ -1340,15 +1338,15 @@ def make_run_folder(args: Args) -> tuple[str, int | None]:
     try:
         os.makedirs(args.runs_dir, exist_ok=True)
         lock = lock_folder(args.runs_dir, wait=True)
-        if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
-            leave_to_another_process(found[0])
-        while True:
-            path = os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")
-            with contextlib.suppress(FileExistsError):
-                os.makedirs(path)
-                os.close(lock)
-                return path, lock_folder(path)
-            time.sleep(0.2)
+        try:
+            if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
+                leave_to_another_process(found[0])
+            while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
+                time.sleep(0.2)
+            os.mkdir(path)
+            return path, lock_folder(path)
+        finally:
+            os.close(lock)
     except OSError as error:
         fail(f"a run folder in {args.runs_dir} cannot be made: {error.strerror}")
 
