@@ -8,6 +8,7 @@ Every row is measured in every round, for about --seconds each; a row's figure i
 the median of the ratios within a round. So what else goes on on the machine hits all rows alike.
 """
 
+import contextlib
 import csv
 import datetime
 import math
@@ -23,6 +24,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+import rde_dqn_atari as rde  # isort: skip  (first: it says how threads wait, before PyTorch is imported)
+import rde_sac_dmc as sac  # isort: skip
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -31,9 +35,6 @@ import tyro
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
-
-import rde_dqn_atari as rde
-import rde_sac_dmc as sac
 
 
 @dataclass
@@ -84,7 +85,7 @@ class RandomPlay:
     """The emulator and the wrappers with random actions: the ceiling of every training loop with one environment."""
 
     def __init__(self, env_id: str):
-        self.env, self.generator = rde.make_env(env_id), np.random.default_rng(0)
+        self.env, self.generator = rde.make_env(rde.Args(env_id=env_id)), np.random.default_rng(0)
         self.env.reset(seed=0)
 
     def step(self) -> None:
@@ -98,9 +99,9 @@ class TrainingLoop:
 
     def __init__(self, env_id: str, device: torch.device, **arguments):
         self.args = args = rde.Args(env_id=env_id, buffer_size=10_000, **arguments)
-        self.env, self.device = rde.make_env(env_id), device
+        self.env, self.device = rde.make_env(args), device
         self.buffer = rde.ReplayBuffer(args.buffer_size, 1, device, torch.Generator(device).manual_seed(0))
-        self.agent = rde.Agent(args, int(self.env.action_space.n), self.buffer, device)
+        self.agent = rde.Agent(args, self.env.observation_space, self.env.action_space, self.buffer, device)
         self.agent.reset()  # so that the oldest agent judges
         selection = torch.Generator(device).manual_seed(1)
         self.device_observations = torch.zeros((1, 4, 84, 84), dtype=torch.uint8, device=device)
@@ -126,8 +127,7 @@ class TrainingLoop:
         rde.upload(self.observations, self.device_observations)
         choice = rde.Download(self.act())
         for _ in range(int(self.args.replay_ratio)):
-            metrics = self.update()
-        rde.Download(metrics)
+            self.update()
         self.play(choice.numpy()[0, 0])
 
 
@@ -142,7 +142,7 @@ class NaiveLoop:
     """The common form: a deque of tuples, np.stack, an update of its own for every agent."""
 
     def __init__(self, env_id: str, device: torch.device, num_agents: int):
-        self.env, self.device = rde.make_env(env_id), device
+        self.env, self.device = rde.make_env(rde.Args(env_id=env_id)), device
         self.networks = [rde.QNetwork(int(self.env.action_space.n)).to(device) for _ in range(num_agents)]
         self.targets = [rde.copy.deepcopy(network) for network in self.networks]
         self.optimizers = [torch.optim.Adam(network.parameters(), lr=1e-4) for network in self.networks]
@@ -201,7 +201,7 @@ class RandomMotion:
     """The physics with random actions: the ceiling of SAC's loop with one environment."""
 
     def __init__(self, task: str):
-        self.env, self.generator = sac.make_env(task), np.random.default_rng(0)
+        self.env, self.generator = sac.make_env(sac.Args(env_id=task)), np.random.default_rng(0)
         self.env.reset(seed=0)
 
     def step(self) -> None:
@@ -216,20 +216,20 @@ class SACTrainingLoop:
 
     def __init__(self, task: str, device: torch.device, **arguments):
         args = sac.Args(env_id=task, buffer_size=10_000, **arguments)
-        self.env, self.device = sac.make_env(task), device
-        dims = self.env.observation_space.shape[0], self.env.action_space.shape[0]
-        self.buffer = sac.ReplayBuffer(args.buffer_size, *dims, device, torch.Generator(device).manual_seed(0))
-        self.agent = sac.Agent(args, *dims, self.buffer, device)
+        self.env, self.device = sac.make_env(args), device
+        spaces = self.env.observation_space, self.env.action_space
+        self.buffer = sac.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
+        self.agent = sac.Agent(args, *spaces, self.buffer, device)
         self.agent.reset()  # so that the oldest agent judges
         selection = torch.Generator(device).manual_seed(1)
-        self.device_observations = torch.zeros((1, dims[0]), device=device)
+        self.device_observations = torch.zeros((1, *spaces[0].shape), device=device)
         capture = args.cuda_graphs and device.type == "cuda"
         self.act = sac.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
         self.update = sac.CudaGraph(self.agent.update, self.buffer.generator, capture)
         self.observation, _ = self.env.reset(seed=0)
         generator = np.random.default_rng(0)
         for _ in range(500):
-            self.play(generator.uniform(-1, 1, dims[1]).astype(np.float32))
+            self.play(generator.uniform(-1, 1, spaces[1].shape).astype(np.float32))
 
     def play(self, action: np.ndarray) -> None:
         next_observation, reward, terminated, truncated, _ = self.env.step(action)
@@ -239,7 +239,7 @@ class SACTrainingLoop:
     def step(self) -> None:
         sac.upload(self.observation[None], self.device_observations)
         choice = sac.Download(self.act())
-        sac.Download(self.update())
+        self.update()
         self.play(choice.numpy()[0, :-1])
 
 
@@ -247,7 +247,7 @@ class StableBaselines3SAC:
     """Its SAC with networks and mini-batches of the same sizes, one gradient step per environment step."""
 
     def __init__(self, task: str, device: torch.device, hidden_dim: int, batch_size: int):
-        self.model = SAC("MlpPolicy", sac.make_env(task), buffer_size=10_000, learning_starts=500, batch_size=batch_size,
+        self.model = SAC("MlpPolicy", sac.make_env(sac.Args(env_id=task)), buffer_size=10_000, learning_starts=500, batch_size=batch_size,
                          policy_kwargs={"net_arch": [hidden_dim, hidden_dim]}, device=device, seed=0)  # fmt: skip
         self.model.learn(550)
 
@@ -255,16 +255,41 @@ class StableBaselines3SAC:
         self.model.learn(count, reset_num_timesteps=False)
 
 
-def seconds_per_step(row, count: int, device: torch.device) -> float:
-    start = time.perf_counter()
-    if hasattr(row, "steps"):
-        row.steps(count)
-    else:
+class Contended:
+    """Another row, while one process of one thread competes with this one, as on a shared machine."""
+
+    def __init__(self, row):
+        self.row = row
+        self.steps = row.steps if hasattr(row, "steps") else self.repeat
+
+    def repeat(self, count: int) -> None:
         for _ in range(count):
-            row.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
+            self.row.step()
+
+    @contextlib.contextmanager
+    def competition(self):
+        # In a session of its own: Linux shares the processor among sessions first.
+        program = "print(flush=True)\nwhile True: pass"
+        competitor = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+        try:
+            competitor.stdout.readline()
+            yield
+        finally:
+            competitor.kill()
+            competitor.wait()
+
+
+def seconds_per_step(row, count: int, device: torch.device) -> float:
+    with row.competition() if isinstance(row, Contended) else contextlib.nullcontext():
+        start = time.perf_counter()
+        if hasattr(row, "steps"):
+            row.steps(count)
+        else:
+            for _ in range(count):
+                row.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
 
 
 def steps_in(row, seconds: float, device: torch.device) -> int:
@@ -338,6 +363,7 @@ def replay_buffer_gigabytes(device: torch.device) -> float:
 
 
 ATARI_CEILING, DMC_CEILING = "emulator + wrappers (the ceiling)", "physics (the ceiling of SAC)"
+CONTENDED = ", with one competing process"
 
 
 def atari_rows(args: Args, device: torch.device) -> dict:
@@ -354,7 +380,18 @@ def atari_rows(args: Args, device: torch.device) -> dict:
     rows["naive loop, N = 1"] = NaiveLoop(args.env_id, device, 1)
     rows["naive loop, N = 2"] = NaiveLoop(args.env_id, device, 2)
     rows["stable-baselines3's DQN (N = 1)"] = StableBaselines3(args.env_id, device)
-    return rows
+    return rows | contended(rows)
+
+
+def contended(rows: dict) -> dict:
+    """Some of the rows once more, on a machine that is not alone."""
+    names = (
+        "update alone, N = 2",
+        "SAC training loop, N = 2",
+        "stable-baselines3's DQN (N = 1)",
+        "stable-baselines3's SAC (N = 1)",
+    )
+    return {name + CONTENDED: Contended(rows[name]) for name in names if name in rows}
 
 
 def dmc_rows(args: Args, device: torch.device) -> dict:
@@ -365,7 +402,7 @@ def dmc_rows(args: Args, device: torch.device) -> dict:
     if device.type == "cuda":
         rows["SAC training loop, N = 2, --no-cuda-graphs"] = SACTrainingLoop(args.task, device, cuda_graphs=False, **sizes)
     rows["stable-baselines3's SAC (N = 1)"] = StableBaselines3SAC(args.task, device, **sizes)
-    return rows
+    return rows | contended(rows)
 
 
 def check_args(args: Args) -> None:
@@ -438,6 +475,9 @@ def main() -> None:
             print(f"{first}, over {second}: {ratio(first, second):.2f}")
     if {"update alone, N = 2", "update alone, N = 8"} <= rows.keys():
         print(f"time of an update, N = 8 over N = 2: {ratio('update alone, N = 2', 'update alone, N = 8'):.2f}")
+    for name in rows:
+        if name.endswith(CONTENDED):
+            print(f"{name.removesuffix(CONTENDED)}: {ratio(name.removesuffix(CONTENDED), name):.2f} times as long{CONTENDED}")
     gflops = matrix_gflops(device)
     if "atari" in args.suites:
         gflop = update_gflop(rows[ATARI_CEILING].env.action_space.n)
