@@ -75,7 +75,7 @@ def run(folder: pathlib.Path, case: str, runs_dir: str) -> tuple[pathlib.Path | 
     )  # fmt: skip
     if result.returncode:
         words = [line.strip("│╭╮╰╯─ ") for line in result.stderr.splitlines()]  # tyro puts its messages in a frame
-        return None, next(filter(None, reversed(words)), f"exit code {result.returncode}")
+        return None, " / ".join([f"exit code {result.returncode}", *list(filter(None, words))[-3:]])
     (path,) = pathlib.Path(runs_dir).iterdir()
     return path, ""
 
