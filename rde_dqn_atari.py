@@ -45,6 +45,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -976,13 +977,16 @@ class Run:
         self.last_returns: list[float] = []
         self.speed_steps, self.speed_seconds = 0, 0.0  # since learning began, without evaluations
         self.wall_seconds = 0.0
-        self.path, self.lock = (path, lock_folder(path)) if path else make_run_folder(args)
-        if self.lock is None:
-            leave_to_another_process(self.path)
-        check_files(self.path)
-        if path is None:
-            self.write_args()
         self.eval_envs: list[gym.Env] = []
+        if path is None:
+            with new_run_folder(args) as self.path:
+                self.lock = lock_folder(self.path)
+                self.write_args()
+        else:
+            self.path, self.lock = path, lock_folder(path)
+            if self.lock is None:
+                leave_to_another_process(path)
+            check_files(path)
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -1333,22 +1337,26 @@ def free_space(path: str) -> str:
 # ---------------------------------------------------------------------------------------------------- folders of runs
 
 
-def make_run_folder(args: Args) -> tuple[str, int | None]:
-    """A new folder, and its lock. Runs of one script, environment and seed that start in the same second wait for the next."""
+@contextlib.contextmanager
+def new_run_folder(args: Args):
+    """A new folder. Until the context is left, in which it gets its args.json, no other process looks for runs, or begins one.
+
+    Runs of one script, environment and seed that start in the same second wait for the next.
+    """
     try:
         os.makedirs(args.runs_dir, exist_ok=True)
         lock = lock_folder(args.runs_dir, wait=True)
-        try:
-            if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
-                leave_to_another_process(found[0])
-            while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
-                time.sleep(0.2)
-            os.mkdir(path)
-            return path, lock_folder(path)
-        finally:
-            os.close(lock)
     except OSError as error:
-        fail(f"a run folder in {args.runs_dir} cannot be made: {error.strerror}")
+        fail(f"--runs-dir {args.runs_dir} cannot be made: {error.strerror}")
+    try:
+        if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
+            leave_to_another_process(found[0])
+        while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
+            time.sleep(0.2)
+        os.mkdir(path)
+        yield path
+    finally:
+        os.close(lock)
 
 
 def run_name(args: Args) -> str:
@@ -1581,8 +1589,11 @@ def main() -> None:
             train(args, path)
     except (RunError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: memory is out ({error}); smaller are --batch-size, --buffer-size, --num-envs, --eval-episodes")
+    except (MemoryError, RuntimeError) as error:  # PyTorch has an error of its own on a GPU, and none on a CPU
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
+            raise
+        sys.exit(f"error: memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error}; {WHAT_STAYS}")
 
