@@ -2,31 +2,27 @@
 
     python plot_benchmark.py --runs-dir runs/benchmark
 
-Writes into --out-dir (without it, into the subfolder results of --runs-dir)
-    results.csv                 a row for every evaluation of every run, the last one of phase "final", and one of phase
-                                "training": the mean of the training games that ended in the last fifth of the run
-    training_games.csv          a row for every training game
-    table.md                    final and best score of every game, its last training games, interquartile means over games,
-                                collapse of a reset
-    learning_curves_<game>      evaluations of every run and the mean over seeds; a triangle is the score right after a reset
-    training_games_<game>       the same of the training games, a moving mean over a tenth of the run
-    aggregate_curves            interquartile mean over games, with 95 % intervals
-    performance_profiles        fraction of final scores above a threshold
-    collapse                    score right after a reset over the score right before it
+writes into --out-dir the numbers (table.md, results.csv with a row for every evaluation, training_games.csv) and the pictures:
+learning_curves_<game> (evaluations), training_games_<game>, aggregate_curves and performance_profiles (interquartile means over
+games, final scores), collapse and collapse_training_games (what a reset costs); where runs log it success_curves_<game> and
+cost_curves_<game>; with --references aggregate_training_games. A triangle is the score right after a reset.
 
-Only finished runs count (model.pt is there, and a complete "final" evaluation). Every folder that is left out is named, with
-the reason. The statistics are those of Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by
-rliable. The same runs give the same files, to the byte.
+Only finished runs count (model.pt is there, and a complete "final" evaluation); every other folder is named, with the reason.
+Everything is computed from one table with a row for every game that was played (read_games). The statistics are those of Agarwal
+et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files, to the byte.
 """
 
 import csv
+import errno
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import matplotlib
@@ -35,9 +31,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tyro
-from matplotlib.patheffects import withStroke
-from rliable import library
+from rliable import library, metrics
 
 
 @dataclass
@@ -46,10 +42,16 @@ class Args:
     """the folder of the run folders; those in its subfolders are read as well"""
     out_dir: str | None = None
     """where the files are written; by default the subfolder results of --runs-dir"""
+    references: str | None = None
+    """a CSV file of published scores (columns game, method, score), drawn and listed beside the training games"""
+    merge_versions: bool = False
+    """take the runs of a method as one, even if different versions of its script made them"""
+    reset_window: int = 2_000
+    """environment steps before and after a reset whose training games are compared"""
     picture_format: Literal["png", "pdf", "svg"] = "png"
     """format of the pictures"""
     bootstrap_samples: int = 2_000
-    """samples of the stratified bootstrap behind every interval"""
+    """samples of the stratified bootstrap behind every interval, at most 100,000"""
     seed: int = 0
     """seed of the bootstrap"""
 
@@ -94,69 +96,43 @@ def suite_of(env_id: str) -> str | None:
     return DMC if re.fullmatch(r"[a-z0-9_]+-[a-z0-9_]+", env_id) and not re.search(r"-v\d+$", env_id) else None
 
 
-def normalized_score(env_id: str, score: float) -> float:
+def normalized_score(env_id: str, score):
+    """On the scale of its suite, if it has one; of a score or of an array of them."""
     return human_normalized_score(env_id, score) if suite_of(env_id) == ATARI else score / 1000
 
 
-# ---------------------------------------------------------------------------------------------------------- run folders
+def game_name(env_id: str) -> str:
+    return env_id.removesuffix("NoFrameskip-v4")
+
+
+def names_of(env_id: str, replay_ratio: float, method: str) -> tuple[str, str, str]:
+    return game_name(env_id), f"{replay_ratio:g}", method
+
+
+# ------------------------------------------------------------------------------------------------- from folders to games
+
+GROUP = ["env_id", "replay_ratio", "method"]  # the columns that the seeds of a method share
+RUN = [*GROUP, "seed", "run"]
+BASES = {
+    "dqn_atari": "DQN", "sr_dqn_atari": "DQN", "rde_dqn_atari": "DQN", "rde_dqn_minigrid": "DQN", "rde_sac_dmc": "SAC",
+    "rde_sac_safety": "Safe SAC", "rnd_dqn_atari": "RND-DQN",
+}  # fmt: skip
+RUN_FOLDER = re.compile(r".+__.+__-?\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
+# What may differ between the seeds of a method: it does not change what is computed.
+INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "checkpoint_interval", "keep_models", "cuda", "cuda_graphs",
+              "torch_deterministic", "track", "wandb_project_name", "wandb_entity", "capture_video"}  # fmt: skip
+KINDS = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": (int, float), "total_timesteps": int, "eval_episodes": int,
+         "reset_interval": int, "num_agents": int, "cost_limit": (int, float)}  # fmt: skip
+OPTIONAL = ("reset_interval", "num_agents", "cost_limit")  # not every method has them
 
 
 class RunError(Exception):
     """Why a run folder is left out."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    global_step: int
-    phase: str  # scheduled, before_reset, after_reset or final
-    scores: tuple[float, ...]  # a whole game each
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.scores))
-
-
-@dataclass
-class Run:
-    name: str
-    args: dict
-    evaluations: list[Evaluation] = field(repr=False)
-    training_games: list[tuple[int, float]] = field(repr=False)  # (step at its end, unclipped return)
-
-    @property
-    def key(self) -> tuple[str, float, str]:
-        """What its seeds share."""
-        return self.args["env_id"], float(self.args["replay_ratio"]), method_label(self.args)
-
-    @property
-    def curve(self) -> list[Evaluation]:
-        """The learning curve: without the dips right after the resets."""
-        return [evaluation for evaluation in self.evaluations if evaluation.phase != "after_reset"]
-
-    @property
-    def final(self) -> float:
-        return self.evaluations[-1].mean
-
-    @property
-    def best(self) -> float:
-        return max(evaluation.mean for evaluation in self.curve)
-
-    @property
-    def last_training_games(self) -> list[float]:
-        """The returns of the games that ended in the last fifth of training, played with its exploration."""
-        return [score for step, score in self.training_games if step > 0.8 * self.args["total_timesteps"]]
-
-    @property
-    def resets(self) -> list[tuple[Evaluation, Evaluation]]:
-        """(right before, right after) for every reset."""
-        pairs = zip(self.evaluations, self.evaluations[1:])
-        return [(before, after) for before, after in pairs if after.phase == "after_reset"]
-
-
-BASES = {
-    "dqn_atari": "DQN", "sr_dqn_atari": "DQN", "rde_dqn_atari": "DQN", "rde_dqn_minigrid": "DQN", "rde_sac_dmc": "SAC",
-    "rde_sac_safety": "Safe SAC", "rnd_dqn_atari": "RND-DQN",
-}  # fmt: skip
+def clean(text: str) -> str:
+    """What cannot be written in one line, or not at all (half a surrogate pair), as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def method_label(args: dict) -> str:
@@ -170,195 +146,289 @@ def method_label(args: dict) -> str:
 
 
 def method_order(label: str) -> tuple:
-    """Baseline, then SR, then RDE, then the rest."""
-    prefix = label.partition("+")[0] if "+" in label else ""
-    return {"": 0, "SR": 1, "Ensemble": 2, "RDE": 3}.get(prefix, 4) + 5 * (label not in COLORS), label
+    """Baseline, then SR, then RDE, then the rest; the versions of a method (after the @) beside one another."""
+    method = label.partition("@")[0]
+    prefix = method.partition("+")[0] if "+" in method else ""
+    return {"": 0, "SR": 1, "Ensemble": 2, "RDE": 3}.get(prefix, 4) + 5 * (method not in COLORS), label
 
 
-PHASES = ("scheduled", "before_reset", "after_reset", "final")
+def methods_of(rows: pd.DataFrame) -> list[str]:
+    return sorted(rows.method.unique(), key=method_order)
 
 
-def phase_name(text: str) -> str:
-    if text not in PHASES:
-        raise ValueError
-    return text
+# Kind of a column, and what is allowed in it. Of larger numbers sums would overflow or be wrong.
+WHOLE, REAL = (int, lambda value: 0 <= value <= 1e15), (float, lambda value: abs(value) <= 1e15)
+PHASE = (str, ("scheduled", "before_reset", "after_reset", "final").__contains__)
+EVALUATION_COLUMNS = {"global_step": WHOLE, "phase": PHASE, "episode": WHOLE, "episodic_return": REAL}
+EPISODE_COLUMNS = {"global_step": WHOLE, "episodic_return": REAL, "episodic_length": WHOLE, "wall_seconds": REAL}
+EXTRA_COLUMNS = {"success": (float, (0, 1).__contains__), "cost": REAL}  # at the end, of some scripts
 
 
-def finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
-
-
-EVALUATION_COLUMNS = {"global_step": int, "phase": phase_name, "episode": int, "episodic_return": finite}
-EPISODE_COLUMNS = {"global_step": int, "episodic_return": finite, "episodic_length": int, "wall_seconds": finite}
-
-
-def read_args(folder: str) -> dict:
+def read_text(folder: str, name: str) -> str:
+    path = os.path.join(folder, name)
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise RunError(f"{name} is not a regular file")
     try:
-        with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
-            args = json.load(file)["args"]
-    except FileNotFoundError:
-        raise RunError("args.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError('args.json is not readable as JSON with a part "args"') from None
-    kinds = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": (int, float), "total_timesteps": int,
-             "eval_episodes": int, "reset_interval": int, "num_agents": int}  # fmt: skip
-    for name, kind in kinds.items():
-        value = args.get(name) if isinstance(args, dict) else None
-        if name in ("reset_interval", "num_agents") and name not in args:
-            continue  # not every method has them
-        if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
-            raise RunError(f"args.json has no {name}, or one of a wrong kind")
-    return args
-
-
-def read_rows(folder: str, name: str, columns: dict) -> list[tuple]:
-    """The values of a CSV file below its heading, each as its column's kind."""
-    try:
-        with open(os.path.join(folder, name), newline="", encoding="utf-8") as file:
-            text = file.read()
+        with open(path, newline="", encoding="utf-8") as file:
+            return file.read()
     except FileNotFoundError:
         raise RunError(f"{name} is missing") from None
     except (OSError, ValueError):
         raise RunError(f"{name} is not a readable text") from None
-    rows = list(csv.reader(text.splitlines()))
-    if not rows or rows[0] != list(columns):
+
+
+def read_args(folder: str) -> tuple[dict, str, str]:
+    """The arguments of a run, those of them that its seeds must have in common, and the version of its script."""
+    text = read_text(folder, "args.json")
+    try:
+        content = json.loads(text)
+        args, version = content["args"] if isinstance(content["args"], dict) else {}, content.get("script_sha256") or "unknown"
+        settings = {"reset_interval": "0", "num_agents": "1"} | {name: str(args[name]) for name in args if name not in INCIDENTAL}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunError('args.json is not readable as JSON with a part "args"') from None
+    for name, kind in KINDS.items():
+        value = args.get(name)
+        if name in OPTIONAL and name not in args or name == "cost_limit" and value in (None, math.inf):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or not isinstance(value, str) and not abs(value) <= 1e18:
+            raise RunError(f"args.json has no {name}, or one of a wrong kind")
+    if not args.get("reset_interval"):  # without resets their depth says nothing, for one agent nothing is chosen
+        settings.pop("reset_depth", None)
+    if args.get("num_agents", 1) == 1:
+        settings.pop("beta", None)
+    return args, json.dumps(settings, sort_keys=True), clean(str(version))[:7]
+
+
+def read_rows(folder: str, name: str, columns: dict) -> pd.DataFrame:
+    """A CSV file, each value as its column's kind; success and cost are NaN where the file does not have them."""
+    text = read_text(folder, name)
+    try:
+        heading, *rows = list(csv.reader(text.splitlines())) or [[]]
+    except csv.Error as error:
+        raise RunError(f"{name} is not readable as CSV: {error}") from None
+    kinds = columns | {column: EXTRA_COLUMNS[column] for column in EXTRA_COLUMNS if column in heading}
+    if heading != list(kinds):
         raise RunError(f"{name} does not begin with {','.join(columns)}")
     values = []
-    for line, row in enumerate(rows[1:], start=2):
+    for line, row in enumerate(rows, start=2):
         try:
-            values.append(tuple(kind(cell) for kind, cell in zip(columns.values(), row, strict=True)))
-            if line == len(rows) and not text.endswith("\n"):
+            values.append([kind(cell) for (kind, _), cell in zip(kinds.values(), row, strict=True)])
+            allowed = all(is_allowed(value) for (_, is_allowed), value in zip(kinds.values(), values[-1]))
+            if not allowed or line == len(rows) + 1 and not text.endswith("\n"):
                 raise ValueError
         except ValueError:
-            raise RunError(f'{name}, line {line}: "{",".join(row)[:60]}" is not a row, or is cut off') from None
-    return values
+            row = clean(",".join(row)[:60])
+            raise RunError(f'{name}, line {line}: "{row}" is not a row, or is cut off, or holds a number beyond 1e15') from None
+    return pd.DataFrame(values, columns=heading).reindex(columns=[*columns, *EXTRA_COLUMNS])
 
 
-def read_evaluations(folder: str, num_episodes: int) -> list[Evaluation]:
-    evaluations = []
-    for line, (step, phase, episode, score) in enumerate(read_rows(folder, "evaluations.csv", EVALUATION_COLUMNS), start=2):
-        if episode == 0:
-            if evaluations and step < evaluations[-1][0]:
-                raise RunError(f"evaluations.csv, line {line}: step {step} comes after step {evaluations[-1][0]}")
-            evaluations.append((step, phase, []))
-        if not evaluations or evaluations[-1][:2] != (step, phase) or episode != len(evaluations[-1][2]):
-            raise RunError(f"evaluations.csv, line {line}: step {step}, {phase}: episode {episode} is doubled or out of order")
-        evaluations[-1][2].append(score)
-    for i, (step, phase, scores) in enumerate(evaluations):
-        if len(scores) != num_episodes:
-            raise RunError(f"evaluations.csv: step {step}, {phase}, has {len(scores)} of {num_episodes} episodes")
-        if phase == "after_reset" and (not i or evaluations[i - 1][:2] != (step, "before_reset")):
-            raise RunError(f"evaluations.csv: step {step}: the reset has no evaluation before it")
-        if evaluations[i - 1][:2] == (step, phase) and i:
-            raise RunError(f"evaluations.csv: step {step}, {phase}, is there twice")
-    return [Evaluation(step, phase, tuple(scores)) for step, phase, scores in evaluations]
+def read_evaluations(folder: str, num_episodes: int) -> pd.DataFrame:
+    """A row for every game of evaluations.csv; `evaluation` counts the evaluations."""
+    rows = read_rows(folder, "evaluations.csv", EVALUATION_COLUMNS)
+    step, phase, episode = rows.global_step, rows.phase, rows.episode
+    goes_on = (step == step.shift()) & (phase == phase.shift()) & (episode == episode.shift() + 1)
+    for i in rows.index[np.where(episode == 0, step < step.shift(), ~goes_on)]:
+        where = f"evaluations.csv, line {i + 2}: step {step[i]}"
+        if episode[i] == 0:
+            raise RunError(f"{where} comes after step {step[i - 1]}")
+        raise RunError(f"{where}, {phase[i]}: episode {episode[i]} is doubled or out of order")
+    rows["evaluation"] = (episode == 0).cumsum() - 1
+    before = None
+    for (_, *this), size in rows.groupby(["evaluation", "global_step", "phase"]).size().items():
+        where = f"evaluations.csv: step {this[0]}"
+        if size != num_episodes:
+            raise RunError(f"{where}, {this[1]}, has {size} of {num_episodes} episodes")
+        if this[1] == "after_reset" and before != [this[0], "before_reset"]:
+            raise RunError(f"{where}: the reset has no evaluation before it")
+        if this == before:
+            raise RunError(f"{where}, {this[1]}, is there twice")
+        before = this
+    return rows
 
 
-def read_run(folder: str, name: str) -> Run:
-    args = read_args(folder)
-    evaluations = read_evaluations(folder, args["eval_episodes"])
-    num_final = sum(evaluation.phase == "final" for evaluation in evaluations)
-    if not num_final or not os.path.exists(os.path.join(folder, "model.pt")):
-        step = evaluations[-1].global_step if evaluations else 0
+def read_run(folder: str, name: str) -> dict:
+    """A finished run: the columns RUN, its settings and version, and its games as a table."""
+    args, settings, version = read_args(folder)
+    finished = os.path.isfile(os.path.join(folder, "model.pt"))  # what the training scripts call finished
+    try:
+        evaluations = read_evaluations(folder, args["eval_episodes"])
+    except RunError as error:
+        raise RunError(error if finished else f"not finished: {error}") from None
+    step, phase = (0, "") if evaluations.empty else evaluations[["global_step", "phase"]].iloc[-1]
+    if not finished:
         raise RunError(f"not finished: the last evaluation is of step {step} of {args['total_timesteps']}")
-    if num_final > 1 or evaluations[-1].phase != "final" or evaluations[-1].global_step < args["total_timesteps"]:
+    num_final = evaluations[evaluations.phase == "final"].evaluation.nunique()
+    if not num_final:
+        raise RunError(f"damaged: there is a model.pt, but the last evaluation is of step {step}, and none is final")
+    if num_final > 1 or phase != "final" or step < args["total_timesteps"]:
         raise RunError("evaluations.csv: the final evaluation is not the one of the last step")
-    episodes = read_rows(folder, "episodes.csv", EPISODE_COLUMNS)
-    return Run(name, args, evaluations, [(step, score) for step, score, _, _ in episodes])
+    episodes = read_rows(folder, "episodes.csv", EPISODE_COLUMNS).assign(phase="training", evaluation=-1)
+    games = pd.concat([rows for rows in (evaluations, episodes) if len(rows)], join="inner", ignore_index=True)
+    games = games.rename(columns={"global_step": "step", "episodic_return": "score"})
+    limit = math.inf if args.get("cost_limit") is None else float(args["cost_limit"])
+    games = games.assign(total_timesteps=args["total_timesteps"], cost_limit=limit)
+    identity = (clean(args["env_id"]), float(args["replay_ratio"]), clean(method_label(args)), args["seed"], name)
+    return dict(zip(RUN, identity)) | {"settings": settings, "version": version, "games": games}
 
 
-RUN_FOLDER = re.compile(r".+__.+__\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
-# What may differ between the seeds of a method: it does not change what is computed.
-INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "checkpoint_interval", "cuda", "cuda_graphs", "torch_deterministic",
-              "track", "wandb_project_name", "wandb_entity", "capture_video"}  # fmt: skip
-
-
-def read_runs(runs_dir: str) -> tuple[list[Run], list[str]]:
-    """The runs that count, and a line for every folder that is left out."""
-    runs, left_out = [], []
-    for folder, subfolders, files in os.walk(runs_dir):
+def find_run_folders(runs_dir: str) -> Iterator[str]:
+    """Every run folder once, also one that only a link leads to."""
+    seen = set()
+    for folder, subfolders, files in os.walk(runs_dir, followlinks=True):
         subfolders.sort()
+        known = (place := os.path.realpath(folder)) in seen
         is_run = {"args.json", "evaluations.csv"} & set(files) or RUN_FOLDER.fullmatch(os.path.basename(folder))
-        if not is_run:
-            continue
-        subfolders.clear()
-        name = os.path.relpath(folder, runs_dir)
+        seen.add(place)
+        if is_run or known:
+            subfolders.clear()
+        if is_run and not known:
+            yield folder
+
+
+def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The study as one table, a line for every folder that is left out, and notes.
+
+    A row is a game. Its columns: RUN; total_timesteps and cost_limit of the run; phase (of the evaluation, or "training"),
+    evaluation (its number, -1 in training), step (in training: at the game's end), score, normalized (the score on its suite's
+    scale), success, cost (NaN where they are not logged). The runs are sorted as they are listed everywhere.
+    """
+    runs, left_out = [], []
+    for folder in find_run_folders(runs_dir):
+        name = clean(os.path.relpath(folder, runs_dir))
         try:
             runs.append(read_run(folder, name))
         except RunError as error:
             left_out.append(f"{name}: {error}")
-    runs, other_settings = keep_one_setting(runs)
-    runs, doubled = keep_one_of_a_seed(runs)
-    runs.sort(key=lambda run: (run.key[0], run.key[1], method_order(run.key[2]), run.args["seed"]))
-    return runs, sorted(left_out + other_settings + doubled)
+    if not runs:
+        return pd.DataFrame(), sorted(left_out), []
+    runs, notes = pd.DataFrame(runs), []
+    for method, versions in sorted(runs.groupby("method").version.unique().items()):
+        if len(versions) > 1 and not merge_versions:
+            runs.loc[runs.method == method, "method"] += "@" + runs.version
+            labels = ", ".join(f"{method}@{version}" for version in sorted(versions))
+            notes.append(f"{method}: its runs were made by different versions of the script and count as {labels}")
+    # The seeds of a method must have the same arguments. Of several sets of them the one with most runs is kept.
+    usual = runs.groupby(GROUP).settings.transform(lambda all: Counter(all).most_common(1)[0][0])
+    for i, run in runs[runs.settings != usual].iterrows():
+        own, most = json.loads(run.settings), json.loads(usual[i])
+        values = {name: (str(own.get(name))[:60], str(most.get(name))[:60]) for name in sorted(own | most)}
+        differences = ", ".join(f"{name} {value} instead of {other}" for name, (value, other) in values.items() if value != other)
+        group = "{2} on {0}, replay ratio {1}".format(*names_of(*run[GROUP]))
+        left_out.append(f"{run.run}: other arguments than most runs of {group}: {clean(differences)}")
+    runs = runs[runs.settings == usual]
+    first = runs.groupby([*GROUP, "seed"]).run.transform("min")
+    left_out += [f"{run}: the same as {other}, which counts" for run, other in zip(runs.run, first) if run != other]
+    runs = runs[runs.run == first]
+    runs = runs.sort_values(RUN, key=lambda column: column.map(method_order) if column.name == "method" else column)
+    games = [run.games.assign(**run[RUN], normalized=normalized_score(run.env_id, run.games.score)) for _, run in runs.iterrows()]
+    return pd.concat(games, ignore_index=True), sorted(left_out), notes
 
 
-def settings_of(args: dict) -> dict:
-    """What the seeds of a method must have in common; an ensemble of one agent is the method without an ensemble, and so on."""
-    settings = {"reset_interval": 0, "num_agents": 1} | {name: value for name, value in args.items() if name not in INCIDENTAL}
-    if not settings["reset_interval"]:
-        settings.pop("reset_depth", None)
-    if settings["num_agents"] == 1:
-        settings.pop("beta", None)
-    return settings
+# ------------------------------------------------------------------------------------------------ from games to numbers
 
 
-def keep_one_setting(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """The seeds of a method must have the same arguments. Of several sets of them the one with most runs is kept."""
-    groups, kept, left_out = defaultdict(list), [], []
-    for run in runs:
-        groups[run.key].append(run)
-    for group in groups.values():
-        settings = [json.dumps(settings_of(run.args), sort_keys=True) for run in group]
-        usual = Counter(settings).most_common(1)[0][0]
-        for run, setting in zip(group, settings):
-            if setting == usual:
-                kept.append(run)
-                continue
-            setting, usual_setting = json.loads(setting), json.loads(usual)
-            names = sorted(k for k in setting | usual_setting if setting.get(k) != usual_setting.get(k))
-            differences = ", ".join(f"{k} {setting.get(k)} instead of {usual_setting.get(k)}" for k in names)
-            left_out.append(f"{run.name}: other arguments than most runs of {describe(run.key)}: {differences}")
-    return kept, left_out
+def evaluations_of(games: pd.DataFrame) -> pd.DataFrame:
+    """A row for every evaluation: the means over its games, and over its different games (of equal scores one counts).
+
+    A policy without exploration plays the same game again and again in an emulator without chance. Where success is logged,
+    the tasks are drawn anew, and equal scores are not one game.
+    """
+    games = games[games.phase != "training"]
+    same = games.duplicated(["run", "evaluation", "score"]) & games.success.isna()
+    games = games.assign(different=games.score.mask(same))
+    by_evaluation = games.groupby([*RUN, "evaluation", "step", "phase"], sort=False)
+    means = by_evaluation[["score", "normalized", "success", "cost", "different"]].mean()
+    return means.assign(episodes=by_evaluation.size(), num_different=by_evaluation.different.count()).reset_index()
 
 
-def keep_one_of_a_seed(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    kept, left_out = {}, []
-    for run in sorted(runs, key=lambda run: run.name):
-        first = kept.setdefault((run.key, run.args["seed"]), run)
-        if first is not run:
-            left_out.append(f"{run.name}: the same as {first.name}, which counts")
-    return list(kept.values()), left_out
+def runs_of(games: pd.DataFrame) -> pd.DataFrame:
+    """A row for every run: its scores, its success, its cost."""
+    evaluations, training = evaluations_of(games), games[games.phase == "training"]
+    curve = evaluations[evaluations.phase != "after_reset"].groupby(RUN, sort=False)
+    runs = curve[["score", "normalized", "success"]].last()  # checked while reading: the final one
+    runs["best"] = curve.score.max()
+    # The last fifth of training, played with its exploration.
+    last = training[training.step > 0.8 * training.total_timesteps].groupby(RUN)
+    runs = runs.assign(training=last.score.mean(), normalized_training=last.normalized.mean(), num_training=last.size())
+    runs["steps_to_success"] = evaluations[evaluations.success >= 0.9].groupby(RUN).step.min()  # NaN: not reached
+    training = training.assign(violation=training.cost > training.cost_limit).groupby(RUN)
+    runs = runs.assign(total_cost=training.cost.sum(min_count=1), violations=training.violation.sum(), games=training.size())
+    return runs.join(games.groupby(RUN)[["total_timesteps", "cost_limit"]].first()).reset_index()
 
 
-def describe(key: tuple) -> str:
-    env_id, replay_ratio, method = key
-    return f"{method} on {game_name(env_id)}, replay ratio {replay_ratio:g}"
+def resets_of(games: pd.DataFrame, window: int) -> pd.DataFrame:
+    """A row for every reset: what was played right before and right after it.
+
+    Of its two evaluations: score, different, num_different, cost; of the training games that ended at most `window` steps away:
+    training, training_cost; each with _before and _after. (So a training game that a reset interrupts counts as after it.)
+    """
+    evaluations, training = evaluations_of(games), games[games.phase == "training"]
+    after = evaluations[evaluations.phase == "after_reset"]
+    resets, columns = after[[*RUN, "step"]].reset_index(drop=True), ["score", "different", "num_different", "cost"]
+    for side, rows in (("before", evaluations.loc[after.index - 1]), ("after", after)):
+        resets[[f"{column}_{side}" for column in columns]] = rows[columns].to_numpy()
+        means = []
+        for run, step in zip(resets.run, resets.step):
+            first, last = (step - window, step) if side == "before" else (step, step + window)
+            near = training[(training.run == run) & (first < training.step) & (training.step <= last)]
+            means.append((near.score.mean(), near.cost.mean()))
+        resets[[f"training_{side}", f"training_cost_{side}"]] = np.reshape(means, (-1, 2))
+    return resets
 
 
-def game_name(env_id: str) -> str:
-    return env_id.removesuffix("NoFrameskip-v4")
+def collapses_of(resets: pd.DataFrame, args: Args) -> pd.DataFrame:
+    """By the different games of the evaluations, and by the training games; a row for every game, replay ratio and method.
+
+    Mean score before and after the resets of all seeds, their ratio (NaN where the score before is not positive), the ratios of
+    the seeds, and the interval by the bootstrap over seeds (NaN without one). Means first, then their ratio: single ratios are
+    noise where a score before is close to 0.
+    """
+    ratio_of = lambda sums: np.where(sums[..., 0] > 0, sums[..., 1] / np.where(sums[..., 0] > 0, sums[..., 0], 1), math.nan)
+    rows = []
+    for source, column in (("evaluations", "different"), ("training games", "training")):
+        sides = [f"{column}_before", f"{column}_after"]
+        for group, of_group in resets.dropna(subset=sides).groupby(GROUP, sort=False):
+            sums, seeds = of_group.groupby("seed")[sides].sum().to_numpy(), np.arange(of_group.seed.nunique())[:, np.newaxis]
+            interval = bootstrap(lambda drawn: ratio_of(sums[drawn.ravel()].sum(axis=0)[np.newaxis]), seeds, args)[1]
+            before, after = sums.sum(axis=0) / len(of_group)
+            rows.append((*group, source, len(of_group), before, after, float(ratio_of(sums.sum(axis=0))), ratio_of(sums), interval))
+    return pd.DataFrame(rows, columns=[*GROUP, "source", "resets", "before", "after", "ratio", "of_seeds", "interval"])
 
 
-def group_seeds(runs: list[Run]) -> dict[tuple, list[Run]]:
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.key].append(run)
-    return dict(groups)
+def comparable(games: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """What a comparison over games is made of, with the column suite; and notes on what it leaves out.
+
+    In every suite and replay ratio every method has the same games, and each of its games the same seeds.
+    """
+    games, parts, notes = games.assign(suite=games.env_id.map(suite_of)), [], []
+    for (suite, replay_ratio), rows in games.groupby(["suite", "replay_ratio"]):  # those without a suite fall out
+        where, methods, of_game = f"{suite}, replay ratio {replay_ratio:g}", methods_of(rows), rows.groupby("env_id").method
+        shared = of_game.nunique() == len(methods)
+        if others := sorted(map(game_name, shared.index[~shared])):
+            notes.append(f"{where}: without {', '.join(others)}, which not every method has finished")
+        rows = rows[rows.env_id.map(shared)]
+        for method in methods_of(rows):
+            own = rows[rows.method == method]
+            in_all = own.groupby("seed").env_id.nunique() == shared.sum()
+            if not in_all.all():
+                seeds = ", ".join(map(str, in_all.index[~in_all]))
+                notes.append(f"{where}: {method} without the seeds {seeds}, which not every game has finished")
+            parts.append(own[own.seed.map(in_all)])
+    return pd.concat(parts) if parts else games[:0], notes
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def bootstrap(function, scores: np.ndarray, args: Args) -> tuple[np.ndarray, np.ndarray | None]:
+def bootstrap(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[np.ndarray, np.ndarray | None]:
     """`function` of scores (seeds, games, ...), and its 95 % interval (2, ...) by the bootstrap stratified over games.
 
-    One seed has no spread to estimate: then the interval is None.
+    A list holds the arguments of a function of several methods, each with seeds of its own. One seed has no spread to estimate:
+    then the interval is None.
     """
-    if len(scores) < 2:
-        return function(scores), None
+    arrays = scores if isinstance(scores, list) else [scores]
+    if min(map(len, arrays)) < 2:
+        return function(*arrays), None
     np.random.seed(args.seed)  # rliable draws from the global generator, whatever random_state it is given
     points, intervals = library.get_interval_estimates({"": scores}, function, reps=args.bootstrap_samples)
     return points[""], intervals[""]
@@ -376,527 +446,493 @@ def fractions_above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return 1 - np.searchsorted(np.sort(scores, axis=None), thresholds, side="right") / scores.size
 
 
-@dataclass
-class Aggregate:
-    """The runs that a comparison over games is made of: for every method the same games, and for every game the same seeds."""
-
-    suite: str
-    replay_ratio: float
-    env_ids: list[str]
-    runs: dict[str, list[list[Run]]]  # method -> [seed][game]
-    notes: list[str]
-
-    def final_scores(self, method: str) -> np.ndarray:
-        """(seeds, games), normalized."""
-        return np.array([[normalized_score(run.args["env_id"], run.final) for run in row] for row in self.runs[method]])
-
-    def curves(self, method: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps at which every run was evaluated, and the normalized scores (seeds, games, steps)."""
-        curves = [
-            [{e.global_step: normalized_score(run.args["env_id"], e.mean) for e in run.curve} for run in row]
-            for row in self.runs[method]
-        ]  # [seed][game]: step -> score
-        steps = sorted(set.intersection(*(set(curve) for row in curves for curve in row)))
-        return np.array(steps), np.array([[[curve[step] for step in steps] for curve in row] for row in curves])
+def final_scores(games: pd.DataFrame, column: str = "normalized") -> np.ndarray:
+    """Of one method: (seeds, games), of the seeds that every game has."""
+    return runs_of(games).pivot(index="seed", columns="env_id", values=column).dropna().to_numpy()
 
 
-def aggregate_over_games(runs: list[Run]) -> list[Aggregate]:
-    aggregates = []
-    groups = group_seeds(runs)
-    for suite in (ATARI, DMC):
-        for replay_ratio in sorted({key[1] for key in groups if suite_of(key[0]) == suite}):
-            keys = [key for key in groups if suite_of(key[0]) == suite and key[1] == replay_ratio]
-            methods = sorted({key[2] for key in keys}, key=method_order)
-            env_ids = sorted({key[0] for key in keys})
-            shared = [env_id for env_id in env_ids if all((env_id, replay_ratio, method) in groups for method in methods)]
-            where, notes, rows = f"{suite}, replay ratio {replay_ratio:g}", [], {}
-            if len(shared) < len(env_ids):
-                names = ", ".join(game_name(env_id) for env_id in env_ids if env_id not in shared)
-                notes.append(f"{where}: without {names}, which not every method has finished")
-            for method in methods if shared else []:
-                by_seed = [{run.args["seed"]: run for run in groups[env_id, replay_ratio, method]} for env_id in shared]
-                seeds = sorted(set.intersection(*map(set, by_seed)))
-                if unused := sorted(set.union(*map(set, by_seed)) - set(seeds)):
-                    names = ", ".join(map(str, unused))
-                    notes.append(f"{where}: {method} without the seeds {names}, which not every game has finished")
-                rows[method] = [[by_seed[i][seed] for i in range(len(shared))] for seed in seeds]
-            aggregates.append(Aggregate(suite, replay_ratio, shared, {m: row for m, row in rows.items() if row}, notes))
-    return aggregates
+def improvements_of(games: pd.DataFrame, args: Args) -> list[tuple]:
+    """(replay ratio, reset ensemble, other method, games, how probably a run of it ends better than one of the other, interval)."""
+    rows, function = [], lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
+    for replay_ratio, group in games.groupby("replay_ratio"):
+        for ensemble, other in itertools.permutations(methods_of(group), 2):
+            pair = [group[group.method == method] for method in (ensemble, other)]
+            env_ids = set(pair[0].env_id) & set(pair[1].env_id)
+            scores = [final_scores(one[one.env_id.isin(env_ids)], "score") for one in pair if env_ids]
+            if ensemble.startswith("RDE+") and env_ids and all(map(len, scores)):
+                rows.append((replay_ratio, ensemble, other, len(env_ids), *bootstrap(function, scores, args)))
+    return rows
 
 
-@dataclass
-class Collapse:
-    """The mean score right before and right after the resets of some runs."""
+def evaluation_curve(games: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one method on one game: steps, means (seeds, steps), and which of them are right after a reset.
 
-    before: float
-    after: float
-    num_resets: int
-
-    @property
-    def ratio(self) -> float | None:
-        """Score right after over score right before; None where the scores before are not positive (as in Pong)."""
-        return self.after / self.before if self.before > 0 else None
+    Only the points that every seed has: all of them, as the same arguments give the same steps.
+    """
+    rows = evaluations_of(games)
+    table = rows.pivot_table(index=["step", "phase"], columns="seed", values=column, aggfunc="last").dropna()
+    order = rows[rows.run == rows.run.iloc[0]].set_index(["step", "phase"]).index.drop_duplicates()
+    table = table.loc[order[order.isin(table.index)]]
+    return table.index.get_level_values(0), table.to_numpy().T, table.index.get_level_values(1) == "after_reset"
 
 
-def collapse_of(runs: list[Run]) -> Collapse | None:
-    """Means first, then their ratio: single ratios are noise where a score before is close to 0."""
-    resets = [reset for run in runs for reset in run.resets]
-    if not resets:
-        return None
-    before, after = np.mean([[before.mean, after.mean] for before, after in resets], axis=0)
-    return Collapse(float(before), float(after), len(resets))
+def training_curve(games: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of training: at the ends of the twentieths of a run, means over the games of the last tenth up to there.
+
+    NaN where no game of a seed ended.
+    """
+    total, ends, means = games.total_timesteps.iloc[0], [], []
+    for end in np.linspace(0, total, 21)[1:]:
+        window = (games.phase == "training") & (end - total / 10 < games.step) & (games.step <= end)
+        ends.append(end)
+        means.append(games[column].where(window).groupby(games.seed).mean())
+    return np.array(ends), np.array(means).T, np.zeros(20, bool)
+
+
+def curves_over_games(curve_of, games: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Of one method: the steps that every run has, except those right after a reset, and scores (seeds, games, steps)."""
+    frames = []
+    for env_id, rows in games.groupby("env_id"):
+        steps, scores, dips = curve_of(rows, "normalized")
+        frame = pd.DataFrame(scores[:, ~dips].T, index=steps[~dips])
+        frames.append(frame[~frame.index.duplicated(keep="last")].dropna())
+    table = pd.concat(frames, axis=1, join="inner").sort_index()
+    return table.index.to_numpy(), table.to_numpy().reshape(len(table), len(frames), -1).transpose(2, 1, 0)
+
+
+def published_levels(shared: pd.DataFrame, references: pd.DataFrame) -> dict[str, float]:
+    """Interquartile means over the games of a comparison, of the published methods that have all of them."""
+    env_ids, levels = {game_name(env_id): env_id for env_id in shared.env_id.unique()}, {}
+    for method, rows in references[references.game.isin(env_ids)].groupby("method", sort=False):
+        if len(rows) == len(env_ids):
+            scores = [normalized_score(env_ids[game], score) for game, score in zip(rows.game, rows.score)]
+            levels[method] = float(interquartile_means(np.array(scores)[np.newaxis, :, np.newaxis])[0])
+    return levels
 
 
 # ---------------------------------------------------------------------------------------------------------- CSV, table
 
 
-def write_results(path: str, runs: list[Run]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        columns = "run env_id method replay_ratio seed global_step phase episodes score human_normalized_score"
-        rows.writerow(columns.split())
-        for run in runs:
-            env_id, replay_ratio, method = run.key
-            names = (run.name, env_id, method, f"{replay_ratio:g}", run.args["seed"])
-            rows_of_run = [(e.global_step, e.phase, e.scores) for e in run.evaluations]
-            if run.last_training_games:
-                rows_of_run.append((run.args["total_timesteps"], "training", run.last_training_games))
-            for step, phase, scores in rows_of_run:
-                mean = float(np.mean(scores))
-                normalized = human_normalized_score(env_id, mean)
-                means = (f"{mean:.10g}", "" if normalized is None else f"{normalized:.10g}")
-                rows.writerow((*names, step, phase, len(scores), *means))
-
-
-def write_training_games(path: str, runs: list[Run]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow("env_id method replay_ratio seed global_step episodic_return".split())
-        for run in runs:
-            env_id, replay_ratio, method = run.key
-            names = (env_id, method, f"{replay_ratio:g}", run.args["seed"])
-            rows.writerows((*names, step, f"{score:.10g}") for step, score in run.training_games)
-
-
-def decimals(value: float) -> int:
-    """So that three digits or so are shown: 1234, 123, 12.3, 1.23, 0.123, 0.012."""
-    return 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
+def csv_tables(games: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """results.csv and training_games.csv."""
+    extra = [column for column in EXTRA_COLUMNS if games[column].notna().any()]
+    runs, training = runs_of(games), games[games.phase == "training"].assign(episodic_return=games.score)
+    last = runs.dropna(subset="training")
+    last = last.assign(phase="training", step=last.total_timesteps, score=last.training, success=math.nan)
+    results = pd.concat([evaluations_of(games), last.assign(episodes=last.num_training.astype(int))])
+    results = results.assign(row=results.run.map({run: row for row, run in enumerate(runs.run)})).sort_values("row", kind="stable")
+    results["human_normalized_score"] = [human_normalized_score(*row) for row in zip(results.env_id, results.score)]
+    names = ["env_id", "method", "replay_ratio", "seed", "global_step"]
+    columns = ["run", *names, "phase", "episodes", "score", *extra, "human_normalized_score"]
+    for rows in (results, training):
+        rows["replay_ratio"], rows["global_step"] = rows.replay_ratio.map("{:g}".format), rows.step
+    return {"results.csv": results[columns], "training_games.csv": training[[*names, "episodic_return", *extra]]}
 
 
 def number(value: float, spread: list[float] = ()) -> str:
-    """The value, and ± the standard deviation of `spread` if that holds at least two."""
-    text = f"{value:.{decimals(value)}f}"
-    return f"{text} ± {np.std(spread, ddof=1):.{decimals(value)}f}" if len(spread) > 1 else text
+    """Three digits or so (1234, 123, 12.3, 1.23, 0.123, 0.012), ± the standard deviation of `spread` if that holds at least two."""
+    decimals = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{decimals}f}" + (f" ± {np.std(spread, ddof=1):.{decimals}f}" if len(spread) > 1 else "")
 
 
-def mean_and_std(values: list[float]) -> str:
-    return number(float(np.mean(values)), values)
+def mean_and_std(values) -> str:
+    known = [value for value in values if math.isfinite(value)]
+    return number(float(np.mean(known)), known) if known else "-"
 
 
-TABLES = """\
-## Scores
+def interval_text(interval: np.ndarray | None) -> str:
+    return "needs 2 seeds" if interval is None else "{:.3f} to {:.3f}".format(*interval.ravel())
 
+
+GAME = "game | replay ratio | method"
+SECTIONS = {  # title: columns, text
+    "Scores": (f"{GAME} | seeds | final score | best score | training games | final, human-normalized", """\
 Mean ± standard deviation over seeds, each seed the mean of its evaluation's games. Final is the evaluation at the end; best is
 the run's highest evaluation, picked afterwards, and so biased upwards. Training games are those that ended in the last fifth of
-training, played with its exploration; where they differ much from the evaluations, a single evaluation says little.
-
-| game | replay ratio | method | seeds | final score | best score | training games | final, human-normalized |
-|---|---|---|---|---|---|---|---|
-{scores}
-
-## Over games
-
+training, played with its exploration; where they differ much from the evaluations, a single evaluation says little."""),
+    "Over games": ("scale | replay ratio | method | games | seeds | IQM | 95 % interval", """\
 Interquartile mean of the final scores over all games and seeds, with its 95 % interval by the bootstrap stratified over games
-({bootstrap_samples} samples).
+({args.bootstrap_samples} samples)."""),
+    "Probability of improvement": ("replay ratio | method | over | games | probability | 95 % interval", """\
+How probably a run of the reset ensemble ends with a better evaluation than one of the other method (a tie is half of it), mean
+over the games that both have, with its interval by the same bootstrap."""),
+    "Collapse of a reset": (f"{GAME} | of | resets | before | after | after / before | 95 % interval", """\
+Mean score right before and right after the resets of all seeds, and after / before (± standard deviation over seeds) with its
+interval by the bootstrap over seeds: 1 is no collapse. Where the scores before are not positive, the ratio is not defined. Equal
+scores in one evaluation count once (without exploration they are one game, played again), except where success is logged. The
+training games are those that ended in the {args.reset_window:,} steps before and after; resets without some on both sides do not
+count."""),
+    "Success": (f"{GAME} | seeds | final success | 95 % interval | reached 90 % | steps to 90 %", """\
+Rate of success in the final evaluation, mean over seeds, and environment steps to the first evaluation with 90 %, median over
+seeds."""),
+    "Cost": (f"{GAME} | seeds | limit | total cost | episodes | above the limit", """\
+Mean ± standard deviation over seeds: the cost of the whole training, its episodes, and those whose cost was above the limit."""),
+    "Return and cost of every reset": (f"{GAME} | step | seeds | return | cost | return in training | cost in training", """\
+Means over seeds, before → after: the evaluations right before and after, the training games of {args.reset_window:,} steps."""),
+    "Published scores, beside training games": ("game | whose | score | human-normalized", """\
+What is published stands beside the TRAINING games of this study (mean of the last fifth, with exploration), not beside its
+evaluations without exploration: the RDE paper's evaluations go on with training games, others have some exploration. Each is
+measured as its paper says. Over games: the interquartile mean of the games' means."""),
+}  # fmt: skip
 
-| scale | replay ratio | method | games | seeds | IQM | 95 % interval |
-|---|---|---|---|---|---|---|
-{aggregates}
-{notes}
-## Collapse of a reset
 
-Mean score right before and right after the resets of all seeds, and after / before (± standard deviation over seeds): 1 is no
-collapse. Where the scores before are not positive, the ratio is not defined.
-
-| game | replay ratio | method | resets | before | after | after / before |
-|---|---|---|---|---|---|---|
-{collapses}
-
-{num_runs} runs, {num_left_out} folders left out.
-"""
-
-
-def table_row(*cells) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def table_text(runs: list[Run], aggregates: list[Aggregate], left_out: list[str], args: Args) -> str:
-    scores, over_games, collapses = [], [], []
-    for key, group in group_seeds(runs).items():
-        env_id, replay_ratio, method = key
-        final, best = [run.final for run in group], [run.best for run in group]
-        normalized = [human_normalized_score(env_id, score) for score in final]
-        normalized = "-" if None in normalized else mean_and_std(normalized)
-        training = [float(np.mean(run.last_training_games)) for run in group if run.last_training_games]
-        training = mean_and_std(training) if training else "-"
-        names = game_name(env_id), f"{replay_ratio:g}", method
-        scores.append(table_row(*names, len(group), mean_and_std(final), mean_and_std(best), training, normalized))
-
-        if (collapse := collapse_of(group)) is not None:
-            of_seeds = [single.ratio for run in group if (single := collapse_of([run]))]
-            num_undefined = of_seeds.count(None)
-            ratio = "not defined" if collapse.ratio is None else number(collapse.ratio, [] if num_undefined else of_seeds)
-            if num_undefined and collapse.ratio is not None:
-                ratio += f", not defined for {num_undefined} of {len(of_seeds)} seeds"
-            collapses.append(table_row(*names, collapse.num_resets, number(collapse.before), number(collapse.after), ratio))
-
-    for aggregate in aggregates:
-        for method in aggregate.runs:
-            final = aggregate.final_scores(method)
-            iqm, interval = bootstrap(interquartile_means, final[..., np.newaxis], args)
-            interval = "needs 2 seeds" if interval is None else f"{interval[0, 0]:.3f} to {interval[1, 0]:.3f}"
-            names = f"{aggregate.suite}, {SCORE_NAMES[aggregate.suite]}", f"{aggregate.replay_ratio:g}", method
-            over_games.append(table_row(*names, final.shape[1], final.shape[0], f"{iqm[0]:.3f}", interval))
-
-    notes = [note for aggregate in aggregates for note in aggregate.notes]
-    without_scale = sorted({game_name(run.args["env_id"]) for run in runs if suite_of(run.args["env_id"]) is None})
-    notes += [f"{game}: no scale in common with other games" for game in without_scale]
-    text = TABLES.format(
-        scores="\n".join(scores), aggregates="\n".join(over_games), collapses="\n".join(collapses), num_runs=len(runs),
-        notes="".join(f"\n- {note}" for note in notes) + "\n" * bool(notes), num_left_out=len(left_out),
-        bootstrap_samples=args.bootstrap_samples,
-    )  # fmt: skip
+def table_text(tables: dict[str, list[tuple]], notes: list[str], num_runs: int, left_out: list[str], args: Args) -> str:
+    """table.md. In a name, | would begin a cell and $ a formula."""
+    text = ""
+    for title, (columns, description) in SECTIONS.items():
+        cells = [[re.sub(r"[\\|$]", r"\\\g<0>", str(cell)) for cell in row] for row in tables[title]]
+        lines = [f"| {columns} |", "|---" * (columns.count(" | ") + 1) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
+        if cells or title == "Over games" and notes:
+            text += f"## {title}\n\n{description.format(args=args)}\n\n"
+            text += "".join(f"{line}\n" for line in lines if cells) + "\n" * bool(cells)
+            text += "".join(f"- {note}\n" for note in notes) + "\n" if title == "Over games" and notes else ""
+    text += f"{num_runs} runs, {len(left_out)} folders left out.\n"
     return text + "".join(f"\n- {line}" for line in left_out) + "\n" * bool(left_out)
 
 
+def tables_of(games: pd.DataFrame, shared: pd.DataFrame, resets: pd.DataFrame, collapses: pd.DataFrame,
+              references: pd.DataFrame, args: Args) -> dict[str, list[tuple]]:  # fmt: skip
+    """The rows of every section of table.md."""
+    tables = {title: [] for title in SECTIONS}
+    for group, runs in runs_of(games).groupby(GROUP, sort=False):
+        names = names_of(*group)
+        scores = [mean_and_std(runs[column]) for column in ("score", "best", "training")]
+        normalized = mean_and_std(runs.normalized) if suite_of(group[0]) == ATARI else "-"
+        tables["Scores"].append((*names, len(runs), *scores, normalized))
+        if runs.success.notna().any():
+            rate, interval = bootstrap(lambda rates: rates.mean(axis=(0, 1)), runs.success.to_numpy()[:, None, None], args)
+            steps = runs.steps_to_success.fillna(math.inf).median()
+            reached = f"{runs.steps_to_success.count()} of {len(runs)}", "not reached" if steps == math.inf else f"{steps:.0f}"
+            tables["Success"].append((*names, len(runs), f"{rate[0]:.3f}", interval_text(interval), *reached))
+        if runs.total_cost.notna().any():
+            costs = [mean_and_std(runs[column]) for column in ("total_cost", "games", "violations")]
+            limit = number(runs.cost_limit.iloc[0]) if runs.cost_limit.iloc[0] < math.inf else "none"
+            tables["Cost"].append((*names, len(runs), limit, *costs))
+    for (*group, step), rows in resets.groupby([*GROUP, "step"], sort=False):
+        means = [rows[[f"{column}_before", f"{column}_after"]].mean() for column in ("score", "cost", "training", "training_cost")]
+        if not means[1].isna().all() or not means[3].isna().all():
+            pairs = [" → ".join("-" if math.isnan(mean) else number(mean) for mean in pair) for pair in means]
+            tables["Return and cost of every reset"].append((*names_of(*group), step, len(rows), *pairs))
+    for collapse in collapses.itertuples():
+        undefined = int(np.isnan(collapse.of_seeds).sum())
+        ratio = "not defined" if math.isnan(collapse.ratio) else number(collapse.ratio, () if undefined else collapse.of_seeds)
+        if undefined and not math.isnan(collapse.ratio):
+            ratio += f", not defined for {undefined} of {len(collapse.of_seeds)} seeds"
+        cells = (collapse.source, collapse.resets, number(collapse.before), number(collapse.after), ratio)
+        interval = "not defined" if undefined else interval_text(collapse.interval)
+        tables["Collapse of a reset"].append((*names_of(*collapse[1:4]), *cells, interval))
+    for (suite, replay_ratio, method), rows in shared.groupby(["suite", "replay_ratio", "method"], sort=False):
+        final = final_scores(rows)
+        iqm, interval = bootstrap(interquartile_means, final[..., np.newaxis], args)
+        cells = (*final.shape[::-1], f"{iqm[0]:.3f}", interval_text(interval))
+        tables["Over games"].append((f"{suite}, {SCORE_NAMES[suite]}", f"{replay_ratio:g}", method, *cells))
+    for replay_ratio, *names, num_games, point, interval in improvements_of(games, args):
+        row = (f"{replay_ratio:g}", *names, num_games, f"{point[0]:.3f}", interval_text(interval))
+        tables["Probability of improvement"].append(row)
+    runs, title = runs_of(games), "Published scores, beside training games"
+    for env_id in sorted(games.env_id.unique()):
+        published, own = references[references.game == game_name(env_id)], runs[runs.env_id == env_id]
+        rows = [(f"{m}, replay ratio {r:g}", rows.training.mean()) for (_, r, m), rows in own.groupby(GROUP, sort=False)]
+        for whose, score in [*rows, *zip(published.method, published.score)] if len(published) else []:
+            normalized = f"{human_normalized_score(env_id, score):.3f}" if suite_of(env_id) == ATARI else "-"
+            tables[title].append((game_name(env_id), whose, number(score), normalized))
+    for (suite, replay_ratio), rows in shared.groupby(["suite", "replay_ratio"]) if tables[title] else []:
+        levels = published_levels(rows, references)
+        own = [rows[rows.method == method] for method in methods_of(rows) if levels]
+        means = [final_scores(one, "normalized_training").mean(axis=0, keepdims=True) for one in own]  # (1, games)
+        iqms = [interquartile_means(scores[..., np.newaxis])[0] for scores in means]
+        names = [f"{one.method.iloc[0]}, replay ratio {replay_ratio:g}" for one in own]
+        levels = [*zip(names, iqms), *levels.items()]
+        tables[title] += [(f"IQM of {rows.env_id.nunique()} games", whose, "-", f"{iqm:.3f}") for whose, iqm in levels]
+    return tables
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; dashes tell the methods apart in grey as well.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#007F5F", "#A8487F", "#B37400", "#2A8CC0"
-COLORS = {
-    "DQN": BLUE, "SR+DQN": VERMILLION, "RDE+DQN": GREEN, "Ensemble+DQN": PURPLE, "RND-DQN": BLUE,
-    "SAC": BLUE, "SR+SAC": VERMILLION, "RDE+SAC": GREEN, "Ensemble+SAC": PURPLE,
-    "Safe SAC": BLUE, "SR+Safe SAC": VERMILLION, "RDE+Safe SAC": GREEN, "Ensemble+Safe SAC": PURPLE,
-}  # fmt: skip
-DASHES = {BLUE: (0, (5, 2)), VERMILLION: (0, (1.5, 1.2)), PURPLE: (0, (5, 1.5, 1, 1.5)), ORANGE: (0, (8, 2))}
-FILE_METADATA = {  # without the time and matplotlib's version
-    "png": {"Software": None},
-    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-    "svg": {"Creator": None, "Date": None},
-}
-MARKERS = "sD^o"
-WHITE_EDGE = [withStroke(linewidth=3, foreground="white")]
+GREY, OTHER_COLORS = "#555555", (PURPLE, ORANGE, SKY, "#000000", "#7F4F24", "#6A51A3")
+COLORS = {prefix + base: color for base in ("DQN", "SAC", "Safe SAC", "RND-DQN")
+          for prefix, color in (("", BLUE), ("SR+", VERMILLION), ("RDE+", GREEN), ("Ensemble+", PURPLE))}  # fmt: skip
+DASHES = {BLUE: (0, (5, 2)), VERMILLION: (0, (1.5, 1.2)), PURPLE: (0, (5, 1.5, 1, 1.5)), ORANGE: (0, (8, 2)), GREY: (0, (3, 2))}
+FILE_METADATA = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
+                 "svg": dict.fromkeys(("Creator", "Date"))}  # without the time and matplotlib's version  # fmt: skip
 
 
-def color_of(method: str, methods: list[str]) -> str:
-    others = [label for label in sorted(methods) if label not in COLORS]
-    return COLORS[method] if method in COLORS else (PURPLE, ORANGE, SKY, "#000000")[others.index(method) % 4]
+def colors_of(methods: list[str]) -> dict[str, str]:
+    """The first version of a known method has the method's own colour."""
+    first = {method.partition("@")[0]: method for method in reversed(methods) if method.partition("@")[0] in COLORS}
+    known = {method: COLORS[name] for name, method in first.items()}
+    colors = [color for color in OTHER_COLORS if color not in known.values()]
+    return known | {method: colors[i % len(colors)] for i, method in enumerate(sorted(set(methods) - set(known)))}
 
 
-def set_style(args: Args) -> None:
+def set_style() -> None:
     plt.rcdefaults()
     plt.rcParams |= {
         "font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": "#e4e4e4", "axes.axisbelow": True, "savefig.dpi": 200, "svg.hashsalt": "benchmark", "pdf.fonttype": 42,
+        "text.parse_math": False, "axes.titlelocation": "left", "legend.frameon": False, "legend.labelcolor": "linecolor",
     }  # fmt: skip
 
 
-def new_figure(num_panels: int, height: float = 3.2) -> tuple[plt.Figure, list[plt.Axes]]:
+def new_figure(num_panels: int, height: float = 3.2, width: float = 3.9) -> tuple[plt.Figure, list[plt.Axes]]:
     """Panels side by side, at most 2 in a row."""
     columns = min(2, num_panels)
     rows = math.ceil(num_panels / columns)
-    size = (3.9 * columns + 0.4, height * rows + 0.2)
+    size = (width * columns + 0.4, height * rows + 0.2)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for empty in axes.flat[num_panels:]:
         empty.set_axis_off()
     return figure, list(axes.flat[:num_panels])
 
 
-def draw_curve(axes: plt.Axes, x, y, interval: np.ndarray | None, color: str) -> None:
-    axes.plot(x, y, color=color, linewidth=1.8, linestyle=DASHES.get(color, "-"))
+def size_for(num_levels: int) -> tuple[float, float]:
+    """Height and width of a panel with room for the names of so many levels, and of a few methods."""
+    return max(3.2, 0.21 * num_levels + 1.6), 3.9 + bool(num_levels)
+
+
+def draw_curve(axes: plt.Axes, x, y, interval: np.ndarray | None, color: str, label: str = "") -> None:
+    axes.plot(x, y, color=color, linewidth=1.8, linestyle=DASHES.get(color, "-"), label=label)
     if interval is not None:
         axes.fill_between(x, *interval, color=color, alpha=0.1, linewidth=0)
-        for edge in interval:
-            axes.plot(x, edge, color=color, alpha=0.5, linewidth=0.6)
+        axes.plot(x, interval.T, color=color, alpha=0.5, linewidth=0.6)
 
 
-def write_below(figure: plt.Figure, *notes: str) -> None:
-    separator = " · " if figure.get_figwidth() > 5 else "\n"  # a single panel is narrow
-    figure.supxlabel(separator.join(notes), fontsize=9, color="#555555")
+def finish(figure: plt.Figure, *notes: str) -> plt.Figure:
+    separator = " · " if figure.get_figwidth() > 6 else "\n"  # a single panel is narrow
+    figure.supxlabel(separator.join(filter(None, notes)), fontsize=9, color=GREY)
+    return figure
 
 
-def save(figure: plt.Figure, out_dir: str, name: str, args: Args) -> str:
-    path = os.path.join(out_dir, f"{name}.{args.picture_format}")
-    figure.savefig(path, metadata=FILE_METADATA[args.picture_format])
-    plt.close(figure)
-    return path
-
-
-def label_ends(axes: plt.Axes, ends: dict[str, tuple[float, float]], methods: list[str]) -> None:
-    """Writes the methods' names to the right of their curves' ends, pushed apart where they would overlap."""
+def finish_steps(axes: plt.Axes, last_step: float, ends: dict, levels: dict[str, float], colors: dict[str, str]) -> None:
+    """Levels (a published score, a limit) as lines, and all names to the right of their lines' ends, pushed apart there."""
+    axes.set_xlim(0, last_step)
+    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}")
+    axes.set_xlabel("environment steps (thousands)")
+    for level in levels.values():
+        axes.plot([0, last_step], [level, level], color=GREY, linewidth=0.8, linestyle=DASHES[GREY])
+    ends, colors = ends | {name: (last_step, level) for name, level in levels.items()}, dict.fromkeys(levels, GREY) | colors
     axes.figure.draw_without_rendering()  # the layout decides how many pixels a line of text is worth
     bottom, top = axes.get_ylim()
     line = (top - bottom) * 15 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
-    order = sorted(ends, key=lambda method: (ends[method][1], method_order(method)))
-    heights = [ends[method][1] for method in order]
+    order = sorted(ends, key=lambda name: (ends[name][1], method_order(name)))
+    heights = [ends[name][1] for name in order]
     for _ in range(200):
         for i in range(len(heights) - 1):
             if (overlap := line - (heights[i + 1] - heights[i])) > 0:
                 heights[i], heights[i + 1] = heights[i] - overlap / 2, heights[i + 1] + overlap / 2
         heights = [min(max(height, bottom + line / 2), top - line / 4) for height in heights]
-    for method, height in zip(order, heights):
-        x, y = ends[method]
-        color = color_of(method, methods)
-        line_to_end = {"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkA": 0, "shrinkB": 1}
-        axes.annotate(method, (x, y), (1.03, height), textcoords=("axes fraction", "data"), color=color, va="center",
-                      arrowprops=line_to_end, annotation_clip=False)  # fmt: skip
+    for name, height in zip(order, heights):
+        line_to_end = {"arrowstyle": "-", "color": colors[name], "lw": 0.7, "shrinkA": 0, "shrinkB": 1}
+        axes.annotate(name, ends[name], (1.03, height), textcoords=("axes fraction", "data"), color=colors[name], va="center",
+                      fontsize=8 if name in levels else 11, arrowprops=line_to_end, annotation_clip=False)  # fmt: skip
 
 
-def thousands(axes: plt.Axes, last_step: float) -> None:
-    axes.set_xlim(0, last_step)
-    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}")
-    axes.set_xlabel("environment steps (thousands)")
+PICTURES = {  # of a game: what its curves are made of, columns with the names of their axes, whether intervals are drawn
+    "learning_curves": (evaluation_curve, {"score": "score of the evaluations"}, False),
+    "training_games": (training_curve, {"score": "return of the training games"}, False),
+    "success_curves": (evaluation_curve, {"success": "success in the evaluations"}, True),
+    "cost_curves": (training_curve, {"score": "return of the training games", "cost": "cost of the training games"}, True),
+}
 
 
-def plot_learning_curves(env_id: str, runs: list[Run], args: Args) -> plt.Figure:
-    """A panel for every replay ratio."""
-    groups = {key: group for key, group in group_seeds(runs).items() if key[0] == env_id}
-    methods = sorted({key[2] for key in groups}, key=method_order)
-    replay_ratios = sorted({key[1] for key in groups})
-    figure, panels = new_figure(len(replay_ratios))
-    for axes, replay_ratio in zip(panels, replay_ratios):
-        ends, last_step = {}, 1
-        for method in methods:
-            if not (group := groups.get((env_id, replay_ratio, method))):
-                continue
-            color = color_of(method, methods)
-            curves = [{(e.global_step, e.phase): e.mean for e in run.evaluations} for run in group]
-            # The same arguments give the same steps, so all seeds have the same points. A dip is a part of the curve.
-            points = [point for point in curves[0] if all(point in curve for curve in curves)]
-            steps, scores = [step for step, _ in points], np.array([[curve[point] for point in points] for curve in curves])
-            for seed_scores in scores if len(scores) > 1 else []:
-                axes.plot(steps, seed_scores, color=color, alpha=0.25, linewidth=0.7)
-            mean = scores.mean(axis=0)
-            draw_curve(axes, steps, mean, None, color)
-            after = [i for i, (_, phase) in enumerate(points) if phase == "after_reset"]
-            axes.plot([steps[i] for i in after], mean[after], "v", color=color, markersize=6, mec="white", mew=0.6, zorder=3)
-            ends[method], last_step = (steps[-1], mean[-1]), max(last_step, steps[-1])
-        axes.set_title(f"{game_name(env_id)}, replay ratio {replay_ratio:g}", loc="left")
-        axes.set_ylabel("score")
-        thousands(axes, last_step)
-        label_ends(axes, ends, methods)
-    notes = ["▼ right after a reset"] * any(run.resets for group in groups.values() for run in group)
-    notes += ["thin lines: single seeds"] * any(len(group) > 1 for group in groups.values())
-    write_below(figure, *notes)
-    return figure
+def plot_game(picture: str, games: pd.DataFrame, references: pd.DataFrame, args: Args) -> plt.Figure:
+    """A panel for every replay ratio and column."""
+    curve_of, columns, with_intervals = PICTURES[picture]
+    name, methods, replay_ratios = game_name(games.env_id.iloc[0]), methods_of(games), sorted(games.replay_ratio.unique())
+    published = references[references.game == name] if picture == "training_games" else references[:0]
+    figure, panels = new_figure(len(replay_ratios) * len(columns), *size_for(len(published)))
+    notes = dict.fromkeys(["moving mean over a tenth of the run"] if curve_of is training_curve else [])
+    for axes, (replay_ratio, column) in zip(panels, itertools.product(replay_ratios, columns)):
+        shown, ends = games[games.replay_ratio == replay_ratio], {}
+        for method in methods_of(shown):
+            steps, scores, dips = curve_of(shown[shown.method == method], column)
+            mean, interval, color = scores.mean(axis=0), None, colors_of(methods)[method]  # where every seed has some games
+            if with_intervals:
+                interval = bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores[:, np.newaxis], args)[1]
+            elif len(scores) > 1:
+                axes.plot(steps, scores.T, color=color, alpha=0.25, linewidth=0.7)
+                notes["thin lines: single seeds"] = None
+            draw_curve(axes, steps, mean, interval, color)
+            axes.plot(steps[dips], mean[dips], "v", color=color, markersize=6, mec="white", mew=0.6, zorder=3)
+            notes |= dict.fromkeys(["▼ right after a reset"] * any(dips) + ["bands: 95 % bootstrap intervals"] * with_intervals)
+            if len(known := np.flatnonzero(np.isfinite(mean))):
+                ends[method] = (steps[known[-1]], mean[known[-1]])
+        levels = dict(zip(published.method, published.score))
+        if column == "cost":
+            levels = {f"limit {limit:g}": limit for limit in shown.cost_limit.unique() if limit < math.inf}
+        axes.set_title(f"{name}, replay ratio {replay_ratio:g}")
+        axes.set_ylabel(columns[column])
+        finish_steps(axes, max(1, shown.step.max()), ends, levels, colors_of(methods))
+        notes |= dict.fromkeys(["grey: published scores, by the papers' evaluations"] * len(published))
+    return finish(figure, *notes)
 
 
-def training_curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the twentieths of a run, (20,), and the mean returns of the games of the last tenth up to there, (seeds, 20).
-
-    NaN where no game of a seed ended.
-    """
-    total = runs[0].args["total_timesteps"]
-    ends, means = np.linspace(0, total, 21)[1:], np.full((len(runs), 20), np.nan)
-    for row, run in zip(means, runs):
-        steps, scores = np.array(run.training_games).reshape(-1, 2).T
-        for i, end in enumerate(ends):
-            if (in_window := (end - total / 10 < steps) & (steps <= end)).any():
-                row[i] = scores[in_window].mean()
-    return ends, means
+def panels_over_games(shared: pd.DataFrame, num_levels: int = 0) -> Iterator[tuple[plt.Axes, str, pd.DataFrame, dict[str, str]]]:
+    """A panel for every suite and replay ratio, with the name of its scale, its games and the colours of its methods."""
+    groups = list(shared.groupby(["suite", "replay_ratio"]))
+    for axes, ((suite, replay_ratio), rows) in zip(new_figure(len(groups), *size_for(num_levels))[1], groups):
+        num_games = rows.env_id.nunique()
+        axes.set_title(f"{num_games} game{'s' * (num_games > 1)}, replay ratio {replay_ratio:g}")
+        yield axes, SCORE_NAMES[suite], rows, colors_of(methods_of(rows))
 
 
-def plot_training_games(env_id: str, runs: list[Run], args: Args) -> plt.Figure:
-    """A panel for every replay ratio."""
-    groups = {key: group for key, group in group_seeds(runs).items() if key[0] == env_id}
-    methods = sorted({key[2] for key in groups}, key=method_order)
-    replay_ratios = sorted({key[1] for key in groups})
-    figure, panels = new_figure(len(replay_ratios))
-    for axes, replay_ratio in zip(panels, replay_ratios):
-        ends, last_step = {}, 1
-        for method in methods:
-            if not (group := groups.get((env_id, replay_ratio, method))):
-                continue
-            color = color_of(method, methods)
-            steps, scores = training_curve(group)
-            for seed_scores in scores if len(scores) > 1 else []:
-                axes.plot(steps, seed_scores, color=color, alpha=0.25, linewidth=0.7)
-            mean = scores.mean(axis=0)  # only where every seed has games
-            draw_curve(axes, steps, mean, None, color)
-            last_step = max(last_step, group[0].args["total_timesteps"])
-            if np.isfinite(mean).any():
-                last = np.flatnonzero(np.isfinite(mean))[-1]
-                ends[method] = (steps[last], mean[last])
-        axes.set_title(f"{game_name(env_id)}, replay ratio {replay_ratio:g}", loc="left")
-        axes.set_ylabel("return of the training games")
-        thousands(axes, last_step)
-        label_ends(axes, ends, methods)
-    notes = ["thin lines: single seeds"] * any(len(group) > 1 for group in groups.values())
-    write_below(figure, "moving mean over a tenth of the run", *notes)
-    return figure
+def plot_over_games(curve_of, shared: pd.DataFrame, references: pd.DataFrame, args: Args) -> plt.Figure:
+    """The interquartile means of the evaluations, or (over the games' means, as the published ones) of the training games."""
+    of_training = curve_of is training_curve
+    function = lambda scores: interquartile_means(scores.mean(axis=0, keepdims=True) if of_training else scores)
+    for axes, scale, rows, colors in panels_over_games(shared, references.method.nunique() if of_training else 0):
+        ends = {}
+        for method in reversed(methods_of(rows)):  # dashed lines on top of whole ones
+            steps, scores = curves_over_games(curve_of, rows[rows.method == method])
+            if len(steps):
+                iqm, interval = bootstrap(function, scores, args)
+                draw_curve(axes, steps, iqm, interval, colors[method])
+                ends[method] = (steps[-1], iqm[-1])
+        axes.set_ylabel(f"IQM of {scale}" + ",\ntraining games" * of_training)
+        levels = published_levels(rows, references) if of_training else {}
+        finish_steps(axes, max(1, rows.step.max()), ends, levels, colors)
+    explained = "grey: published scores, by the papers' evaluations" if of_training else "without the evaluations right after a reset"
+    return finish(axes.figure, "bands: 95 % bootstrap intervals", explained)
 
 
-def plot_aggregate_curves(aggregates: list[Aggregate], args: Args) -> plt.Figure:
-    figure, panels = new_figure(len(aggregates))
-    for axes, aggregate in zip(panels, aggregates):
-        methods, ends, last_step = list(aggregate.runs), {}, 1
-        for method in reversed(methods):  # dashed lines on top of whole ones
-            color = color_of(method, methods)
-            steps, scores = aggregate.curves(method)
-            iqm, interval = bootstrap(interquartile_means, scores, args)
-            draw_curve(axes, steps, iqm, interval, color)
-            ends[method], last_step = (steps[-1], iqm[-1]), max(last_step, steps[-1])
-        axes.set_title(panel_title(aggregate), loc="left")
-        axes.set_ylabel(f"IQM of {SCORE_NAMES[aggregate.suite]}")
-        thousands(axes, last_step)
-        label_ends(axes, ends, methods)
-    write_below(figure, "bands: 95 % bootstrap intervals", "without the evaluations right after a reset")
-    return figure
-
-
-def panel_title(aggregate: Aggregate) -> str:
-    games = f"{len(aggregate.env_ids)} game{'s' * (len(aggregate.env_ids) > 1)}"
-    return f"{games}, replay ratio {aggregate.replay_ratio:g}"
-
-
-def plot_performance_profiles(aggregates: list[Aggregate], args: Args) -> plt.Figure:
-    figure, panels = new_figure(len(aggregates))
-    for axes, aggregate in zip(panels, aggregates):
-        methods = list(aggregate.runs)
-        final = {method: aggregate.final_scores(method) for method in methods}
+def plot_performance_profiles(shared: pd.DataFrame, args: Args) -> plt.Figure:
+    for axes, scale, rows, colors in panels_over_games(shared):
+        final = {method: final_scores(rows[rows.method == method]) for method in methods_of(rows)}
         low, high = min(scores.min() for scores in final.values()), max(scores.max() for scores in final.values())
-        room_for_names = 0.5 * (high - low) or 0.5
-        left, right = low - room_for_names, high + room_for_names
-        thresholds = np.linspace(left, right, 401)
-        for i, method in reversed(list(enumerate(methods))):  # dashed lines on top of whole ones
-            color = color_of(method, methods)
+        room_for_names = 0.5 * (high - low) or 0.5  # above the right end, where every profile is at 0
+        thresholds = np.linspace(low - 0.1 * room_for_names, high + room_for_names, 401)
+        for method in reversed(final):  # dashed lines on top of whole ones
             profile, interval = bootstrap(lambda scores: fractions_above(scores, thresholds), final[method], args)
-            draw_curve(axes, thresholds, profile, interval, color)
-            middle, half_range = 0.95 - 0.9 * (i + 0.5) / len(methods), 0.27 / len(methods)
-            height, x, side = place_beside(method, final, left, right, middle, half_range)
-            offset = (6, 0) if side == "left" else (-6, 0)
-            axes.annotate(method, (x, height), offset, textcoords="offset points", color=color, ha=side, va="center",
-                          path_effects=WHITE_EDGE)  # fmt: skip
-        axes.set_title(panel_title(aggregate), loc="left")
-        axes.set_xlabel(f"final {SCORE_NAMES[aggregate.suite]}")
-        axes.set_ylabel("fraction of runs above")
-        axes.set_xlim(left, right)
+            draw_curve(axes, thresholds, profile, interval, colors[method], method)
+        axes.legend(loc="upper right", reverse=True, borderaxespad=0)
+        axes.set(xlabel=f"final {scale}", ylabel="fraction of runs above", xlim=thresholds[[0, -1]], ylim=(0, 1.03))
         axes.xaxis.set_major_locator(plt.MaxNLocator(5))
-        axes.xaxis.set_major_formatter(lambda threshold, _: f"{threshold:g}")
-        axes.set_ylim(0, 1.03)
-    return figure
+    return axes.figure
 
 
-def place_beside(
-    method: str, final: dict[str, np.ndarray], left: float, right: float, height: float, half_range: float
-) -> tuple[float, float, str]:
-    """Where a name stands beside its profile: at about `height`, to the left or right of the curve, where there is most room.
-
-    Returns the height, the place there, and the text's alignment.
-    """
-    places, half_line = [], 0.05  # half a line of text, as a fraction of the picture's height
-    for candidate in np.linspace(height - half_range, height + half_range, 9):
-        low_line, high_line = np.clip([candidate - half_line, candidate + half_line], 0, 1)
-        start = {"left": np.quantile(final[method], 1 - low_line, method="higher"),
-                 "right": np.quantile(final[method], 1 - high_line, method="lower")}  # fmt: skip
-        own = np.quantile(final[method], 1 - candidate)
-        others = [np.quantile(final[m], 1 - line) for m in final if m != method for line in (low_line, candidate, high_line)]
-        room = {"left": min([x for x in others if x >= own], default=right) - start["left"],
-                "right": start["right"] - max([x for x in others if x <= own], default=left)}  # fmt: skip
-        enough = 0.24 * (right - left)
-        places += [(min(room[side], enough), -abs(candidate - height), candidate, start[side], side) for side in room]
-    return max(places)[2:]
-
-
-def plot_collapse(runs: list[Run], args: Args) -> plt.Figure:
-    """Games from top to bottom; a small circle is a seed, the large marker all seeds together."""
-    groups = {key: group for key, group in group_seeds(runs).items() if (c := collapse_of(group)) and c.ratio is not None}
-    methods = sorted({key[2] for key in groups}, key=method_order)
-    replay_ratios, env_ids = sorted({key[1] for key in groups}), sorted({key[0] for key in groups})
-    figure, panels = new_figure(len(replay_ratios), height=1.3 + 0.5 * len(env_ids))
+def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
+    """Games from top to bottom; a small circle is a seed, the large marker all seeds together, with its interval."""
+    collapses = collapses[(collapses.source == source) & collapses.ratio.notna()]
+    env_ids, replay_ratios, methods = sorted(set(collapses.env_id)), sorted(set(collapses.replay_ratio)), methods_of(collapses)
+    colors = colors_of(methods)
+    long = max(len(game_name(env_id)) for env_id in env_ids)
+    figure, panels = new_figure(len(replay_ratios), height=1.3 + 0.5 * len(env_ids), width=3.9 + 0.08 * max(0, long - 10))
     for axes, replay_ratio in zip(panels, replay_ratios):
-        axes.vlines(1, -0.5, len(env_ids) - 0.5, color="#555555", linewidth=1, linestyle=(0, (3, 2)))  # below the labels
-        for row, env_id in enumerate(env_ids):
-            for i, method in enumerate(methods):
-                if not (group := groups.get((env_id, replay_ratio, method))):
-                    continue
-                color = color_of(method, methods)
-                y = row + 0.5 * ((i + 0.5) / len(methods) - 0.5)
-                seeds = [c.ratio for c in map(collapse_of, [[run] for run in group]) if c and c.ratio is not None]
-                collapse = collapse_of(group)
-                on_top = {"clip_on": False, "zorder": 3}  # a marker at 0 lies on the axis
-                axes.plot([collapse.ratio], [y], MARKERS[i % 4], color=color, markersize=8, mec="white", **on_top)
-                if len(group) > 1:
-                    axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1, **on_top)
-                if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) > 0:
-                    axes.plot([random_score / collapse.before], [y], "|", color="#555555", markersize=10)
-        axes.set_title(f"replay ratio {replay_ratio:g}", loc="left")
+        axes.vlines(1, -0.5, len(env_ids) - 0.5, color=GREY, linewidth=1, linestyle=DASHES[GREY])  # below the labels
+        for collapse in collapses[collapses.replay_ratio == replay_ratio].itertuples():
+            env_id, i, color = collapse.env_id, methods.index(collapse.method), colors[collapse.method]
+            on_top = {"clip_on": False, "zorder": 3}  # a marker at 0 lies on the axis
+            y = env_ids.index(env_id) + 0.5 * ((i + 0.5) / len(methods) - 0.5)
+            if collapse.interval is not None:
+                axes.plot(collapse.interval.ravel(), [y, y], color=color, linewidth=1, **on_top)
+            axes.plot([collapse.ratio], [y], "sD^o"[i % 4], color=color, markersize=8, mec="white", **on_top)
+            seeds = collapse.of_seeds[np.isfinite(collapse.of_seeds)]
+            if len(collapse.of_seeds) > 1:
+                axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1, **on_top)
+            if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) > 0:
+                axes.plot([random_score / collapse.before], [y], "|", color=GREY, markersize=10)
+        for i, method in enumerate(methods):
+            axes.plot([], [], "sD^o"[i % 4], color=colors[method], markersize=7, mec="white", label=method)
+        axes.legend(loc="upper left", ncols=len(methods), handletextpad=0, columnspacing=0.8, borderaxespad=0, fontsize=9)
+        axes.set_title(f"replay ratio {replay_ratio:g}")
         axes.set_yticks(range(len(env_ids)), [game_name(env_id) for env_id in env_ids])
-        axes.set_ylim(len(env_ids) - 0.5, -0.85)
-        axes.set_xlim(0, max(1.1, axes.get_xlim()[1]))
+        axes.set(xlim=(0, max(1.1, axes.get_xlim()[1])), ylim=(len(env_ids) - 0.5, -0.85))
         axes.set_xlabel("score right after / right before a reset")
         axes.grid(axis="y", visible=False)
-    for axes in panels:
-        label_markers(axes, [(method, color_of(method, methods), MARKERS[i % 4]) for i, method in enumerate(methods)])
-    notes = ["small circles: single seeds"] * any(len(group) > 1 for group in groups.values())
+    notes = ["small circles: single seeds"] * any(collapses.of_seeds.map(len) > 1)
     notes += ["grey bar: a random player"] * any(suite_of(env_id) == ATARI for env_id in env_ids)
-    write_below(figure, *notes, "dashed line: no collapse")
-    return figure
-
-
-def label_markers(axes: plt.Axes, labels: list[tuple[str, str, str]]) -> None:
-    """The methods' names in a line above the first row, each behind its marker."""
-    for i, (method, color, marker) in enumerate(labels):
-        x = 0.02 + i / max(2, len(labels))
-        place = axes.get_yaxis_transform()  # x as a fraction of the panel's width, y as a row
-        axes.plot([x], [-0.65], marker, color=color, markersize=7, mec="white", transform=place, clip_on=False)
-        axes.annotate(method, (x, -0.65), (6, 0), xycoords=place, textcoords="offset points", color=color, va="center")
+    return finish(figure, f"by the {source}", *notes, "dashed line: no collapse")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
+
+
+def read_references(path: str | None) -> pd.DataFrame:
+    """Published scores: game, method, score. Whatever is wrong with the file ends the program."""
+    names, rows = ["game", "method", "score"], []
+    if path is not None and not os.path.isfile(path):
+        fail(f"--references {path} is not a file")
+    try:
+        with open(path or os.devnull, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(line for line in file if not line.startswith("#")):
+                rows.append((clean(row["game"]), clean(row["method"]), float(row["score"])))
+                if not abs(rows[-1][2]) <= 1e15:
+                    raise ValueError
+        if path is not None and not rows:
+            raise ValueError
+    except OSError as error:
+        fail(f"--references {path} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        fail(f"--references {path}: row {len(rows) + 1} is not one of the columns game, method and score (a number)")
+    return pd.DataFrame(rows, columns=names).drop_duplicates(["game", "method"])
+
+
+def save(content: plt.Figure | str, args: Args, name: str) -> str:
+    path = os.path.join(args.out_dir, name if isinstance(content, str) else f"{name}.{args.picture_format}")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would wait for ever
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    if isinstance(content, str):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content)
+    else:
+        content.savefig(path, metadata=FILE_METADATA[args.picture_format])
+        plt.close(content)
+    return path
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if not os.path.isdir(args.runs_dir):
         fail(f"--runs-dir {args.runs_dir} is not a folder")
-    if args.bootstrap_samples < 1:
-        fail(f"--bootstrap-samples is {args.bootstrap_samples}, but must be positive")
-    runs, left_out = read_runs(args.runs_dir)
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    if not runs:
+    for name, low, high in (("bootstrap_samples", 1, 100_000), ("seed", 0, 2**32 - 1), ("reset_window", 1, 10**15)):
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from {low:,} to {high:,}")
+    references = read_references(args.references)
+    games, left_out, notes = read_games(args.runs_dir, args.merge_versions)
+    for line in [f"left out: {line}" for line in left_out] + notes:
+        print(line, file=sys.stderr)
+    if games.empty:
         fail(f"there is no finished run in {args.runs_dir}")
     args.out_dir = args.out_dir or os.path.join(args.runs_dir, "results")
     try:
-        table = write_all(runs, left_out, args)
+        table = write_all(games, left_out, notes, references, args)
     except OSError as error:
         fail(f"--out-dir {args.out_dir} cannot be written: {error.strerror}: {error.filename}")
     print(table)
     print(f"written to {args.out_dir}")
 
 
-def write_all(runs: list[Run], left_out: list[str], args: Args) -> str:
+def write_all(games: pd.DataFrame, left_out: list[str], notes: list[str], references: pd.DataFrame, args: Args) -> str:
     """Writes the files of the study, and returns its table."""
     os.makedirs(args.out_dir, exist_ok=True)
-    aggregates = aggregate_over_games(runs)
-    write_results(os.path.join(args.out_dir, "results.csv"), runs)
-    write_training_games(os.path.join(args.out_dir, "training_games.csv"), runs)
-    table = table_text(runs, aggregates, left_out, args)
-    with open(os.path.join(args.out_dir, "table.md"), "w", encoding="utf-8") as file:
-        file.write(table)
-    set_style(args)
-    for env_id in sorted({run.args["env_id"] for run in runs}):
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", game_name(env_id))
-        save(plot_learning_curves(env_id, runs, args), args.out_dir, f"learning_curves_{name}", args)
-        if any(run.training_games for run in runs if run.args["env_id"] == env_id):
-            save(plot_training_games(env_id, runs, args), args.out_dir, f"training_games_{name}", args)
-    if comparable := [aggregate for aggregate in aggregates if aggregate.runs]:
-        save(plot_aggregate_curves(comparable, args), args.out_dir, "aggregate_curves", args)
-        save(plot_performance_profiles(comparable, args), args.out_dir, "performance_profiles", args)
-    if any((collapse := collapse_of([run])) and collapse.ratio is not None for run in runs):
-        save(plot_collapse(runs, args), args.out_dir, "collapse", args)
+    for name, rows in csv_tables(games).items():
+        save(rows.to_csv(index=False, float_format="%.10g", lineterminator="\n"), args, name)
+    shared, other_notes = comparable(games)
+    resets = resets_of(games, args.reset_window)
+    collapses = collapses_of(resets, args)
+    without_scale = sorted({game_name(env_id) for env_id in games.env_id.unique() if suite_of(env_id) is None})
+    notes = [*notes, *other_notes, *(f"{name}: no scale in common with other games" for name in without_scale)]
+    table = table_text(tables_of(games, shared, resets, collapses, references, args), notes, games.run.nunique(), left_out, args)
+    save(table, args, "table.md")
+    set_style()
+    names = {}  # of files: different games may look the same there
+    for env_id, rows in games.groupby("env_id"):
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", game_name(env_id))[:100]
+        names[name] = names.get(name, 0) + 1
+        name += f"_{names[name]}" * (names[name] > 1)
+        for picture, (curve_of, columns, _) in PICTURES.items():
+            kind = rows[(rows.phase == "training") == (curve_of is training_curve)]
+            if kind[list(columns)].notna().any().all():
+                save(plot_game(picture, rows, references, args), args, f"{picture}_{name}")
+    if len(shared):
+        save(plot_over_games(evaluation_curve, shared, references, args), args, "aggregate_curves")
+        save(plot_performance_profiles(shared, args), args, "performance_profiles")
+        if any(published_levels(rows, references) for _, rows in shared.groupby(["suite", "replay_ratio"])):
+            save(plot_over_games(training_curve, shared, references, args), args, "aggregate_training_games")
+    for source, name in (("evaluations", "collapse"), ("training games", "collapse_training_games")):
+        if collapses[collapses.source == source].ratio.notna().any():
+            save(plot_collapse(source, collapses), args, name)
     return table
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from rliable import library, metrics
 
@@ -21,25 +22,54 @@ ALIEN, PONG, FREEWAY = "AlienNoFrameskip-v4", "PongNoFrameskip-v4", "FreewayNoFr
 DQN = {"exp_name": "dqn_atari"}
 SR = {"exp_name": "sr_dqn_atari", "reset_interval": 80, "reset_depth": "last1"}
 RDE = SR | {"exp_name": "rde_dqn_atari", "num_agents": 2, "beta": 50.0}
+FINAL = (100, "final", (1.0, 2.0))
+NO_REFERENCES = plot.read_references(None)
 
 
-def write_run(parent: pathlib.Path, evaluations: list[tuple], name: str = "", games: tuple = (), **args) -> pathlib.Path:
-    """A finished run. `evaluations`: (step, phase, scores of the games); `games` of training: (step, score)."""
+def write_run(parent, evaluations, name="", games=(), extra="", script_sha256=None, **args) -> pathlib.Path:
+    """A finished run. `evaluations`: (step, phase, scores of the games); `games` of training: (step, score).
+
+    With a column `extra` (success or cost) a score is a pair of the score and its value.
+    """
     args = {"env_id": ALIEN, "seed": 1, "replay_ratio": 1.0, "total_timesteps": 100, "eval_episodes": 2, **DQN} | args
     start_time = f"20260101-{args['replay_ratio'] * 100:06.0f}"
     folder = parent / (name or f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{start_time}")
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"args": args, "versions": {}, "device": "cpu"}))
+    version = {"script_sha256": script_sha256} if script_sha256 else {}
+    (folder / "args.json").write_text(json.dumps({"args": args, "versions": {}, "device": "cpu"} | version))
+    headings = [extra] if extra else []
     with open(folder / "evaluations.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["global_step", "phase", "episode", "episodic_return"])
-        rows.writerows((step, phase, i, score) for step, phase, scores in evaluations for i, score in enumerate(scores))
+        rows.writerow(["global_step", "phase", "episode", "episodic_return", *headings])
+        for step, phase, scores in evaluations:
+            rows.writerows((step, phase, i, *(score if extra else (score,))) for i, score in enumerate(scores))
     with open(folder / "episodes.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["global_step", "episodic_return", "episodic_length", "wall_seconds"])
-        rows.writerows((step, score, 400, f"{step}.25") for step, score in games)
+        rows.writerow(["global_step", "episodic_return", "episodic_length", "wall_seconds", *headings])
+        for step, score in games:
+            score, *value = score if extra else (score,)
+            rows.writerow((step, score, 400, f"{step}.25", *value))
     (folder / "model.pt").write_bytes(b"weights")
     return folder
+
+
+def read(folder) -> pd.DataFrame:
+    """The games of a study from which nothing is left out."""
+    games, left_out, notes = plot.read_games(str(folder))
+    assert left_out == [] and notes == []
+    return games
+
+
+def tables(games: pd.DataFrame, **args) -> dict:
+    args = plot.Args(bootstrap_samples=50, **args)
+    resets = plot.resets_of(games, args.reset_window)
+    shared = plot.comparable(games)[0]
+    return plot.tables_of(games, shared, resets, plot.collapses_of(resets, args), NO_REFERENCES, args)
+
+
+def read_csv(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -48,10 +78,17 @@ def call(monkeypatch):
 
     def call(runs_dir: pathlib.Path, out_dir: pathlib.Path, *options: str) -> None:
         folders = ["--runs-dir", str(runs_dir), "--out-dir", str(out_dir)]
-        monkeypatch.setattr(sys, "argv", ["plot_benchmark.py", *folders, *options])
+        monkeypatch.setattr(sys, "argv", ["plot_benchmark.py", *folders, "--bootstrap-samples", "50", *options])
         plot.main()
 
     return call
+
+
+@pytest.fixture
+def numbers_only(monkeypatch):
+    """Pictures take most of the time."""
+    for name in ("plot_game", "plot_over_games", "plot_performance_profiles", "plot_collapse"):
+        monkeypatch.setattr(plot, name, lambda *arguments: plot.plt.figure(figsize=(1, 1)))
 
 
 RESET_CURVE = [
@@ -68,14 +105,19 @@ RESET_CURVE = [
 
 
 def test_run_by_hand(tmp_path):
-    write_run(tmp_path, RESET_CURVE, **SR)
-    (run,), left_out = plot.read_runs(str(tmp_path))
-    assert left_out == [] and run.key == (ALIEN, 1.0, "SR+DQN")
-    assert run.final == 305.0 and run.best == 500.0  # not the 1,000 right after a reset
-    assert [(e.global_step, e.phase, e.mean) for e in run.curve] == [
-        (50, "scheduled", 200.0), (60, "before_reset", 500.0), (80, "before_reset", 200.0), (100, "final", 305.0),
+    write_run(tmp_path, RESET_CURVE, games=[(30, 7.0)], **SR)
+    games = read(tmp_path)
+    assert len(games) == 13 and set(zip(games.env_id, games.replay_ratio, games.method)) == {(ALIEN, 1.0, "SR+DQN")}
+    assert games[games.phase == "training"][["step", "score"]].values.tolist() == [[30, 7.0]]
+    (run,) = plot.runs_of(games).itertuples()
+    assert run.score == 305.0 and run.best == 500.0  # not the 1,000 right after a reset
+    evaluations = plot.evaluations_of(games)
+    assert list(zip(evaluations.step, evaluations.phase, evaluations.score, evaluations.episodes)) == [
+        (50, "scheduled", 200.0, 2), (60, "before_reset", 500.0, 2), (60, "after_reset", 1000.0, 2),
+        (80, "before_reset", 200.0, 2), (80, "after_reset", 50.0, 2), (100, "final", 305.0, 2),
     ]  # fmt: skip
-    assert [(before.mean, after.mean) for before, after in run.resets] == [(500.0, 1000.0), (200.0, 50.0)]
+    resets = plot.resets_of(games, 10)
+    assert resets[["step", "score_before", "score_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
 
 
 @pytest.mark.parametrize(
@@ -94,14 +136,28 @@ def test_method_labels(args, label):
     assert plot.method_label(args) == label
 
 
-def test_scores_are_those_of_the_scripts():
-    def definitions(name: str) -> list[str]:
-        names = ("RANDOM_AND_HUMAN_SCORES", "human_normalized_score")
-        nodes = ast.parse((ROOT / name).read_text()).body
-        return [ast.dump(node) for node in nodes if getattr(node, "name", "") in names
-                or isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names]  # fmt: skip
+def test_methods_in_their_order():
+    methods = ["my idea", "RDE+DQN@b", "DQN", "SR+DQN", "RDE+DQN@a", "Ensemble+DQN"]
+    ordered = ["DQN", "SR+DQN", "Ensemble+DQN", "RDE+DQN@a", "RDE+DQN@b", "my idea"]
+    assert sorted(methods, key=plot.method_order) == ordered
+    colors = plot.colors_of(ordered)
+    assert len(set(colors.values())) == 6 and colors["RDE+DQN@a"] == plot.GREEN and colors["DQN"] == plot.BLUE
 
-    assert len(definitions("plot_benchmark.py")) == 2 and definitions("plot_benchmark.py") == definitions("rde_dqn_atari.py")
+
+def test_scores_are_those_of_the_scripts():
+    """The table, and what a script logs as its human-normalized score."""
+    script = ast.parse((ROOT / "rde_dqn_atari.py").read_text()).body
+    (table,) = (node.value for node in script if isinstance(node, ast.Assign) and "RANDOM_AND" in ast.unparse(node.targets[0]))
+    assert ast.literal_eval(table) == plot.RANDOM_AND_HUMAN_SCORES
+    (function,) = (
+        node for node in script if isinstance(node, ast.FunctionDef) and "RANDOM_AND_HUMAN_SCORES[" in ast.unparse(node)
+    )
+    names = {"RANDOM_AND_HUMAN_SCORES": plot.RANDOM_AND_HUMAN_SCORES}
+    exec(compile(ast.Module([function], []), "script", "exec"), names)
+    for game in [*plot.RANDOM_AND_HUMAN_SCORES, "Tennis"]:
+        of_script = names[function.name](f"{game}NoFrameskip-v4", 12.5)
+        of_script = of_script.get("human_normalized_score") if isinstance(of_script, dict) else of_script
+        assert of_script == plot.human_normalized_score(f"{game}NoFrameskip-v4", 12.5) and (of_script is None) == (game == "Tennis")
 
 
 def test_scales():
@@ -111,122 +167,41 @@ def test_scales():
     assert [plot.suite_of(env_id) for env_id in env_ids] == ["Atari", "DeepMind Control", None, None, None]
 
 
-# ------------------------------------------------------------------------------------------------------ what is left out
-
-FINAL = (100, "final", (1.0, 2.0))
-
-
-def broken(tmp_path, change) -> list[str]:
-    """The lines for a folder with a good run and one that `change` spoiled."""
-    write_run(tmp_path, [FINAL], seed=1)
-    change(write_run(tmp_path, [(50, "scheduled", (1.0, 2.0)), FINAL], name="spoiled", seed=2))
-    runs, left_out = plot.read_runs(str(tmp_path))
-    assert [run.args["seed"] for run in runs] == [1]
-    return left_out
-
-
-def rewrite(name: str, change):
-    def apply(folder: pathlib.Path) -> None:
-        (folder / name).write_text(change((folder / name).read_text()))
-
-    return apply
-
-
-def rewrite_args(**changes):
-    def change(text: str) -> str:
-        args = json.loads(text)["args"] | changes
-        return json.dumps({"args": {name: value for name, value in args.items() if value is not None}})
-
-    return rewrite("args.json", change)
-
-
-SPOILED = {
-    "no args": (lambda f: (f / "args.json").unlink(), "args.json is missing"),
-    "cut args": (rewrite("args.json", lambda text: text[:20]), "args.json is not readable"),
-    "args without args": (rewrite("args.json", lambda text: "[]"), "args.json is not readable"),
-    "args that are none": (rewrite("args.json", lambda text: '{"args": 3}'), "args.json has no env_id"),
-    "no seed": (rewrite_args(seed=None), "args.json has no seed"),
-    "seed as text": (rewrite_args(seed="2"), "args.json has no seed, or one of a wrong kind"),
-    "agents as text": (rewrite_args(num_agents="2"), "args.json has no num_agents, or one of a wrong kind"),
-    "interval as list": (rewrite_args(reset_interval=[1]), "args.json has no reset_interval, or one of a wrong kind"),
-    "replay ratio nan": (rewrite_args(replay_ratio=math.nan), "args.json has no replay_ratio, or one of a wrong kind"),
-    "steps as bool": (rewrite_args(total_timesteps=True), "args.json has no total_timesteps, or one of a wrong kind"),
-    "no evaluations": (lambda f: (f / "evaluations.csv").unlink(), "evaluations.csv is missing"),
-    "empty evaluations": (rewrite("evaluations.csv", lambda text: ""), "does not begin with global_step,phase"),
-    "other columns": (rewrite("evaluations.csv", lambda text: text.replace("phase", "stage")), "does not begin with"),
-    "binary": (lambda f: (f / "evaluations.csv").write_bytes(b"\xff\xfe\x00"), "not a readable text"),
-    "cut row": (rewrite("evaluations.csv", lambda text: text[:-3]), 'line 5: "100,final,1,2" is not a row, or is cut off'),
-    "short row": (rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,0,1.0", "50,scheduled")), "line 2"),
-    "text score": (rewrite("evaluations.csv", lambda text: text.replace("0,1.0", "0,many")), "line 2"),
-    "nan score": (rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,0,1.0", "50,scheduled,0,nan")), "line 2"),
-    "other phase": (rewrite("evaluations.csv", lambda text: text.replace("scheduled", "midnight")), "line 2"),
-    "episode lost": (rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,1,2.0\n", "")), "has 1 of 2 episodes"),
-    "episode doubled": (
-        rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,1,2.0\n", "50,scheduled,1,2.0\n" * 2)),
-        "line 4",
-    ),
-    "evaluation doubled": (
-        rewrite(
-            "evaluations.csv",
-            lambda text: text.replace("50,scheduled,0,1.0\n", "50,scheduled,0,1.0\n50,scheduled,1,2.0\n50,scheduled,0,1.0\n"),
-        ),
-        "is there twice",
-    ),
-    "steps go back": (rewrite("evaluations.csv", lambda text: text.replace("50,", "500,")), "step 100 comes after step 500"),
-    "after without before": (
-        rewrite("evaluations.csv", lambda text: text.replace("scheduled", "after_reset")),
-        "no evaluation before it",
-    ),
-    "no final": (
-        rewrite("evaluations.csv", lambda text: text.replace("final", "scheduled")),
-        "not finished: the last evaluation is of step 100 of 100",
-    ),
-    "no games": (lambda f: (f / "episodes.csv").unlink(), "episodes.csv is missing"),
-    "empty games": (rewrite("episodes.csv", lambda text: ""), "episodes.csv does not begin with global_step,episodic_return"),
-    "cut game": (rewrite("episodes.csv", lambda text: text + "90,1.0"), 'episodes.csv, line 2: "90,1.0" is not a row'),
-    "cut in its time": (rewrite("episodes.csv", lambda text: text + "90,1.0,4,3"), "episodes.csv, line 2"),
-    "nan game": (rewrite("episodes.csv", lambda text: text + "90,nan,4,3.5\n"), "episodes.csv, line 2"),
-    "no model": (lambda f: (f / "model.pt").unlink(), "not finished: the last evaluation is of step 100 of 100"),
-    "final cut off": (rewrite("evaluations.csv", lambda text: text.split("100,final,1")[0]), "final, has 1 of 2 episodes"),
-    "final too early": (rewrite_args(total_timesteps=200), "the final evaluation is not the one of the last step"),
-    "other arguments": (
-        rewrite_args(tau=0.5),
-        "other arguments than most runs of DQN on Alien, replay ratio 1: tau 0.5 instead of None",
-    ),
-    "same seed": (rewrite_args(seed=1), "the same as AlienNoFrameskip-v4__dqn_atari__1__20260101-000100, which counts"),
-}
-
-
-@pytest.mark.parametrize("case", SPOILED)
-def test_a_spoiled_folder_has_a_named_line(tmp_path, case):
-    change, message = SPOILED[case]
-    left_out = broken(tmp_path, change)
-    assert len(left_out) == 1 and left_out[0].startswith("spoiled: ") and message in left_out[0], left_out
-
-
-def test_an_empty_run_folder_is_named_and_other_folders_are_not(tmp_path):
-    write_run(tmp_path, [FINAL])
-    (tmp_path / "AlienNoFrameskip-v4__dqn_atari__2__20260101-120000").mkdir()
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "deeper" / "still").mkdir(parents=True)
-    write_run(tmp_path / "deeper" / "still", [FINAL], seed=3)
-    runs, left_out = plot.read_runs(str(tmp_path))
-    assert [run.args["seed"] for run in runs] == [1, 3]
-    assert left_out == ["AlienNoFrameskip-v4__dqn_atari__2__20260101-120000: args.json is missing"]
-
-
 def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
     write_run(tmp_path, [FINAL], **SR, seed=1, cuda=True, runs_dir="a")
     write_run(tmp_path, [FINAL], **RDE | {"num_agents": 1}, seed=2, cuda=False, runs_dir="b")  # the same method
-    runs, left_out = plot.read_runs(str(tmp_path))
-    assert len(runs) == 2 and left_out == []
+    assert read(tmp_path).run.nunique() == 2
 
 
 def test_most_runs_decide_which_arguments_count(tmp_path):
     for seed, tau in ((1, 0.1), (2, 0.2), (3, 0.2)):
         write_run(tmp_path, [FINAL], seed=seed, tau=tau)
-    runs, left_out = plot.read_runs(str(tmp_path))
-    assert [run.args["seed"] for run in runs] == [2, 3] and len(left_out) == 1 and "tau 0.1 instead of 0.2" in left_out[0]
+    games, left_out, _ = plot.read_games(str(tmp_path))
+    assert list(games.seed.unique()) == [2, 3] and len(left_out) == 1 and "tau 0.1 instead of 0.2" in left_out[0]
+
+
+@pytest.fixture
+def two_versions(tmp_path):
+    write_run(tmp_path, [FINAL], seed=1, script_sha256="0123456789")
+    write_run(tmp_path, [FINAL], seed=2, script_sha256="abcdefabcd")
+    write_run(tmp_path, [FINAL], seed=3)  # made before hashes were written
+    for seed, sha256 in ((1, "1" * 64), (2, "1" * 64)):
+        write_run(tmp_path, [FINAL], **SR, seed=seed, script_sha256=sha256)
+    return tmp_path
+
+
+def test_versions_of_a_script_are_methods_of_their_own(two_versions, capsys, call, numbers_only):
+    games, left_out, notes = plot.read_games(str(two_versions))
+    assert plot.methods_of(games) == ["DQN@0123456", "DQN@abcdefa", "DQN@unknown", "SR+DQN"] and left_out == []
+    (note,) = notes
+    assert note.startswith("DQN: ") and note.endswith("DQN@0123456, DQN@abcdefa, DQN@unknown")
+    call(two_versions, two_versions / "out")
+    assert capsys.readouterr().err == f"{note}\n" and f"- {note}\n" in (two_versions / "out" / "table.md").read_text()
+
+
+def test_merged_versions(two_versions):
+    games, left_out, notes = plot.read_games(str(two_versions), merge_versions=True)
+    assert plot.methods_of(games) == ["DQN", "SR+DQN"] and left_out == notes == []
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
@@ -279,76 +254,6 @@ def test_the_interval_covers_the_truth():
     assert 85 <= hits <= 99
 
 
-def test_aggregate_uses_what_every_method_has(tmp_path):
-    for exp in (DQN, SR):
-        for env_id, seeds in (
-            (ALIEN, (1, 2, 3)),
-            (PONG, (1, 2) if exp is DQN else (2, 3)),
-            (FREEWAY, (1,) if exp is DQN else ()),
-        ):
-            for seed in seeds:
-                write_run(tmp_path, [(100, "final", (seed, seed))], **exp, env_id=env_id, seed=seed)
-    (aggregate,) = plot.aggregate_over_games(plot.read_runs(str(tmp_path))[0])
-    assert aggregate.env_ids == [ALIEN, PONG]
-    assert [[run.args["seed"] for run in row] for row in aggregate.runs["DQN"]] == [[1, 1], [2, 2]]
-    assert [[run.args["seed"] for run in row] for row in aggregate.runs["SR+DQN"]] == [[2, 2], [3, 3]]
-    expected = [[(seed - 227.8) / (7127.7 - 227.8), (seed + 20.7) / 35.3] for seed in (2, 3)]
-    np.testing.assert_allclose(aggregate.final_scores("SR+DQN"), expected)
-    assert aggregate.notes == [
-        "Atari, replay ratio 1: without Freeway, which not every method has finished",
-        "Atari, replay ratio 1: DQN without the seeds 3, which not every game has finished",
-        "Atari, replay ratio 1: SR+DQN without the seeds 1, which not every game has finished",
-    ]
-
-
-def test_suites_and_replay_ratios_are_not_mixed(tmp_path):
-    sac = {"exp_name": "rde_sac_dmc", "num_agents": 1, "reset_interval": 0}
-    write_run(tmp_path, [(100, "final", (500.0, 500.0))], **sac, env_id="hopper-hop")
-    write_run(tmp_path, [FINAL], env_id=ALIEN)
-    write_run(tmp_path, [FINAL], env_id=ALIEN, replay_ratio=4)
-    write_run(tmp_path, [FINAL], env_id="TennisNoFrameskip-v4")
-    runs = plot.read_runs(str(tmp_path))[0]
-    aggregates = plot.aggregate_over_games(runs)
-    assert [(a.suite, a.replay_ratio, a.env_ids) for a in aggregates] == [
-        ("Atari", 1.0, [ALIEN]), ("Atari", 4.0, [ALIEN]), ("DeepMind Control", 1.0, ["hopper-hop"])]  # fmt: skip
-    assert aggregates[2].final_scores("SAC").tolist() == [[0.5]]
-    assert "- Tennis: no scale in common with other games" in plot.table_text(runs, aggregates, [], plot.Args())
-
-
-def test_aggregate_curve_is_without_the_dips_and_at_shared_steps(tmp_path):
-    write_run(tmp_path, RESET_CURVE, **SR)
-    write_run(
-        tmp_path,
-        [(50, "scheduled", (0.0, 0.0)), (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))],
-        **SR,
-        env_id=FREEWAY,
-    )
-    (aggregate,) = plot.aggregate_over_games(plot.read_runs(str(tmp_path))[0])
-    steps, scores = aggregate.curves("SR+DQN")
-    assert steps.tolist() == [50, 100] and scores.shape == (1, 2, 2)
-    np.testing.assert_allclose(scores[0], [[(200 - 227.8) / 6899.9, (305 - 227.8) / 6899.9], [0, 1 / 29.6]])
-
-
-def test_collapse_by_hand(tmp_path):
-    write_run(tmp_path, RESET_CURVE, **SR)
-    write_run(tmp_path, [(60, "before_reset", (0.0, 0.0)), (60, "after_reset", (10.0, 10.0)), FINAL], **SR, seed=2)
-    runs = plot.read_runs(str(tmp_path))[0]
-    assert (
-        plot.collapse_of(runs[:1]) == plot.Collapse(before=350.0, after=525.0, num_resets=2)
-        and plot.collapse_of(runs[:1]).ratio == 1.5
-    )
-    assert plot.collapse_of(runs[1:]).ratio is None  # 10 over 0
-    pooled = plot.collapse_of(runs)
-    assert pooled.num_resets == 3 and pooled.ratio == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
-    assert "| 3 | 233 | 353 | 1.51, not defined for 1 of 2 seeds |" in plot.table_text(runs, [], [], plot.Args())
-    assert "| 1 | 0.00 | 10.0 | not defined |" in plot.table_text(runs[1:], [], [], plot.Args())
-    write_run(
-        tmp_path / "pong", [(60, "before_reset", (-21.0, -19.0)), (60, "after_reset", (-21.0, -21.0)), FINAL], **SR, env_id=PONG
-    )
-    assert plot.collapse_of(plot.read_runs(str(tmp_path / "pong"))[0]).ratio is None
-    assert plot.collapse_of(plot.read_runs(str(tmp_path / "pong"))[0][:0]) is None
-
-
 @pytest.mark.parametrize(
     "value, text",
     [
@@ -369,6 +274,325 @@ def test_numbers(value, text):
 def test_mean_and_std_by_hand():
     assert plot.mean_and_std([100.0, 200.0, 300.0]) == "200 ± 100" and plot.mean_and_std([2.0]) == "2.00"
     assert plot.mean_and_std([1.0, 2.0]) == f"1.50 ± {math.sqrt(0.5):.2f}"
+    assert plot.mean_and_std([math.nan, 2.0]) == "2.00" and plot.mean_and_std([math.nan]) == "-"
+
+
+# ------------------------------------------------------------------------------------------------------------ over games
+
+
+def test_a_comparison_is_made_of_what_every_method_has(tmp_path):
+    for exp in (DQN, SR):
+        for env_id, seeds in (
+            (ALIEN, (1, 2, 3)),
+            (PONG, (1, 2) if exp is DQN else (2, 3)),
+            (FREEWAY, (1,) if exp is DQN else ()),
+        ):
+            for seed in seeds:
+                write_run(tmp_path, [(100, "final", (seed, seed))], **exp, env_id=env_id, seed=seed)
+    games, notes = plot.comparable(read(tmp_path))
+    of = {method: games[games.method == method] for method in ("DQN", "SR+DQN")}
+    assert set(zip(of["DQN"].env_id, of["DQN"].seed)) == {(env_id, seed) for env_id in (ALIEN, PONG) for seed in (1, 2)}
+    assert set(zip(of["SR+DQN"].env_id, of["SR+DQN"].seed)) == {(env_id, seed) for env_id in (ALIEN, PONG) for seed in (2, 3)}
+    expected = [[(seed - 227.8) / (7127.7 - 227.8), (seed + 20.7) / 35.3] for seed in (2, 3)]
+    np.testing.assert_allclose(plot.final_scores(of["SR+DQN"]), expected)
+    assert notes == [
+        "Atari, replay ratio 1: without Freeway, which not every method has finished",
+        "Atari, replay ratio 1: DQN without the seeds 3, which not every game has finished",
+        "Atari, replay ratio 1: SR+DQN without the seeds 1, which not every game has finished",
+    ]
+
+
+def test_suites_and_replay_ratios_are_not_mixed(tmp_path, call, numbers_only):
+    sac = {"exp_name": "rde_sac_dmc", "num_agents": 1, "reset_interval": 0}
+    write_run(tmp_path, [(100, "final", (500.0, 500.0))], **sac, env_id="hopper-hop")
+    write_run(tmp_path, [FINAL], env_id=ALIEN)
+    write_run(tmp_path, [FINAL], env_id=ALIEN, replay_ratio=4)
+    write_run(tmp_path, [FINAL], env_id="TennisNoFrameskip-v4")
+    shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "replay_ratio"])
+    assert [(*key, list(rows.env_id.unique())) for key, rows in shared] == [
+        ("Atari", 1.0, [ALIEN]), ("Atari", 4.0, [ALIEN]), ("DeepMind Control", 1.0, ["hopper-hop"])]  # fmt: skip
+    assert plot.final_scores(shared.get_group(("DeepMind Control", 1.0))).tolist() == [[0.5]]
+    call(tmp_path, tmp_path / "out")
+    assert "- Tennis: no scale in common with other games" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
+    write_run(tmp_path, RESET_CURVE, **SR)
+    write_run(
+        tmp_path,
+        [(50, "scheduled", (0.0, 0.0)), (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))],
+        **SR,
+        env_id=FREEWAY,
+    )
+    steps, scores = plot.curves_over_games(plot.evaluation_curve, plot.comparable(read(tmp_path))[0])
+    assert steps.tolist() == [50, 100] and scores.shape == (1, 2, 2)
+    np.testing.assert_allclose(scores[0], [[(200 - 227.8) / 6899.9, (305 - 227.8) / 6899.9], [0, 1 / 29.6]])
+
+
+def test_probability_of_improvement_is_rliables(tmp_path):
+    random, final = np.random.default_rng(4), {}
+    for exp, num_seeds in ((DQN, 3), (SR, 4), (RDE, 5)):
+        for env_id in (ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"):  # no scale is needed
+            if exp is SR and env_id == FREEWAY:
+                continue  # then it is compared by the other two
+            scores = random.integers(0, 4, num_seeds).astype(float)  # with ties
+            final[exp["exp_name"], env_id] = scores
+            for seed, score in enumerate(scores):
+                write_run(tmp_path, [(100, "final", (score, score))], **exp, env_id=env_id, seed=seed)
+    rows = plot.improvements_of(read(tmp_path), plot.Args(bootstrap_samples=100, seed=3))
+    assert [row[:4] for row in rows] == [(1.0, "RDE+DQN", "DQN", 3), (1.0, "RDE+DQN", "SR+DQN", 2)]
+    for row, (other, env_ids) in zip(rows, (("dqn_atari", (ALIEN, FREEWAY)), ("sr_dqn_atari", (ALIEN,)))):
+        env_ids = sorted([*env_ids, "MiniGrid-LavaGapS5-v0"])
+        pair = [np.array([final[exp, env_id] for env_id in env_ids]).T for exp in ("rde_dqn_atari", other)]
+        by_hand = np.mean([[(x > y) + 0.5 * (x == y) for x in pair[0][:, game] for y in pair[1][:, game]]
+                           for game in range(len(env_ids))])  # fmt: skip
+        assert row[4][0] == pytest.approx(by_hand)
+        np.random.seed(3)
+        function = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
+        points, intervals = library.get_interval_estimates({"pair": pair}, function, reps=100)
+        assert row[4] == points["pair"] and (row[5] == intervals["pair"]).all()
+    table = tables(read(tmp_path))["Probability of improvement"]
+    assert [row[:5] for row in table] == [("1", "RDE+DQN", row[2], row[3], f"{row[4][0]:.3f}") for row in rows]
+
+
+# -------------------------------------------------------------------------------------------------------------- collapse
+
+
+def collapse_rows(games: pd.DataFrame, window: int = 2000) -> list:
+    return list(plot.collapses_of(plot.resets_of(games, window), plot.Args(bootstrap_samples=50)).itertuples())
+
+
+def test_collapse_by_hand(tmp_path):
+    write_run(tmp_path, RESET_CURVE, **SR)
+    write_run(tmp_path, [(60, "before_reset", (0.0, 0.0)), (60, "after_reset", (10.0, 10.0)), FINAL], **SR, seed=2)
+    games = read(tmp_path)
+    (first,), (second,), (both,) = (collapse_rows(games[games.seed.isin(seeds)]) for seeds in ((1,), (2,), (1, 2)))
+    assert (first.before, first.after, first.resets, first.ratio) == (350.0, 525.0, 2, 1.5) and first.source == "evaluations"
+    assert math.isnan(second.ratio)  # 10 over 0
+    assert both.resets == 3 and both.ratio == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
+    cells = [row[4:] for row in tables(games)["Collapse of a reset"]]
+    assert cells == [(3, "233", "353", "1.51, not defined for 1 of 2 seeds", "not defined")]
+    cells = [row[4:] for row in tables(games[games.seed == 2])["Collapse of a reset"]]
+    assert cells == [(1, "0.00", "10.0", "not defined", "not defined")]
+    assert tables(games[games.seed == 1])["Collapse of a reset"][0][7:] == ("1.50", "needs 2 seeds")
+    resets = [(60, "before_reset", (-21.0, -19.0)), (60, "after_reset", (-21.0, -21.0)), FINAL]
+    write_run(tmp_path / "pong", resets, **SR, env_id=PONG)
+    assert math.isnan(collapse_rows(read(tmp_path / "pong"))[0].ratio)
+    assert collapse_rows(games[games.phase == "final"]) == []
+
+
+def test_the_same_game_played_again_counts_once(tmp_path):
+    """Five games, four of them one and the same: the evaluation is two samples, not five."""
+    before, after = (60, "before_reset", (10.0, 10.0, 10.0, 10.0, 30.0)), (60, "after_reset", (5.0, 5.0, 5.0, 5.0, 5.0))
+    final = (100, "final", (1.0, 1.0, 1.0, 1.0, 4.0))
+    write_run(tmp_path, [before, after, final], **SR, eval_episodes=5)
+    (row,) = collapse_rows(read(tmp_path))
+    assert (row.before, row.after) == (20.0, 5.0)
+    assert plot.runs_of(read(tmp_path)).score.tolist() == [1.6]  # scores are means over all games
+
+
+def test_games_with_success_are_all_counted(tmp_path):
+    """Their tasks are drawn anew: two failures are not the same game."""
+    before, after = (60, "before_reset", ((0, 0), (0, 0), (0.9, 1))), (60, "after_reset", ((0, 0), (0, 0), (0, 0)))
+    final = (100, "final", ((0, 0), (0, 0), (0, 0)))
+    write_run(tmp_path, [before, after, final], **SR, eval_episodes=3, extra="success")
+    (row,) = collapse_rows(read(tmp_path))
+    assert row.before == pytest.approx(0.3) and row.after == 0
+
+
+def test_training_games_around_a_reset_by_hand(tmp_path):
+    """Those that ended in the window before it (its own step included), and in the window after it."""
+    resets = [(5000, "before_reset", (1.0, 2.0)), (5000, "after_reset", (1.0, 3.0)), (9000, "before_reset", (1.0, 2.0)),
+              (9000, "after_reset", (1.0, 3.0)), (10_000, "final", (1.0, 2.0))]  # fmt: skip
+    games = [(2999, 1000.0), (3000, 900.0), (3001, 10.0), (5000, 30.0), (5001, 8.0), (7000, 4.0), (7001, 90.0), (9000, 500.0)]
+    write_run(tmp_path, resets, games=games, **SR, total_timesteps=10_000)
+    table = plot.resets_of(read(tmp_path), 2000)
+    assert table[["training_before", "training_after"]].fillna(-1).values.tolist() == [[20.0, 6.0], [295.0, -1]]
+    of_training = [row for row in collapse_rows(read(tmp_path)) if row.source == "training games"]
+    assert [(row.resets, row.before, row.after) for row in of_training] == [(1, 20.0, 6.0)]  # the second has none after it
+    assert plot.resets_of(read(tmp_path), 1).training_before.tolist() == [30.0, 500.0]  # another window
+
+
+def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path):
+    """Every seed's resets stay together, and ratios are of means."""
+    random, sums = np.random.default_rng(5), []
+    for seed in range(4):
+        scores = random.uniform(10, 100, size=(2, 2)).round(1)  # (resets, before and after)
+        sums.append(scores.sum(axis=0))
+        games = [(step + 5 * side, score) for step, row in zip((50, 80), scores) for side, score in enumerate(row)]
+        resets = [(step, phase, (1.0, 2.0)) for step in (50, 80) for phase in ("before_reset", "after_reset")]
+        write_run(tmp_path, [*resets, FINAL], games=games, **SR, seed=seed)
+    args = plot.Args(bootstrap_samples=200, seed=11)
+    row = plot.collapses_of(plot.resets_of(read(tmp_path), 10), args).iloc[1]
+    np.random.seed(11)
+    samples = []
+    for _ in range(200):
+        before, after = np.array(sums)[np.random.choice(4, (4, 1))[:, 0]].sum(axis=0)
+        samples.append(after / before)
+    assert row.source == "training games" and row.resets == 8
+    assert row.ratio == pytest.approx(np.sum(sums, axis=0)[1] / np.sum(sums, axis=0)[0])
+    np.testing.assert_allclose(row.of_seeds, [after / before for before, after in sums])
+    np.testing.assert_allclose(row.interval.ravel(), np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
+
+
+def test_the_seeds_of_a_collapse_lie_on_the_line_of_their_mean_and_none_is_cut_off(tmp_path):
+    for seed, after in ((1, 0.0), (2, 100.0)):  # ratios 0 and 1, together 0.5
+        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+        write_run(tmp_path, resets, **SR, seed=seed)
+    collapses = plot.collapses_of(plot.resets_of(read(tmp_path), 10), plot.Args(bootstrap_samples=50))
+    (axes,) = plot.plot_collapse("evaluations", collapses).axes
+    mean, seeds = (
+        next(line for line in axes.lines if line.get_marker() == marker) for marker in "so"
+    )  # the label's comes last
+    assert list(mean.get_xdata()) == [0.5] and sorted(seeds.get_xdata()) == [0.0, 1.0]
+    assert set(seeds.get_ydata()) == set(mean.get_ydata())
+    spine = axes.spines["left"].get_zorder()
+    assert all(not line.get_clip_on() and line.get_zorder() > spine for line in (mean, seeds))
+    plot.plt.close(axes.figure)
+
+
+# ------------------------------------------------------------------------------------------------------ success and cost
+
+
+@pytest.fixture
+def minigrid(tmp_path):
+    """Success 0.5, 0.9, 0.95 at 20, 40, 60 steps of a seed; another gets to 0.9 at the end, a third never."""
+    for seed, rates in enumerate(((10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2))):
+        evaluations = [(step, "final" if step == 80 else "scheduled", [(0.5, 1)] * rate + [(0, 0)] * (20 - rate))
+                       for step, rate in zip((20, 40, 60, 80), rates)]  # fmt: skip
+        args = {"env_id": "MiniGrid-LavaGapS5-v0", "exp_name": "rde_dqn_minigrid", "total_timesteps": 80, "eval_episodes": 20}
+        write_run(tmp_path, evaluations, games=[(10, (0.5, 1))], extra="success", seed=seed, **args)
+    return tmp_path
+
+
+def test_success_by_hand(minigrid):
+    runs = plot.runs_of(read(minigrid))
+    assert runs.success.tolist() == [0.95, 0.9, 0.1] and runs.steps_to_success.fillna(-1).tolist() == [40, 80, -1]
+    (row,) = tables(read(minigrid))["Success"]
+    np.random.seed(0)
+    samples = [np.mean(np.array([0.95, 0.9, 0.1])[np.random.choice(3, (3, 1, 1))]) for _ in range(50)]
+    interval = "{:.3f} to {:.3f}".format(*np.percentile(samples, [2.5, 97.5]))
+    assert row == ("MiniGrid-LavaGapS5-v0", "1", "DQN", 3, "0.650", interval, "2 of 3", "80")
+    assert tables(read(minigrid)[lambda games: games.seed > 0])["Success"][0][-2:] == ("1 of 2", "not reached")
+
+
+def test_success_curves_have_bands(minigrid, call):
+    args = plot.Args(bootstrap_samples=50)
+    figure = plot.plot_game("success_curves", read(minigrid), NO_REFERENCES, args)
+    mean, *edges = (line for line in figure.axes[0].lines if line.get_marker() == "None" and len(line.get_xdata()) == 4)
+    np.testing.assert_allclose(mean.get_ydata(), [1 / 6, 1 / 3, 0.4, 0.65])
+    scores = np.array([[0.5, 0.9, 1.0, 0.95], [0, 0.1, 0.2, 0.9], [0, 0, 0, 0.1]])[:, np.newaxis]
+    interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores, args)[1]
+    np.testing.assert_allclose([edge.get_ydata() for edge in edges], interval)
+    plot.plt.close(figure)
+    call(minigrid, minigrid / "out")
+    names = {file.name for file in (minigrid / "out").iterdir()}
+    assert "success_curves_MiniGrid-LavaGapS5-v0.png" in names and not any("cost" in name for name in names)
+    table = (minigrid / "out" / "table.md").read_text()
+    assert "## Success" in table and "cost" not in table.lower()
+    rows = read_csv(minigrid / "out" / "results.csv")
+    assert [row["success"] for row in rows[:4]] == ["0.5", "0.9", "1", "0.95"] and "cost" not in rows[0]
+    assert read_csv(minigrid / "out" / "training_games.csv")[0]["success"] == "1"
+
+
+@pytest.fixture
+def safety(tmp_path):
+    for seed in (1, 2):
+        evaluations = [(50, "before_reset", ((100.0 * seed, 30.0), (200.0, 10.0))),
+                       (50, "after_reset", ((20.0, 40.0), (20.0, 60.0))), (100, "final", ((300.0, 5.0), (310.0, 5.0)))]  # fmt: skip
+        games = [(10, (1.0, 50.0)), (41, (3.0, 25.0)), (60, (5.0, 26.0 * seed)), (100, (7.0, 0.0))]  # at the limit is not above
+        args = {"env_id": "SafetyHopperVelocity-v1", "exp_name": "rde_sac_safety", "cost_limit": 25.0}
+        args |= {"num_agents": 2, "reset_interval": 5, "beta": 50.0}
+        write_run(tmp_path, evaluations, games=games, extra="cost", seed=seed, **args)
+    return tmp_path
+
+
+def test_cost_by_hand(safety):
+    games = read(safety)
+    runs = plot.runs_of(games)
+    assert runs.total_cost.tolist() == [101.0, 127.0] and runs.violations.tolist() == [2, 2] and runs.games.tolist() == [4, 4]
+    names = ("SafetyHopperVelocity-v1", "1", "RDE+Safe SAC")
+    assert tables(games)["Cost"] == [(*names, 2, "25.0", "114 ± 18", "4.00 ± 0.00", "2.00 ± 0.00")]
+    (row,) = tables(games, reset_window=10)["Return and cost of every reset"]
+    assert row == (*names, 50, 2, "175 → 20.0", "20.0 → 50.0", "3.00 → 5.00", "25.0 → 39.0")
+    without_limit = games.assign(cost_limit=math.inf)
+    assert tables(without_limit)["Cost"][0][4:] == ("none", "114 ± 18", "4.00 ± 0.00", "0.00 ± 0.00")
+
+
+def test_cost_beside_return_with_its_limit(safety, call):
+    figure = plot.plot_game("cost_curves", read(safety), NO_REFERENCES, plot.Args(bootstrap_samples=50))
+    returns, costs = figure.axes
+    assert "return" in returns.get_ylabel() and "cost" in costs.get_ylabel()
+    limits = [[line for line in axes.lines if list(line.get_ydata()) == [25.0, 25.0]] for axes in (returns, costs)]
+    assert [len(lines) for lines in limits] == [0, 1] and "limit 25" in {text.get_text() for text in costs.texts}
+    at_100 = [line.get_ydata()[-1] for line in costs.lines if len(line.get_xdata()) == 20]
+    assert at_100[0] == 0.0
+    plot.plt.close(figure)
+    figure = plot.plot_game("cost_curves", read(safety).assign(cost_limit=math.inf), NO_REFERENCES, plot.Args())
+    assert not any("limit" in text.get_text() for text in figure.axes[1].texts)
+    plot.plt.close(figure)
+    call(safety, safety / "out", "--reset-window", "10")
+    names = {file.name for file in (safety / "out").iterdir()}
+    assert "cost_curves_SafetyHopperVelocity-v1.png" in names and not any("success" in name for name in names)
+    assert "uccess |" not in (safety / "out" / "table.md").read_text()
+    assert [row["cost"] for row in read_csv(safety / "out" / "training_games.csv")][:3] == ["50", "25", "26"]
+
+
+def test_a_limit_may_be_infinite_or_absent(tmp_path):
+    for seed, limit in ((1, {}), (2, {"cost_limit": None}), (3, {"cost_limit": math.inf})):
+        write_run(tmp_path / str(seed), [(100, "final", ((1.0, 0.0), (2.0, 0.0)))], extra="cost", seed=seed, **limit)
+        assert set(read(tmp_path / str(seed)).cost_limit) == {math.inf}
+
+
+# ------------------------------------------------------------------------------------------------------------ references
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Published scores of two games, of one a single method's."""
+    file = tmp_path / "published.csv"
+    file.write_text(
+        "# A comment.\ngame,method,score,source\nAlien,BBF,1173.2,somewhere\nAlien,DER,802.3,\nFreeway,BBF,25.5,\nPong,BBF,1,\n"
+    )
+    for env_id, score in ((ALIEN, 500.0), (FREEWAY, 10.0)):
+        for seed in (1, 2):
+            write_run(tmp_path / "runs", [FINAL], games=[(50, 1.0), (90, score * seed)], env_id=env_id, seed=seed)
+    return file
+
+
+def test_published_scores_stand_beside_training_games(published, tmp_path, call):
+    call(tmp_path / "runs", tmp_path / "out", "--references", str(published))
+    table = (tmp_path / "out" / "table.md").read_text()
+    part = table[table.index("## Published scores, beside training games") :]
+    assert "beside the TRAINING games" in part and "not beside its\nevaluations" in part
+    own, bbf = [(750 - 227.8) / 6899.9, 15 / 29.6], [(1173.2 - 227.8) / 6899.9, 25.5 / 29.6]
+    assert [line for line in part.splitlines() if line.startswith("| ")][1:] == [
+        f"| Alien | DQN, replay ratio 1 | 750 | {own[0]:.3f} |",
+        f"| Alien | BBF | 1173 | {bbf[0]:.3f} |",
+        f"| Alien | DER | 802 | {(802.3 - 227.8) / 6899.9:.3f} |",
+        f"| Freeway | DQN, replay ratio 1 | 15.0 | {own[1]:.3f} |",
+        f"| Freeway | BBF | 25.5 | {bbf[1]:.3f} |",
+        f"| IQM of 2 games | DQN, replay ratio 1 | - | {np.mean(own):.3f} |",
+        f"| IQM of 2 games | BBF | - | {np.mean(bbf):.3f} |",  # DER is not known of Freeway
+    ]
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "aggregate_training_games.png" in names
+
+
+def test_published_scores_are_lines_in_the_pictures_of_training_games(published, tmp_path):
+    references, games, args = plot.read_references(str(published)), read(tmp_path / "runs"), plot.Args(bootstrap_samples=20)
+    alien = games[games.env_id == ALIEN]
+    figures = [plot.plot_game(picture, alien, references, args) for picture in ("training_games", "learning_curves")]
+    figures.append(plot.plot_over_games(plot.training_curve, plot.comparable(games)[0], references, args))
+    iqm = np.mean([(1173.2 - 227.8) / 6899.9, 25.5 / 29.6])
+    for figure, levels in zip(figures, ({"BBF": 1173.2, "DER": 802.3}, {}, {"BBF": iqm})):
+        (axes,) = figure.axes
+        lines = [line for line in axes.lines if line.get_color() == plot.GREY]
+        assert [line.get_ydata()[0] for line in lines] == pytest.approx(list(levels.values()))
+        assert {text.get_text() for text in axes.texts} == {"DQN", *levels}
+        assert ("published" in figure._supxlabel.get_text() if figure._supxlabel else False) == bool(levels)
+        assert ("training games" in axes.get_ylabel()) == bool(levels)
+        plot.plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------------------------- the whole of it
@@ -399,14 +623,13 @@ def study(tmp_path_factory):
     return path, result
 
 
-def test_training_games_by_hand(tmp_path, call):
+def test_training_games_by_hand(tmp_path, call, numbers_only):
     write_run(tmp_path / "runs", [FINAL], games=((10, 9.0), (80, 7.0), (81, 1.0), (100, 4.0)), seed=1)  # mean 2.5
     write_run(tmp_path / "runs", [FINAL], games=((30, 9.0), (99, 8.5)), seed=2)  # 8.5
     write_run(tmp_path / "runs", [FINAL], games=((80, 9.0),), seed=3)  # none in the last fifth
     write_run(tmp_path / "runs", [FINAL], seed=1, env_id=FREEWAY)  # none at all
     call(tmp_path / "runs", tmp_path / "out")
-    with open(tmp_path / "out" / "results.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["phase"] == "training"]
+    rows = [row for row in read_csv(tmp_path / "out" / "results.csv") if row["phase"] == "training"]
     columns = ("env_id", "seed", "global_step", "episodes", "score")
     assert [[row[name] for name in columns] for row in rows] == [
         [ALIEN, "1", "100", "2", "2.5"], [ALIEN, "2", "100", "1", "8.5"],
@@ -417,31 +640,15 @@ def test_training_games_by_hand(tmp_path, call):
     assert "| Freeway | 1 | DQN | 1 | 1.50 | 1.50 | - |" in table
 
 
-def test_the_seeds_of_a_collapse_lie_on_the_line_of_their_mean_and_none_is_cut_off(tmp_path):
-    for seed, after in ((1, 0.0), (2, 100.0)):  # ratios 0 and 1, together 0.5
-        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
-        write_run(tmp_path, resets, **SR, seed=seed)
-    runs, _ = plot.read_runs(str(tmp_path))
-    (axes,) = plot.plot_collapse(runs, plot.Args()).axes
-    mean, seeds = (
-        next(line for line in axes.lines if line.get_marker() == marker) for marker in "so"
-    )  # the label's comes last
-    assert list(mean.get_xdata()) == [0.5] and sorted(seeds.get_xdata()) == [0.0, 1.0]
-    assert set(seeds.get_ydata()) == set(mean.get_ydata())
-    spine = axes.spines["left"].get_zorder()
-    assert all(not line.get_clip_on() and line.get_zorder() > spine for line in (mean, seeds))
-
-
 def test_results_csv(study):
     path, _ = study
-    with open(path / "out" / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 2 * (4 + 6 + 6)
+    rows = read_csv(path / "out" / "results.csv")
+    columns = "run env_id method replay_ratio seed global_step phase episodes score human_normalized_score"
+    assert list(rows[0]) == columns.split() and len(rows) == 2 * 2 * 2 * (4 + 6 + 6)
     assert len({row["run"] for row in rows}) == 24 and sum(row["phase"] == "final" for row in rows) == 24
     for row in rows:
-        with open(path / "runs" / row["run"] / "evaluations.csv", newline="") as file:
-            scores = [float(e["episodic_return"]) for e in csv.DictReader(file)
-                      if (e["global_step"], e["phase"]) == (row["global_step"], row["phase"])]  # fmt: skip
+        scores = [float(e["episodic_return"]) for e in read_csv(path / "runs" / row["run"] / "evaluations.csv")
+                  if (e["global_step"], e["phase"]) == (row["global_step"], row["phase"])]  # fmt: skip
         low, high = {ALIEN: (227.8, 7127.7), FREEWAY: (0.0, 29.6)}[row["env_id"]]
         assert float(row["score"]) == pytest.approx(sum(scores) / 2) and int(row["episodes"]) == 2 == len(scores)
         assert float(row["human_normalized_score"]) == pytest.approx((sum(scores) / 2 - low) / (high - low))
@@ -453,9 +660,8 @@ def test_table(study):
     path, result = study
     table = (path / "out" / "table.md").read_text()
     assert table in result.stdout
-    with open(path / "out" / "results.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file)
-                if (row["env_id"], row["method"], row["replay_ratio"]) == (FREEWAY, "RDE+DQN", "4")]  # fmt: skip
+    rows = [row for row in read_csv(path / "out" / "results.csv")
+            if (row["env_id"], row["method"], row["replay_ratio"]) == (FREEWAY, "RDE+DQN", "4")]  # fmt: skip
     final = [float(row["score"]) for row in rows if row["phase"] == "final"]
     best = [max(float(r["score"]) for r in rows if r["seed"] == seed and r["phase"] != "after_reset") for seed in "12"]
     before, after = (
@@ -466,24 +672,25 @@ def test_table(study):
         return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
     assert f"| Freeway | 4 | RDE+DQN | 2 | {both(final)} | {both(best)} | " in table
-    assert f"| Freeway | 4 | RDE+DQN | 4 | {before:.1f} | {after:.1f} | {plot.number(after / before)} ± " in table
+    assert f"| Freeway | 4 | RDE+DQN | evaluations | 4 | {before:.1f} | {after:.1f} | {plot.number(after / before)} ± " in table
     assert "24 runs, 1 folders left out.\n\n- stopped: not finished: the last evaluation is of step 50 of 100\n" in table
     assert result.stderr == "left out: stopped: not finished: the last evaluation is of step 50 of 100\n"
 
     lines = table.splitlines()
     methods = [line.split(" | ")[2] for line in lines if line.startswith("| Alien | 1 | ")]
     assert methods == ["DQN", "SR+DQN", "RDE+DQN", "SR+DQN", "RDE+DQN"]  # scores, then collapse
-    with open(path / "out" / "results.csv", newline="") as file:
-        scores = [float(row["human_normalized_score"]) for row in csv.DictReader(file)
-                  if (row["method"], row["replay_ratio"], row["phase"]) == ("DQN", "1", "final")]  # fmt: skip
+    scores = [float(row["human_normalized_score"]) for row in read_csv(path / "out" / "results.csv")
+              if (row["method"], row["replay_ratio"], row["phase"]) == ("DQN", "1", "final")]  # fmt: skip
     iqm = sum(sorted(scores)[1:3]) / 2  # of 4 scores, the middle two
     assert any(line.startswith(f"| Atari, human-normalized score | 1 | DQN | 2 | 2 | {iqm:.3f} | ") for line in lines)
+    assert sum(line.startswith(("| 1 | RDE+DQN | ", "| 4 | RDE+DQN | ")) for line in lines) == 4  # over DQN, SR+DQN
+    assert not any(word in table for word in ("## Success", "## Cost", "Return and cost", "Published"))
 
 
 def test_the_same_runs_give_the_same_files(study, tmp_path, call):
     path, _ = study
     np.random.seed(99)
-    call(path / "runs", tmp_path / "out", "--bootstrap-samples", "50")
+    call(path / "runs", tmp_path / "out")
     pictures = ["aggregate_curves", "collapse", "learning_curves_Alien", "learning_curves_Freeway", "performance_profiles"]
     names = sorted([*(f"{name}.png" for name in pictures), "results.csv", "table.md", "training_games.csv"])
     for folder in (path / "out", tmp_path / "out"):
@@ -494,42 +701,49 @@ def test_the_same_runs_give_the_same_files(study, tmp_path, call):
 
 @pytest.mark.parametrize("picture_format", ["png", "pdf", "svg"])
 def test_no_file_holds_a_date_or_a_random_name(study, tmp_path, picture_format):
-    args, files = plot.Args(picture_format=picture_format), []
-    plot.set_style(args)
-    runs = plot.read_runs(str(study[0] / "runs"))[0]
+    args, files = plot.Args(out_dir=str(tmp_path), picture_format=picture_format, bootstrap_samples=20), []
+    plot.set_style()
+    collapses = plot.collapses_of(plot.resets_of(plot.read_games(str(study[0] / "runs"))[0], 10), args)
     for name in ("first", "second"):
-        files.append(pathlib.Path(plot.save(plot.plot_collapse(runs, args), str(tmp_path), name, args)).read_bytes())
+        files.append(pathlib.Path(plot.save(plot.plot_collapse("evaluations", collapses), args, name)).read_bytes())
     assert files[0] == files[1] and files[0].startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[picture_format])
     assert b"Date" not in files[0] and b"dc:date" not in files[0] and b"matplotlib.org" not in files[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def figures(study):
     args = plot.Args(bootstrap_samples=20)
-    plot.set_style(args)
-    runs = plot.read_runs(str(study[0] / "runs"))[0]
-    for run in runs:
-        run.training_games = [(step, float(step * len(run.key[2]) + run.args["seed"])) for step in range(10, 101, 10)]
-    aggregates = plot.aggregate_over_games(runs)
+    plot.set_style()
+    games = plot.read_games(str(study[0] / "runs"))[0]
+    training = [run[plot.RUN + ["total_timesteps", "cost_limit"]].to_dict()
+                | {"phase": "training", "evaluation": -1, "step": step, "score": float(step * len(run.method) + run.seed)}
+                for _, run in games.drop_duplicates("run").iterrows() for step in range(10, 101, 10)]  # fmt: skip
+    games = pd.concat([games, pd.DataFrame(training)], ignore_index=True)
+    shared = plot.comparable(games)[0]
+    alien, collapses = games[games.env_id == ALIEN], plot.collapses_of(plot.resets_of(games, 10), args)
     figures = {
-        "learning": plot.plot_learning_curves(ALIEN, runs, args), "training": plot.plot_training_games(ALIEN, runs, args),
-        "aggregate": plot.plot_aggregate_curves(aggregates, args),
-        "profiles": plot.plot_performance_profiles(aggregates, args), "collapse": plot.plot_collapse(runs, args),
+        "learning": plot.plot_game("learning_curves", alien, NO_REFERENCES, args),
+        "training": plot.plot_game("training_games", alien, NO_REFERENCES, args),
+        "aggregate": plot.plot_over_games(plot.evaluation_curve, shared, NO_REFERENCES, args),
+        "profiles": plot.plot_performance_profiles(shared, args), "collapse": plot.plot_collapse("evaluations", collapses),
+        "collapse of training": plot.plot_collapse("training games", collapses),
     }  # fmt: skip
     yield figures
     for figure in figures.values():
         plot.plt.close(figure)
 
 
-@pytest.mark.parametrize("name", ["learning", "training", "aggregate", "profiles", "collapse"])
+@pytest.mark.parametrize("name", ["learning", "training", "aggregate", "profiles", "collapse", "collapse of training"])
 def test_names_stand_in_the_picture_and_apart(figures, name):
     """Every panel names its methods, inside the picture and without covering one another."""
     figure = figures[name]
     figure.canvas.draw()
     whole = figure.get_window_extent()
+    assert len(figure.axes) == 2
     for axes in figure.axes:
-        names = {text.get_text(): text for text in axes.texts}
-        assert set(names) == {"SR+DQN", "RDE+DQN"} | ({"DQN"} if name != "collapse" else set())
+        texts = [*axes.texts, *(axes.get_legend().get_texts() if axes.get_legend() else [])]
+        names = {text.get_text(): text for text in texts}
+        assert set(names) == {"SR+DQN", "RDE+DQN"} | ({"DQN"} if "collapse" not in name else set())
         boxes = [text.get_window_extent() for text in names.values()]
         for i, box in enumerate(boxes):
             assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
@@ -538,14 +752,18 @@ def test_names_stand_in_the_picture_and_apart(figures, name):
 
 
 def test_the_notes_below_fit_into_one_panel(tmp_path):
-    write_run(tmp_path, RESET_CURVE, **SR)
-    runs, args = plot.read_runs(str(tmp_path))[0], plot.Args(bootstrap_samples=20)
-    plot.set_style(args)
-    aggregates = plot.aggregate_over_games(runs)
+    write_run(tmp_path, RESET_CURVE, games=[(50, 3.0), (61, 2.0)], **SR)
+    games, args = read(tmp_path), plot.Args(bootstrap_samples=20)
+    plot.set_style()
+    collapses = plot.collapses_of(plot.resets_of(games, 20), args)
+    shared = plot.comparable(games)[0]
+    references = pd.DataFrame([("Alien", "BBF", 3.0)], columns=["game", "method", "score"])
     for figure in (
-        plot.plot_learning_curves(ALIEN, runs, args),
-        plot.plot_aggregate_curves(aggregates, args),
-        plot.plot_collapse(runs, args),
+        plot.plot_game("learning_curves", games, NO_REFERENCES, args),
+        plot.plot_game("training_games", games, references, args),
+        plot.plot_over_games(plot.evaluation_curve, shared, NO_REFERENCES, args),
+        plot.plot_over_games(plot.training_curve, shared, references, args),
+        plot.plot_collapse("evaluations", collapses),
     ):
         figure.canvas.draw()
         note = figure._supxlabel.get_window_extent()
@@ -565,55 +783,29 @@ def test_training_curve_by_hand(tmp_path):
     write_run(tmp_path, [FINAL], seed=1, games=[(4, 1.0), (5, 3.0), (6, 10.0), (15, 6.0), (100, 7.0)])
     write_run(tmp_path, [FINAL], seed=2, games=[(1, 5.0), (12, 20.0), (96, 1.0)])
     write_run(tmp_path, [FINAL], seed=3)
-    runs = plot.read_runs(str(tmp_path))[0]
-    steps, means = plot.training_curve(runs)
-    assert list(steps) == list(range(5, 101, 5)) and means.shape == (3, 20)
+    games = read(tmp_path)
+    steps, means, dips = plot.training_curve(games, "score")
+    assert list(steps) == list(range(5, 101, 5)) and means.shape == (3, 20) and not dips.any()
     known = {(row, int(steps[i])): means[row, i] for row, i in np.argwhere(np.isfinite(means))}
     assert known == {
         (0, 5): 2.0, (0, 10): 14 / 3, (0, 15): 8.0, (0, 20): 6.0, (0, 100): 7.0,
         (1, 5): 5.0, (1, 10): 5.0, (1, 15): 20.0, (1, 20): 20.0, (1, 100): 1.0,
     }  # fmt: skip
 
-    figure = plot.plot_training_games(ALIEN, runs[:2], plot.Args())
-    *_, mean = (line for line in figure.axes[0].lines if line.get_linewidth() > 1.5)
+    figure = plot.plot_game("training_games", games[games.seed < 3], NO_REFERENCES, plot.Args())
+    *_, mean = (line for line in figure.axes[0].lines if line.get_linewidth() > 1.5 and line.get_marker() == "None")
     both = [3.5, (14 / 3 + 5) / 2, 14.0, 13.0] + 15 * [np.nan] + [4.0]  # only where both seeds have games
     np.testing.assert_allclose(mean.get_ydata(), both)
     plot.plt.close(figure)
 
 
 def test_learning_curve_is_the_mean_over_seeds(study, figures):
-    runs = [run for run in plot.read_runs(str(study[0] / "runs"))[0] if run.key == (ALIEN, 1.0, "RDE+DQN")]
-    mean = np.mean([[evaluation.mean for evaluation in run.evaluations] for run in runs], axis=0)
+    games = plot.read_games(str(study[0] / "runs"))[0]
+    rows = plot.evaluations_of(games[(games.env_id == ALIEN) & (games.replay_ratio == 1) & (games.method == "RDE+DQN")])
+    mean = np.mean([of_run.score.to_numpy() for _, of_run in rows.groupby("run")], axis=0)
     drawn = [line for line in figures["learning"].axes[0].lines if line.get_linewidth() > 1.5 and line.get_marker() == "None"]
     assert [list(line.get_xdata()) for line in drawn][-1] == [50, 60, 60, 80, 80, 100]
     np.testing.assert_allclose(drawn[-1].get_ydata(), mean)
-
-
-# ----------------------------------------------------------------------------------------------------------- bad arguments
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (("--runs-dir", "nowhere"), "--runs-dir nowhere is not a folder"),
-        (("--runs-dir", "empty"), "there is no finished run in empty"),
-        (("--bootstrap-samples", "0"), "--bootstrap-samples is 0"),
-        (("--out-dir", "file"), "--out-dir file cannot be written: File exists"),
-        (("--out-dir", "taken"), "--out-dir taken cannot be written: Is a directory: taken/results.csv"),
-    ],
-)
-def test_bad_arguments(tmp_path, monkeypatch, capsys, call, options, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    (tmp_path / "taken" / "results.csv").mkdir(parents=True)
-    write_run(tmp_path / "runs", [FINAL])
-    with pytest.raises(SystemExit) as end:
-        call(tmp_path / "runs", tmp_path / "out", *options)
-    output = capsys.readouterr()
-    assert end.value.code == 2 and output.out == ""
-    assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "runs", "taken"]
 
 
 def test_files_go_to_the_study_by_default(tmp_path, monkeypatch):
