@@ -1,0 +1,1666 @@
+"""Reset deep ensemble of DQN agents (RDE+DQN) with MLPs: MiniGrid, LunarLander, CartPole, and other flat observations.
+
+N agents learn from one replay buffer. They are reset one after another against primacy bias, and act as one: every agent
+proposes its greedy action, and the oldest agent, whose reset lies longest back, judges the proposals with its Q-values. The
+baselines are this script, too: SR+DQN is `--num-agents 1`, DQN `--num-agents 1 --reset-interval 0`.
+
+    python rde_dqn.py --env-id MiniGrid-LavaGapS5-v0
+
+In two minutes, to see everything happen once (two resets among it):
+
+    python rde_dqn.py --env-id MiniGrid-LavaGapS5-v0 --total-timesteps 15000 --reset-interval 6000 --eval-interval 3000
+
+The defaults are MiniGrid's. To land on the moon:
+
+    python rde_dqn.py --env-id LunarLander-v3 --num-hidden-layers 2 --learning-rate 6.3e-4 --batch-size 128
+        --buffer-size 50000 --gamma 0.99 --target-update-interval 250 --replay-ratio 1 --exploration-fraction 0.12
+        --eval-epsilon 0 --reset-interval 80000
+
+Kim, Shin, Park, Sung, "Sample-Efficient and Safe Deep RL via Reset Deep Ensemble Agents", NeurIPS 2023 (arXiv 2310.20287).
+DQN: Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
+
+Where is what:
+    Args                          every argument, its meaning and its range
+    StackedMLP                    the networks
+    selection_probabilities       which agent acts
+    Agent                         act, update, reset
+    epsilon_at, ...               how much is explored; when there is a gradient step, a reset, an evaluation
+    train                         the training loop
+    -- the line --                below it nothing is of the algorithm
+    Task, MiniGridTask            the environment
+    ReplayBuffer                  transitions
+    -- the second line --         equal in all scripts
+    derive_seed, CudaGraph, ...   seeds, devices, evaluation
+    Run                           folder, logs, checkpoints, signals
+    check_args, main              what is refused; the start
+"""
+
+import atexit
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import fcntl
+import functools
+import glob
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+import warnings
+import zipfile
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal
+
+# Threads that wait for each other by spinning are 26 times slower as soon as another process competes for a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # ------------------------------------------------------------ the run
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, a part of the run folder's name"""
+    seed: Annotated[int, "[0, inf)"] = 1
+    """seed of every random generator of the run"""
+    runs_dir: str = "runs"
+    """the folder in which the run's own folder is made"""
+    resume: str = ""
+    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
+    "auto" = the run with the same script and arguments: said to be finished, gone on with, or begun"""
+    allow_changed_script: bool = False
+    """resume also a run that another version of this script has begun"""
+    check_only: bool = False
+    """check the arguments, and end"""
+    checkpoint_interval: Annotated[int, "[0, inf)"] = 25_000
+    """environment steps between two checkpoints; 0 = only at the end and when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
+    keep_models: Annotated[int, "[0, 10000]"] = 0
+    """how many times during the run the weights are kept, as models/step_00050000.pt"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "rde"
+    """the project's name in Weights & Biases"""
+    wandb_entity: str | None = None
+    """the entity (team) of the project in Weights & Biases"""
+
+    # ------------------------------------------------------------ the machine
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    torch_deterministic: bool = True
+    """CUDA: let cuDNN choose deterministic kernels only"""
+    cuda_graphs: bool = True
+    """CUDA: capture acting and learning as CUDA graphs"""
+    bf16: bool = False
+    """compute the networks in bfloat16 (parameters and targets stay float32)"""
+
+    # ------------------------------------------------------------ the environment
+    env_id: str = "MiniGrid-LavaGapS5-v0"
+    """the environment; one that is registered by a module of yours: module:MyTask-v0"""
+    actions: Literal["all", "move"] = "all"
+    """MiniGrid: all seven actions, or left, right and forward alone, where they suffice (not in GoToDoor)"""
+    max_episode_steps: Annotated[int, "[-1, inf)"] = -1
+    """steps after which an episode is cut off; 0 = the task's own, -1 = 100 in MiniGrid (the paper's) and elsewhere the task's own"""
+    total_timesteps: Annotated[int, "[1, inf)"] = 100_000
+    """environment steps of the whole run"""
+    num_envs: Annotated[int, "[1, inf)"] = 1
+    """environments that are advanced together, once in a loop step"""
+
+    # ------------------------------------------------------------ learning
+    replay_ratio: Annotated[float, "(0, inf)"] = 0.5
+    """gradient steps per environment step; fractions are allowed (sensible: 0.25 to 8)"""
+    learning_starts: Annotated[int, "[0, inf)"] = 1_000
+    """environment steps before the first gradient step"""
+    buffer_size: Annotated[int, "[1, inf)"] = 100_000
+    """transitions in the replay buffer"""
+    batch_size: Annotated[int, "[1, inf)"] = 64
+    """transitions in a mini-batch (sensible: 32 to 256)"""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """the optimizer (the paper's MiniGrid: rmsprop)"""
+    learning_rate: Annotated[float, "(0, inf)"] = 3e-4
+    """learning rate of the optimizer (sensible: 1e-4 to 1e-3)"""
+    gamma: Annotated[float, "[0, 1]"] = 0.95
+    """discount factor (sensible: 0.95 in MiniGrid, 0.99 elsewhere)"""
+    target_update_interval: Annotated[int, "[0, inf)"] = 100
+    """gradient steps between two copies of the online into the target network; 0 = none, the target moves by --tau
+    (sensible: 100 to 1,000)"""
+    tau: Annotated[float, "[0, 1]"] = 0.0
+    """how far the target network moves towards the online network after a gradient step; 0 = not at all, it is copied
+    every --target-update-interval (sensible: 0.001 to 0.02)"""
+    max_grad_norm: Annotated[float, "(0, inf)"] = 10.0
+    """the norm at which an agent's gradient is clipped"""
+    hidden_dim: Annotated[int, "[1, inf)"] = 256
+    """width of the hidden layers"""
+    num_hidden_layers: Annotated[int, "[1, inf)"] = 4
+    """hidden layers; there is one linear layer more"""
+
+    # ------------------------------------------------------------ exploration
+    start_e: Annotated[float, "[0, 1]"] = 1.0
+    """epsilon at the start"""
+    end_e: Annotated[float, "[0, 1]"] = 0.1
+    """epsilon at the end of its decay"""
+    epsilon_schedule: Literal["linear", "exponential"] = "linear"
+    """whether epsilon falls by the same amount or by the same factor, --epsilon-decay, each time"""
+    epsilon_unit: Literal["step", "episode"] = "step"
+    """whether epsilon falls at every environment step or at the end of every training episode"""
+    exploration_fraction: Annotated[float, "[0, 1]"] = 0.5
+    """linear per step: fraction of the run in which epsilon decays"""
+    exploration_episodes: Annotated[int, "[0, inf)"] = 500
+    """linear per episode: training episodes in which epsilon decays"""
+    epsilon_decay: Annotated[float, "(0, 1]"] = 0.995
+    """exponential: what epsilon is multiplied with at every step or episode (sensible: 0.9999 per step, 0.995 per episode)"""
+
+    # ------------------------------------------------------------ evaluation
+    eval_interval: Annotated[int, "[0, inf)"] = 5_000
+    """environment steps between two evaluations; 0 = only at the end (and around resets, if there are any)"""
+    eval_episodes: Annotated[int, "[1, inf)"] = 20
+    """whole episodes in an evaluation"""
+    eval_epsilon: Annotated[float, "[0, 1]"] = 0.05
+    """epsilon in evaluations: without memory a greedy policy can turn for ever between two views of MiniGrid"""
+    capture_video: bool = False
+    """record the first episode of every evaluation as a video in the run folder"""
+
+    # ------------------------------------------------------------ resets
+    reset_interval: Annotated[int, "[0, inf)"] = 20_000
+    """gradient steps of one agent between two of its own resets (the paper's MiniGrid: 200,000, in longer runs); 0 = never"""
+
+    # ------------------------------------------------------------ the ensemble
+    num_agents: Annotated[int, "[1, inf)"] = 2
+    """agents in the ensemble (sensible: 2 to 4; 1 = SR+DQN)"""
+    beta: Annotated[float, "[0, inf)"] = 50.0
+    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest"""
+
+
+# ------------------------------------------------------------------------------------------------- network, selection
+
+
+class StackedMLP(nn.Module):
+    """Several MLPs of one shape with ReLU, computed together: (num_networks, batch, inputs) to (num_networks, batch, outputs).
+
+    A matrix product for all networks at once fills a GPU that one network leaves half idle, and for small networks it saves
+    most of the time on a CPU, too. The weights are stacked, (num_networks, inputs, outputs) in every layer.
+    """
+
+    def __init__(self, num_networks: int, widths: list[int]):
+        super().__init__()
+        layers = list(zip(widths, widths[1:]))
+        self.weights = nn.ParameterList(torch.zeros(num_networks, fan_in, fan_out) for fan_in, fan_out in layers)
+        self.biases = nn.ParameterList(torch.zeros(num_networks, 1, fan_out) for _, fan_out in layers)
+        self.layers = list(zip(self.weights, self.biases))  # on a CPU ParameterLists cost 4 % of the training loop
+
+    @torch.no_grad()
+    def initialise(self, network: int) -> None:
+        """Gives one of the networks, in place, the values of freshly built `nn.Linear` layers."""
+        for weight, bias in self.layers:
+            layer = nn.Linear(weight.shape[1], weight.shape[2])
+            weight[network] = layer.weight.T
+            bias[network, 0] = layer.bias
+
+    def forward(self, inputs: torch.Tensor, networks: torch.Tensor | None = None) -> torch.Tensor:
+        """All networks, or those whose numbers are given on the device."""
+        for depth, (weight, bias) in enumerate(self.layers):
+            if networks is not None:
+                weight, bias = weight.index_select(0, networks), bias.index_select(0, networks)
+            if depth:
+                inputs = F.relu_(inputs)
+            if weight.shape[2] > 1:
+                inputs = torch.baddbmm(bias, inputs, weight)
+            else:  # the same, but on a CPU several times faster where the matrix is a single column
+                inputs = (inputs * weight.transpose(1, 2)).sum(dim=2, keepdim=True) + bias
+        return inputs
+
+
+def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
+    """p_i = softmax_i(beta * q_i / max_j |q_j|), uniform if all q are 0: (batch, N) to (batch, N).
+
+    Dividing by the largest absolute value, not by the largest value, keeps the order of proposals whose values are
+    negative (the official code clips there, and chooses uniformly).
+    """
+    scale = q_values.abs().amax(dim=1, keepdim=True)
+    return torch.softmax(beta * torch.where(scale > 0, q_values / scale, 0.0), dim=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- agent
+
+
+class Agent:
+    """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
+
+    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts")
+    METRICS = ("td_loss", "q_values")
+
+    def __init__(
+        self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
+    ):
+        self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
+        self.q_networks = StackedMLP(args.num_agents, self.widths(args, observation_space, action_space)).to(device)
+        self.target_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
+        self.parameters, self.target_parameters = list(self.q_networks.parameters()), list(self.target_networks.parameters())
+        # PyTorch's global generator initialises networks and serves no other purpose.
+        torch.manual_seed(derive_seed(args.seed, INITIALISATION))
+        for index in range(args.num_agents):
+            self.initialise(index)
+        self.optimizer = self.make_optimizer()
+        self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
+        self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
+        self.num_resets = 0
+        self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
+        self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
+
+    @staticmethod
+    def widths(args: Args, observation_space: gym.Space, action_space: gym.Space) -> list[int]:
+        """Of the layers of one agent's network, input and output among them."""
+        return [observation_space.shape[0], *[args.hidden_dim] * args.num_hidden_layers, int(action_space.n)]
+
+    @staticmethod
+    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
+        """Parameters, targets, gradients, and the moments of the optimizer (Adam two, RMSprop one), float32."""
+        widths = Agent.widths(args, observation_space, action_space)
+        num_parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in zip(widths, widths[1:]))
+        return args.num_agents * 4 * num_parameters * (5 if args.optimizer == "adam" else 4)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of one agent's network."""
+        return sum(parameter.numel() for parameter in self.parameters) // self.args.num_agents
+
+    @property
+    def num_resets(self) -> int:
+        return self._num_resets
+
+    @num_resets.setter
+    def num_resets(self, num_resets: int) -> None:
+        self._num_resets = num_resets
+        self.oldest.fill_(num_resets % self.args.num_agents)
+        self.beta.fill_(self.args.beta if num_resets else 0.0)
+
+    @torch.no_grad()
+    def initialise(self, index: int) -> None:
+        """A new network, and its exact copy as target, in the place of agent `index`'s, in place."""
+        self.q_networks.initialise(index)
+        for target, parameter in zip(self.target_parameters, self.parameters):
+            target[index] = parameter[index]
+
+    def make_optimizer(self) -> optim.Optimizer:
+        """An optimizer with a parameter group per agent, which holds the agent's slices of the stacked parameters.
+
+        Over the stacked parameters themselves Adam would have one step count for all agents, and after a reset the bias
+        correction of the new agent would be that of an old one. The slices share the memory of the parameters.
+        """
+        groups = [{"params": slices} for slices in self.slices_per_agent([parameter.detach() for parameter in self.parameters])]
+        options = {"lr": self.args.learning_rate, "capturable": self.device.type == "cuda"}
+        if self.args.optimizer == "rmsprop":
+            return optim.RMSprop(groups, foreach=True, **options)
+        return optim.Adam(groups, fused=True, **options)
+
+    def slices_per_agent(self, stacked: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """For every agent its slices of the stacked tensors, as views."""
+        return list(zip(*(tensor.chunk(self.args.num_agents) for tensor in stacked)))
+
+    def q_values(self, networks: StackedMLP, observations: torch.Tensor) -> torch.Tensor:
+        """Of every agent, (N, batch, actions), for observations (batch, observation_dim)."""
+        with self.autocast():
+            return networks(observations.expand(self.args.num_agents, -1, -1)).float()
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, observation_dim)."""
+        q_values = self.q_values(self.q_networks, observations)  # (N, num_envs, actions)
+        proposals = q_values.argmax(dim=2).T  # (num_envs, N)
+        if self.args.num_agents == 1:  # nothing to choose, and so nothing to judge
+            return torch.stack([proposals[:, 0], torch.zeros_like(proposals[:, 0])])
+        judgement = q_values.index_select(0, self.oldest).squeeze(0).gather(1, proposals)  # (num_envs, N)
+        probabilities = selection_probabilities(judgement, self.beta)
+        # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
+        clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+        acting_agents = clocks.argmin(dim=1)  # (num_envs,)
+        return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
+
+    def update(self) -> None:
+        """One gradient step of every agent on one mini-batch. The copies into the targets are not in it, see `train`."""
+        args = self.args
+        observations, actions, rewards, terminated, next_observations = self.buffer.sample(args.batch_size)
+        with torch.no_grad():
+            next_q_values = self.q_values(self.target_networks, next_observations).amax(dim=2)  # (N, batch_size)
+            td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (N, batch_size)
+        actions = actions.long().expand(args.num_agents, -1, -1)  # (N, batch_size, 1)
+        q_values = self.q_values(self.q_networks, observations).gather(2, actions).squeeze(2)  # (N, batch_size)
+        losses = F.smooth_l1_loss(q_values, td_targets, reduction="none").mean(dim=1)  # (N,)
+        # The agents' losses are summed: none depends on another agent's parameters, so the gradients stay their own.
+        gradients = torch.autograd.grad(losses.sum(), self.parameters)
+        self.clip(gradients)
+        for group, slices in zip(self.optimizer.param_groups, self.slices_per_agent(gradients)):
+            for parameter, gradient in zip(group["params"], slices):
+                parameter.grad = gradient
+        self.optimizer.step()
+        if args.tau:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.target_parameters, self.parameters, args.tau)
+        self.metrics.copy_(torch.stack([losses.detach(), q_values.detach().mean(dim=1)]))
+
+    def clip(self, gradients: tuple[torch.Tensor, ...]) -> None:
+        """Shortens every agent's gradient to --max-grad-norm, as `nn.utils.clip_grad_norm_` does it for one."""
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)  # (N,)
+        factors = (self.args.max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
+        for gradient in gradients:
+            gradient.mul_(factors)
+
+    @torch.no_grad()
+    def copy_to_targets(self) -> None:
+        torch._foreach_copy_(self.target_parameters, self.parameters)
+
+    def reset(self) -> int:
+        """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
+        index = self.num_resets % self.args.num_agents
+        self.initialise(index)
+        for parameter in self.optimizer.param_groups[index]["params"]:
+            for moment_or_step in self.optimizer.state[parameter].values():
+                moment_or_step.zero_()
+        self.num_resets += 1
+        return index
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def evaluation_policy(self, generator: torch.Generator):
+        """What evaluations play: (batch, observation_dim) to (batch,) actions."""
+        greedy = lambda observations: self.act(observations, generator)[0]
+        return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
+
+    def scalars(self) -> dict[str, float]:
+        """For TensorBoard: who judges, and how often an agent's proposal was taken since the last call."""
+        counts = self.acting_counts / max(1, self.acting_counts.sum())
+        self.acting_counts[:] = 0
+        return {"rde/oldest_agent": self.num_resets % self.args.num_agents} | {
+            f"rde/acting_fraction_{i}": count for i, count in enumerate(counts)
+        }
+
+    def weights(self) -> dict:
+        """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
+        return {
+            "q_networks": copy.deepcopy(self.q_networks).cpu().state_dict(),
+            "oldest_agent": self.oldest.item(),
+            "num_resets": self.num_resets,
+        }
+
+    def load_weights(self, weights: dict) -> None:
+        self.q_networks.load_state_dict(weights["q_networks"])
+        self.num_resets = weights["num_resets"]
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def epsilon_at(args: Args, global_step: int, num_episodes: int) -> float:
+    """Epsilon after so many environment steps and finished training episodes."""
+    progress, duration = global_step, args.exploration_fraction * args.total_timesteps
+    if args.epsilon_unit == "episode":
+        progress, duration = num_episodes, args.exploration_episodes
+    if args.epsilon_schedule == "exponential":
+        return max(args.end_e, args.start_e * args.epsilon_decay**progress)
+    return linear_schedule(args.start_e, args.end_e, duration, progress)
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """`start` at step 0, `end` from step `duration` on."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+def gradient_steps_due(args: Args, global_step: int) -> int:
+    """Gradient steps that belong to the first `global_step` environment steps; exact for fractions such as 0.29."""
+    return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
+
+
+def resets_due(args: Args, gradient_steps: int) -> int:
+    """Reset events that belong to so many gradient steps: one every T / N, so that each agent has T between its own."""
+    return gradient_steps * args.num_agents // args.reset_interval if args.reset_interval else 0
+
+
+def events_due(args: Args, global_step: int, gradient_steps: int, num_resets: int) -> list[str]:
+    """The evaluations (by their phase) and the reset that follow the loop step that ends at `global_step`."""
+    if global_step >= args.total_timesteps:
+        return ["final"]  # and no reset: nothing would learn from it
+    if resets_due(args, gradient_steps) > num_resets:
+        return ["before_reset", "reset", "after_reset"]
+    return ["scheduled"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
+
+
+def check_schedules(args: Args) -> None:
+    """Refuses schedules that cannot work."""
+    if gradient_steps_due(args, args.total_timesteps) == 0:
+        fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
+    if bool(args.target_update_interval) == bool(args.tau):
+        fail(f"--target-update-interval {args.target_update_interval} and --tau {args.tau:g}: the target network follows by one "
+             "of the two, and the other one has to be 0")  # fmt: skip
+    shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
+    if 0 < args.reset_interval < shortest:
+        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
+             f"use at least {shortest}, or 0 for never")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- training loop
+
+
+def train(args: Args, path: str | None = None) -> None:
+    """A whole run, or (in the folder `path`) the rest of one."""
+    run = Run(args, path)
+    envs = run.make_envs(args.num_envs)
+    spaces = envs[0].observation_space, envs[0].action_space
+    exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
+    mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
+    selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
+    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    agent = Agent(args, *spaces, buffer, run.device)
+
+    observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
+    device_observations = torch.from_numpy(observations).to(run.device, copy=True)
+    act = CudaGraph(lambda: agent.act(device_observations, selection), selection, run.captures)
+    update = CudaGraph(agent.update, mini_batches, run.captures)
+
+    parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
+             "mini_batches": mini_batches, "selection": selection}  # fmt: skip
+    if not run.restore(parts):
+        for i, env in enumerate(envs):
+            observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
+    run.announce(args.num_agents, agent.num_parameters, resets_due(args, gradient_steps_due(args, run.last_loop_step)))
+
+    while run.goes_on():
+        # Between two steps: an evaluation, a reset of the oldest agent, a checkpoint.
+        if run.agenda:
+            if run.agenda[0] == "reset":
+                reset_agent = agent.reset()
+                run.log_scalars({"rde/reset_agent": reset_agent})
+                run.say(f"reset of agent {reset_agent} after {run.gradient_steps} gradient steps")
+                run.agenda.pop(0)
+            else:
+                run.attend(agent)
+            continue
+
+        # Act: the ensemble's greedy actions, and on top, per environment, random ones with probability epsilon.
+        epsilon = epsilon_at(args, run.global_step, run.num_episodes)
+        explore = exploration.random(args.num_envs) < epsilon  # (num_envs,)
+        actions = exploration.integers(agent.num_actions, size=args.num_envs)
+        if not explore.all():
+            upload(observations, device_observations)
+            choice = Download(act())
+
+        # Learn. Launched before the environment runs, so that the GPU trains while the CPU plays.
+        learns = run.global_step >= args.learning_starts
+        while learns and run.gradient_steps < gradient_steps_due(args, run.global_step + args.num_envs):
+            update()
+            run.count_gradient_step()
+            # Outside of the captured update, because a captured graph does the same at every step.
+            if args.target_update_interval and run.gradient_steps % args.target_update_interval == 0:
+                agent.copy_to_targets()
+
+        # Step the environments and store what happened.
+        if not explore.all():
+            greedy_actions, acting_agents = choice.numpy()
+            actions = np.where(explore, actions, greedy_actions)
+            agent.acting_counts += np.bincount(acting_agents[~explore], minlength=args.num_agents)
+        run.global_step += args.num_envs
+        for i, env in enumerate(envs):
+            next_observation, reward, terminated, truncated, info = env.step(actions[i])
+            buffer.add(observations[i], actions[i : i + 1], reward, terminated, next_observation)
+            if terminated or truncated:
+                next_observation, _ = env.reset()
+                run.log_episode(info["episode"])
+            observations[i] = next_observation
+
+        # Log, and see what is due.
+        run.count_step()
+        if run.log_is_due():
+            run.log(agent, {"charts/epsilon": epsilon} | agent.scalars())
+        run.agenda = run.upkeep_due() + events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+
+    run.finish(agent.weights())
+
+
+# =========================================================================================================== the line
+# Above it stands the algorithm. Below it stands what it is built on.
+
+
+# ------------------------------------------------------------------------------------------------------- environments
+
+ENVIRONMENT_BYTES = 1_000_000  # what an environment adds to the memory of the process, about
+
+
+def environment_versions() -> dict[str, str]:
+    """Of the packages that environments come from, where they are installed."""
+    versions = {}
+    for name in ("box2d", "minigrid"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def is_minigrid(env_id: str) -> bool:
+    return env_id.split(":")[-1].startswith("MiniGrid-")
+
+
+def episode_columns(args: Args) -> tuple[str, ...]:
+    """What `info["episode"]` holds beside the return "r" and the length "l"."""
+    return ("success",) if is_minigrid(args.env_id) else ()
+
+
+COLOURS = ("blue", "green", "grey", "purple", "red", "yellow")  # all that MiniGrid has
+VIEW_RANGES = np.array([10, 5, 2], np.float32)  # the largest object, colour and state of a cell
+
+
+@functools.cache
+def mission_colour(mission: str) -> np.ndarray:
+    """The first colour that the text names, one-hot, (6,) float32. Zeros if it names none."""
+    named = [word for word in re.findall(r"\w+", mission) if word in COLOURS]
+    return np.array([named[:1] == [colour] for colour in COLOURS], np.float32)
+
+
+class MiniGridView(gym.Wrapper):
+    """What the agent sees of MiniGrid: its 7x7 view, each channel divided by its range, and the mission's colour, (153,).
+
+    The view holds object, colour and state of every cell as small numbers. The colour is the only place where it is said
+    which door GoToDoor's target is. At the end of an episode `info["success"]` is 1 if there was a reward, else 0. With
+    `actions` "move" the actions are left, right and forward.
+    """
+
+    def __init__(self, env: gym.Env, actions: str):
+        super().__init__(env)
+        observation_dim = math.prod(env.observation_space["image"].shape) + len(COLOURS)
+        self.observation_space = gym.spaces.Box(0.0, np.inf, (observation_dim,), np.float32)
+        if actions == "move":
+            self.action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self.encode(observation), info
+
+    def step(self, action: int):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            info = info | {"success": int(reward > 0)}
+        return self.encode(observation), reward, terminated, truncated, info
+
+    @staticmethod
+    def encode(observation: dict) -> np.ndarray:
+        view = observation["image"] / VIEW_RANGES  # (7, 7, 3) float32
+        return np.concatenate([view.ravel(), mission_colour(observation["mission"])])
+
+
+class Task(gym.Wrapper):
+    """A task with float32 vectors as observations and actions from 0 on, which can be saved in the middle of an episode.
+
+    Numbers as observations become one-hot vectors. At the end of an episode `info["episode"]` holds the return "r", the
+    length "l" and, if the environment tells it, the "success".
+
+    Some worlds cannot be saved (Box2D's). So none is: kept are the beginning of the episode (a seed, or the state of the
+    environment's random generator) and its actions, and it is played again. That is exact for every environment that depends on
+    nothing else. Options of `reset` are not kept.
+    """
+
+    KEPT = ("episode",)
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        self.one_hot = np.eye(space.n, dtype=np.float32) if isinstance(space, gym.spaces.Discrete) else None
+        observation_dim = space.shape[0] if self.one_hot is None else int(space.n)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
+        self.first_action, self.action_space = int(env.action_space.start), gym.spaces.Discrete(int(env.action_space.n))
+        self.start: int | dict | None = None  # the seed, the state of the random generator, or (before the first reset) None
+        self.actions: list[int] = []  # since then
+        self.observation, self.episodic_return = np.zeros(observation_dim, np.float32), 0.0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.start = self.unwrapped.np_random.bit_generator.state if seed is None else seed
+        self.actions, self.episodic_return = [], 0.0
+        observation, info = self.env.reset(seed=seed, options=options)
+        self.observation = self.encode(observation)
+        return self.observation, info
+
+    def step(self, action: int):
+        self.actions.append(int(action))
+        observation, reward, terminated, truncated, info = self.env.step(self.first_action + self.actions[-1])
+        self.observation = self.encode(observation)
+        self.episodic_return += float(reward)
+        if terminated or truncated:
+            episode = {"r": self.episodic_return, "l": len(self.actions)}
+            info = info | {"episode": episode | {name: info[name] for name in ("success",) if name in info}}
+        return self.observation, float(reward), terminated, truncated, info
+
+    def encode(self, observation) -> np.ndarray:
+        if self.one_hot is not None:
+            return self.one_hot[observation - self.env.observation_space.start]
+        return np.array(observation, np.float32)
+
+    @property
+    def episode(self) -> dict:
+        return {"start": self.start, "actions": self.actions, "observation": torch.from_numpy(self.observation.copy())}
+
+    @episode.setter
+    def episode(self, state: dict) -> None:
+        if isinstance(state["start"], dict):
+            self.unwrapped.np_random.bit_generator.state = state["start"]
+        if state["start"] is not None:
+            self.reset(seed=state["start"] if isinstance(state["start"], int) else None)
+        for action in state["actions"]:
+            self.step(action)
+        if not np.array_equal(self.observation, state["observation"].numpy(), equal_nan=True):
+            raise RunError(f"the episode of the checkpoint went another way when its {len(self.actions)} steps were played again: "
+                           "this environment, or this computer, does not repeat itself")  # fmt: skip
+
+
+def make_env(args: Args, video_folder: str | None = None) -> gym.Env:
+    """The task, with observations (observation_dim,) float32 and discrete actions."""
+    env = make_bare_env(args, "rgb_array" if video_folder else None)
+    if video_folder:
+        env = record_video(env, video_folder)
+    return Task(MiniGridView(env, args.actions) if is_minigrid(args.env_id) else env)
+
+
+def make_bare_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The environment as it is registered, with the limit of --max-episode-steps."""
+    limit, options = args.max_episode_steps, {}
+    if is_minigrid(args.env_id):
+        import minigrid  # noqa: F401  (registers its environments; LunarLander does without the package)
+
+        if limit:  # MiniGrid cuts its episodes off itself, and its reward is a part of the limit that was left over
+            options["max_steps"] = 100 if limit == -1 else limit
+    elif limit > 0:
+        options["max_episode_steps"] = limit
+    return gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **options)
+
+
+# The tasks of MiniGrid in which nothing has to be picked up, opened, or declared to be done.
+MOVES_SUFFICE = ("DistShift", "Dynamic-Obstacles", "Empty", "FourRooms", "LavaCrossing", "LavaGap", "Memory", "SimpleCrossing")
+
+
+def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
+    """Refuses what is no environment, or none for this script, and returns the spaces of observations and actions."""
+    env_id, given = args.env_id, f"--env-id {args.env_id}"
+    if args.buffer_size < args.num_envs:
+        fail(f"--buffer-size {args.buffer_size} is too small for one step of {args.num_envs} environments")
+    if env_id.startswith("ALE/") or "NoFrameskip-v" in env_id:
+        fail(f"{given} is an Atari game, and its observations are pictures; use rde_dqn_atari.py")
+    if is_minigrid(env_id) and importlib.util.find_spec("minigrid") is None:
+        fail(f"{given} needs the package minigrid: pip install minigrid")
+    if args.actions == "move" and not is_minigrid(env_id):
+        fail(f"--actions move has a meaning in MiniGrid alone, and {given} is none of its tasks; leave it out")
+    if args.actions == "move" and not env_id.split("MiniGrid-")[-1].startswith(MOVES_SUFFICE):
+        fail(f"--actions move leaves {given} without an action that it needs; use --actions all")
+    if env_id not in known_environments(env_id):
+        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"
+        fail(f"{given} is not registered with Gymnasium; {hint}")
+    try:
+        env = make_bare_env(args, "rgb_array" if args.capture_video else None)
+    except Exception as error:  # a package is missing, an argument is not taken, ...: every environment has its own
+        fail(f"{given} cannot be made: {' '.join(str(error).split()) or repr(error)}")
+    observation_space, action_space = env.observation_space, env.action_space
+    if not is_minigrid(env_id) and not isinstance(observation_space, gym.spaces.Discrete):
+        shape = getattr(observation_space, "shape", None)
+        if isinstance(observation_space, gym.spaces.Box) and len(shape) in (2, 3):
+            fail(f"{given} has pictures as observations, of shape {shape}, and this script takes vectors or single numbers; "
+                 "for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
+        if not isinstance(observation_space, gym.spaces.Box) or len(shape) != 1:
+            fail(f"{given} has observations in {observation_space}, and this script takes vectors (a flat Box) or single numbers "
+                 "(Discrete)")  # fmt: skip
+    if not isinstance(action_space, gym.spaces.Discrete):
+        kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
+        fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
+    if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+        fail(f"--capture-video: {given} draws no pictures (rgb_array)")
+    if env.spec.max_episode_steps is None and args.max_episode_steps < 1 and not is_minigrid(env_id):
+        print(f"warning: {given} has no limit of its own: if an episode never ends, an evaluation does not either; "
+              "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip
+    env.close()
+    env = make_env(args)
+    return env.observation_space, env.action_space
+
+
+def known_environments(env_id: str) -> list[str]:
+    """All that are registered, MiniGrid's among them, and those of the module in module:MyTask-v0, with its name."""
+    module = env_id.partition(":")[0] if ":" in env_id else ""
+    minigrid = "minigrid" if env_id not in gym.registry and importlib.util.find_spec("minigrid") else ""
+    for name in filter(None, (minigrid, module)):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # somebody's own module
+            fail(f"--env-id {env_id}: the module {name} cannot be imported: {' '.join(str(error).split()) or repr(error)}")
+    return [f"{module}:{name}" if module else name for name in gym.registry]
+
+
+def normalized_scores(env_id: str, score: float) -> dict[str, float]:
+    """None: the returns of these tasks are looked at as they are."""
+    return {}
+
+
+def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Generator):
+    """The policy that plays as `greedy` does, (batch, ...) to (batch,), but a random action with probability epsilon."""
+    if epsilon == 0:
+        return greedy
+
+    def policy(observations: torch.Tensor) -> torch.Tensor:
+        actions = greedy(observations)
+        explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
+        return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
+
+    return policy
+
+
+# ------------------------------------------------------------------------------------------------------ replay buffer
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+
+    A row is observation, action, reward, terminated, next observation. The next observation is stored with every
+    transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
+    """
+
+    KEPT = ("num_added", "size", "used_rows")
+
+    def __init__(
+        self,
+        capacity: int,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        device: torch.device,
+        generator: torch.Generator,
+    ):
+        self.capacity, self.device, self.generator = capacity, device, generator
+        self.widths = self.row_widths(observation_space, action_space)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.num_added = 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+
+    @staticmethod
+    def row_widths(observation_space: gym.Space, action_space: gym.Space) -> list[int]:
+        return [observation_space.shape[0], math.prod(action_space.shape), 1, 1, observation_space.shape[0]]
+
+    @staticmethod
+    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
+        return args.buffer_size * 4 * sum(ReplayBuffer.row_widths(observation_space, action_space))
+
+    @property
+    def used_rows(self) -> torch.Tensor:
+        """The rows that have been written, without a copy."""
+        return self.rows[: min(self.num_added, self.capacity)]
+
+    def add(
+        self, observation: np.ndarray, action: np.ndarray, reward: float, terminated: bool, next_observation: np.ndarray
+    ) -> None:
+        """Stores a transition, over the oldest one if there is no room left."""
+        row = np.concatenate([observation, action, [reward, terminated], next_observation], dtype=np.float32)
+        upload(row, self.rows[self.num_added % self.capacity])
+        self.num_added += 1
+        self.size.fill_(min(self.num_added, self.capacity))
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draws transitions uniformly, with replacement, all float32.
+
+        Returns observations (batch_size, observation_dim), actions (batch_size, action_dim), rewards (batch_size,),
+        terminated (batch_size,) and next observations (batch_size, observation_dim).
+        """
+        draws = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=self.generator)
+        rows = self.rows.index_select(0, (draws * self.size).long())  # (batch_size, sum of the widths)
+        observations, actions, rewards, terminated, next_observations = rows.split(self.widths, dim=1)
+        return observations, actions, rewards.squeeze(1), terminated.squeeze(1), next_observations
+
+
+# ==================================================================================================== the second line
+# Below it all scripts are equal to the byte.
+
+
+# -------------------------------------------------------------------------------------------- seeds, devices, copying
+
+# One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+
+
+def derive_seed(seed: int, purpose: int, *indices: int) -> int:
+    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
+    return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
+
+
+def upload(array: np.ndarray, destination: torch.Tensor) -> None:
+    """Copies the array into the tensor. On CUDA asynchronously, from pinned memory, which PyTorch keeps until it is done."""
+    source = torch.from_numpy(array)
+    destination.copy_(source.pin_memory() if destination.is_cuda else source, non_blocking=True)
+
+
+class Download:
+    """The copy of a tensor on its way to the host; `numpy` waits for it, and for nothing that was launched after it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.event = tensor, None
+        if tensor.is_cuda:
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def numpy(self) -> np.ndarray:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor.numpy()
+
+
+class CudaGraph:
+    """A function without arguments that reads and writes fixed tensors, captured as a CUDA graph and replayed.
+
+    The first calls run as they are, for PyTorch to set itself up, and count like all others; the capture itself computes
+    nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
+    """
+
+    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
+        self.function, self.generator, self.enabled = function, generator, enabled
+        self.graph, self.warm_up_calls = None, 3
+
+    def __call__(self):
+        if not self.enabled:
+            return self.function()
+        if self.warm_up_calls:
+            self.warm_up_calls -= 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device, stop: "StopSignal"
+) -> list[dict] | None:
+    """Plays one whole episode in each environment, side by side, and returns their `info["episode"]` (None if stopped).
+
+    `policy` maps observations (batch, ...) to actions (batch, ...). The results depend on the policy, the seed and the step
+    alone: the environments are seeded anew (Atari games are loaded anew: some keep state from one game to the next), and the
+    random numbers are their own. So an evaluation changes nothing in the training, and the two around a reset play from
+    the same starts.
+    """
+    observations, episodes, playing = [], [{}] * len(envs), list(range(len(envs)))
+    for i, env in enumerate(envs):
+        if stop.received:
+            return None
+        observations.append(env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0])
+    while playing:
+        if stop.received:
+            return None
+        actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).cpu().numpy()
+        for i, action in zip(tuple(playing), actions):
+            observations[i], _, terminated, truncated, info = envs[i].step(action)
+            if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
+                observations[i], info = envs[i].reset()
+            if "episode" in info:
+                episodes[i] = info["episode"]
+                playing.remove(i)
+    return episodes
+
+
+def record_video(env: gym.Env, folder: str, fps: int | None = None) -> gym.Env:
+    """The environment, of which `Run.evaluate` records the first episode of every evaluation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "overwriting existing videos": an evaluation that is played again does
+        return gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda episode: True, fps=fps, disable_logger=True)
+
+
+# ------------------------------------------------------------------------------------------------- what a run consists of
+
+SCRIPT = os.path.basename(__file__)
+with open(__file__, "rb") as script_file:
+    SCRIPT_SHA256 = hashlib.sha256(script_file.read()).hexdigest()
+
+LOG_INTERVAL = 100  # environment steps between two points of the training curves
+NOT_SAVED = ("resume", "allow_changed_script", "check_only")  # arguments of a command, not of a run
+WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
+FINISHED, INTERRUPTED, UNDER_WAY = range(3)
+EXIT_CODE_UNDER_WAY = 75  # another process is at the run (EX_TEMPFAIL of sysexits.h)
+
+
+class RunError(Exception):
+    """Something that its message explains to the person who typed the command, without a stack trace."""
+
+
+def state_of(part):
+    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
+
+    A class names the attributes that have to be kept in KEPT. PyTorch's modules, optimizers and generators, NumPy's
+    generators, arrays and tensors keep themselves; everything else has to be a plain value.
+    """
+    if hasattr(part, "KEPT"):
+        return {name: state_of(getattr(part, name)) for name in part.KEPT}
+    if isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+        return [state_of(item) for item in part]
+    if isinstance(part, (nn.Module, optim.Optimizer)):
+        return part.state_dict()
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, np.random.Generator):
+        return part.bit_generator.state
+    if isinstance(part, torch.Tensor):  # through NumPy, because of a view torch.save would write the whole memory
+        return torch.from_numpy(part.detach().cpu().numpy())
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+
+
+def restored(part, state):
+    """The part as it was kept: the same object, in place (captured CUDA graphs hold addresses), or a plain value."""
+    if hasattr(part, "KEPT"):
+        for name in part.KEPT:
+            attribute = getattr(part, name)
+            if (value := restored(attribute, state[name])) is not attribute:
+                setattr(part, name, value)
+    elif isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+        for item, item_state in zip(part, state, strict=True):
+            restored(item, item_state)
+    elif isinstance(part, (nn.Module, optim.Optimizer)):
+        part.load_state_dict(state)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, np.random.Generator):
+        part.bit_generator.state = state
+    elif isinstance(part, torch.Tensor):
+        part.copy_(state)
+    elif isinstance(part, np.ndarray):
+        part[...] = state.numpy()
+    else:
+        return state
+    return part
+
+
+class StopSignal:
+    """Remembers SIGTERM (from a cluster's scheduler) or SIGINT (Ctrl-C); the second one ends the process at once."""
+
+    def __init__(self):
+        self.received, self.time = 0, math.inf
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        self.received, self.time = number, time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Run:
+    """A run: its folder, logs, checkpoints and counters, its evaluations, and the signal that stops it.
+
+    In the folder: args.json, TensorBoard events, episodes.csv, evaluations.csv, checkpoint.pt, model.pt, models/, videos/.
+    """
+
+    KEPT = ("global_step", "gradient_steps", "num_episodes", "agenda", "last_returns", "speed_steps", "speed_seconds",
+            "wall_seconds")  # fmt: skip
+
+    def __init__(self, args: Args, path: str | None = None):
+        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `restore`."""
+        self.args, self.stop = args, StopSignal()
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.captures = args.cuda_graphs and self.device.type == "cuda"
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.columns = episode_columns(args)
+        self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
+        self.agenda: list[str] = []  # what is to be done before the next step, see `attend` and `train`
+        self.last_returns: list[float] = []
+        self.speed_steps, self.speed_seconds = 0, 0.0  # since learning began, without evaluations
+        self.wall_seconds = 0.0
+        self.eval_envs: list[gym.Env] = []
+        if path is None:
+            with new_run_folder(args) as self.path:
+                self.lock = lock_folder(self.path)
+                self.write_args()
+        else:
+            self.path, self.lock = path, lock_folder(path)
+            if self.lock is None:
+                leave_to_another_process(path)
+            check_files(path)
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.time() - self.start_time
+
+    @wall_seconds.setter
+    def wall_seconds(self, seconds: float) -> None:
+        self.start_time = time.time() - seconds
+
+    @property
+    def last_loop_step(self) -> int:
+        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
+        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
+
+    def make_envs(self, count: int, video_folder: str | None = None) -> list[gym.Env]:
+        """That many environments, of which the first one can be recorded."""
+        envs: list[gym.Env] = []
+        while len(envs) < count:
+            if self.stop.received:
+                self.end(f"stopped before the run went on; to continue: {self.command_to_continue()}")
+            envs.append(make_env(self.args, video_folder if not envs else None))
+        return envs
+
+    # ------------------------------------------------------------ begin, go on, end
+
+    def restore(self, parts: dict) -> bool:
+        """Opens the run's files for all that is to be logged. True if there is a checkpoint, which all parts then are as."""
+        self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
+        self.parts = {"run": self, "initialisation": torch.default_generator} | parts
+        checkpoint = self.file("checkpoint.pt")
+        if resumed := os.path.exists(checkpoint):
+            content = load_checkpoint(checkpoint, self.args, self.device)
+            for name, size in content["file_sizes"].items():
+                if not os.path.exists(self.file(name)) or os.path.getsize(self.file(name)) < size:
+                    raise RunError(f"{self.file(name)} is shorter than it was at the checkpoint, or gone: it is damaged")
+            try:
+                for name, part in self.parts.items():
+                    restored(part, content["parts"][name])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
+            if self.global_step < self.args.total_timesteps:  # if that was the end, it was postponed
+                self.agenda = ["scheduled" if item == "final" else item for item in self.agenda]
+            torch.set_num_threads(content["num_threads"])  # with another number sums are rounded in another order
+        self.open(content["file_sizes"] if resumed else {})
+        if resumed:
+            tqdm.write(f"continuing {self.path} at step {self.global_step}, with {torch.get_num_threads()} thread(s) as before")
+        self.progress = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", smoothing=0.02,
+                             mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
+        return resumed
+
+    def open(self, file_sizes: dict[str, int]) -> None:
+        """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
+        self.write_args()  # --total-timesteps may have been raised
+        if self.args.track:
+            import wandb
+
+            identity = os.path.basename(os.path.normpath(self.path))
+            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
+                       resume="allow", config=saved_arguments(self.args), sync_tensorboard=True)  # fmt: skip
+        for path in filter(os.path.exists, self.growing_files()):
+            if os.path.basename(path) in file_sizes:
+                os.truncate(path, file_sizes[os.path.basename(path)])
+            else:
+                os.remove(path)
+        columns = ("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns)
+        self.episodes = self.open_csv("episodes.csv", columns)
+        columns = ("global_step", "phase", "episode", "episodic_return", *self.columns)
+        self.evaluations = self.open_csv("evaluations.csv", columns)
+        self.writer = SummaryWriter(self.path)
+        atexit.register(self.flush_at_exit)
+
+    def flush_at_exit(self) -> None:
+        """However the process ends (but for a kill), what TensorBoard was told is written."""
+        with contextlib.suppress(OSError):  # a full disk has been reported already
+            self.writer.flush()
+
+    def open_csv(self, name: str, columns: tuple[str, ...]):
+        file = open(self.file(name), "a", newline="", buffering=1)  # every row is written as it ends
+        rows = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            rows.writerow(columns)
+        return rows
+
+    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+        """Says in one line what the run will do."""
+        args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
+                f"parameters, {gradient_steps_due(args, args.total_timesteps):,} gradient steps, {num_resets} reset(s), "
+                f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
+        if self.speed_steps:  # of a run that goes on the speed is known
+            seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
+            line += f", about {seconds / 60:.0f} min left"
+        tqdm.write(f"{line}; in {self.path}")
+
+    def spaces(self) -> tuple[gym.Space, gym.Space]:
+        return self.eval_envs[0].observation_space, self.eval_envs[0].action_space
+
+    def goes_on(self) -> bool:
+        """Whether anything is left to do. Ends the process, after a checkpoint, if a signal asks for it."""
+        if self.stop.received:
+            self.save()
+            self.end(f"stopped at step {self.global_step}; to continue: {self.command_to_continue()}")
+        self.turn_started = time.perf_counter()
+        return bool(self.agenda) or self.global_step < self.args.total_timesteps
+
+    def command_to_continue(self) -> str:
+        return f"python {sys.argv[0]} --resume {shlex.quote(self.path)}"
+
+    def end(self, message: str) -> None:
+        """Ends the process as a shell expects of one that a signal ended."""
+        if hasattr(self, "progress"):
+            self.progress.close()
+        print(message, file=sys.stderr)
+        sys.exit(128 + self.stop.received)
+
+    def finish(self, weights: dict) -> None:
+        """Leaves the weights and takes away the checkpoint, which is of no use any more."""
+        self.progress.close()
+        self.write_model("model.pt", weights)
+        remove_leftovers(self.path)
+        self.writer.close()
+        for env in self.parts["envs"] + self.eval_envs:
+            env.close()
+        tqdm.write(f"the run is in {self.path}")
+
+    # ------------------------------------------------------------ what happens at a step
+
+    def count_gradient_step(self) -> None:
+        self.gradient_steps += 1
+        if time.monotonic() > self.stop.time + 10:  # too many for one step: there is no state to save between them
+            self.end(f"stopped in the middle of step {self.global_step}; {WHAT_STAYS} {shlex.quote(self.path)}")
+
+    def count_step(self) -> None:
+        self.progress.update(self.args.num_envs)
+        if self.gradient_steps:
+            self.speed_steps += self.args.num_envs
+            self.speed_seconds += time.perf_counter() - self.turn_started
+
+    def log_is_due(self) -> bool:
+        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
+
+    def upkeep_due(self) -> list[str]:
+        """What `attend` has to do for the folder after the loop step that ends at the present step."""
+        args, step, due = self.args, self.global_step, []
+        if args.keep_models and interval_has_passed(Fraction(args.total_timesteps, args.keep_models), step, args.num_envs):
+            due.append("weights")
+        # A checkpoint at the end, too: a full disk or a kill before model.pt is written then loses nothing.
+        if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
+            due.append("checkpoint")
+        return due
+
+    def attend(self, agent: "Agent") -> None:
+        """Does the first item of the agenda, unless a signal stops it: keep weights, save a checkpoint, or evaluate."""
+        if self.agenda[0] == "weights":
+            os.makedirs(self.file("models"), exist_ok=True)
+            self.write_model(f"models/step_{self.global_step:08d}.pt", agent.weights())
+        elif self.agenda[0] == "checkpoint":
+            self.agenda.pop(0)  # so that the checkpoint does not ask for itself
+            try:
+                self.save()
+            except RunError as error:
+                if self.global_step < self.args.total_timesteps:
+                    raise
+                tqdm.write(f"warning: {error}", file=sys.stderr)  # model.pt is smaller, and may fit
+            return
+        else:
+            generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
+            if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
+                return
+        self.agenda.pop(0)
+
+    def evaluate(self, phase: str, policy) -> bool:
+        """False if a signal stopped it, and nothing was logged."""
+        self.finite_metrics()
+        recorder = self.eval_envs[0] if self.args.capture_video else None
+        if recorder is not None:
+            recorder.set_wrapper_attr("name_prefix", f"step-{self.global_step}-{phase}")
+            recorder.set_wrapper_attr("episode_id", -1)
+        try:
+            episodes = evaluate(policy, self.eval_envs, self.args.seed, self.global_step, self.device, self.stop)
+        finally:
+            if recorder is not None and recorder.get_wrapper_attr("recording"):
+                recorder.get_wrapper_attr("stop_recording")()
+        if episodes is not None:
+            self.log_evaluation(phase, episodes)
+        return episodes is not None
+
+    # ------------------------------------------------------------ logs
+
+    def say(self, message: str) -> None:
+        tqdm.write(f"step {self.global_step}: {message}")
+
+    def log_scalars(self, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.global_step)
+
+    def log(self, agent: "Agent", scalars: dict[str, float]) -> None:
+        """A point of the training curves. Only here, and before evaluations and checkpoints, the losses are looked at."""
+        if self.gradient_steps:
+            scalars["charts/SPS"] = self.speed_steps / self.speed_seconds
+            for name, values in zip(agent.METRICS, self.finite_metrics()):
+                for i, value in enumerate(np.atleast_1d(values)):
+                    scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
+        self.log_scalars(scalars)
+        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "-"
+        epsilon = f" epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
+        speed = f"{scalars.get('charts/SPS', 0):.0f}"
+        self.progress.set_postfix_str(f"return={mean_return}{epsilon} SPS={speed}", refresh=False)
+
+    def finite_metrics(self) -> np.ndarray:
+        """The agent's metrics, on the host. Nothing is evaluated or saved once one of them is not finite."""
+        agent = self.parts["agent"]
+        metrics = agent.metrics.cpu().numpy()
+        for name, values in zip(agent.METRICS, metrics):
+            if not np.isfinite(values).all():
+                raise FloatingPointError(
+                    f"{name} is not finite any more at step {self.global_step} ({values.tolist()}); try a lower --learning-rate"
+                )
+        return metrics
+
+    def log_episode(self, episode: dict) -> None:
+        extra = {name: episode[name] for name in self.columns}
+        wall_seconds = f"{self.wall_seconds:.2f}"
+        self.episodes.writerow((self.global_step, episode["r"], episode["l"], wall_seconds, *extra.values()))
+        self.num_episodes += 1
+        self.last_returns = [*self.last_returns[-9:], episode["r"]]
+        self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
+
+    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+        for i, episode in enumerate(episodes):
+            extra = [episode[name] for name in self.columns]
+            self.evaluations.writerow((self.global_step, phase, i, episode["r"], *extra))
+        returns = [episode["r"] for episode in episodes]
+        scalars = normalized_scores(self.args.env_id, float(np.mean(returns)))
+        scalars |= {f"episodic_{name}": float(np.mean([episode[name] for episode in episodes])) for name in self.columns}
+        line = f"evaluation ({phase.replace('_', ' ')}) mean {np.mean(returns):.1f}"
+        for name, value in scalars.items():
+            line += f", {name.replace('_', ' ')} {value:.3f}"
+        self.say(f"{line}, episodes {' '.join(f'{score:g}' for score in returns)}")
+        scalars["episodic_return"] = float(np.mean(returns))
+        # A curve has one point at a step: what a reset cost stands in curves of its own.
+        if phase in ("before_reset", "after_reset"):
+            self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
+        if phase != "after_reset":
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+
+    def write_args(self) -> None:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        content = {"script": SCRIPT, "script_sha256": SCRIPT_SHA256} | commit_of_script()
+        content |= {"args": saved_arguments(self.args), "versions": package_versions(), "device": device}
+        with replaced_when_written(self.file("args.json")) as file:
+            file.write(json.dumps(content, indent=2).encode())
+
+    def write_model(self, name: str, weights: dict) -> None:
+        try:
+            with replaced_when_written(self.file(name)) as file:
+                torch.save(weights, file)
+        except RuntimeError as error:  # PyTorch's way to say that the disk is full
+            raise RunError(f"{self.file(name)} was not written: {free_space(self.path)}; {WHAT_STAYS}") from error
+
+    # ------------------------------------------------------------ checkpoints
+
+    def growing_files(self) -> list[str]:
+        events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
+        return events + [self.file("episodes.csv"), self.file("evaluations.csv")]
+
+    def file_sizes(self) -> dict[str, int]:
+        """The sizes of the files that grow, so much of which is on the disk."""
+        self.writer.flush()
+        sizes = {}
+        for path in self.growing_files():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                sizes[os.path.basename(path)] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def save(self) -> None:
+        """Replaces the checkpoint; the last one stays until the new one is on the disk."""
+        self.finite_metrics()
+        content = {
+            "script": SCRIPT, "script_sha256": SCRIPT_SHA256, "args": saved_arguments(self.args),
+            "versions": package_versions() | {"device": self.device.type}, "num_threads": torch.get_num_threads(),
+            "file_sizes": self.file_sizes(), "parts": {name: state_of(part) for name, part in self.parts.items()},
+        }  # fmt: skip
+        try:
+            with replaced_when_written(self.file("checkpoint.pt")) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise RunError(
+                f"{self.file('checkpoint.pt')} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}"
+            ) from error
+
+
+def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
+    """What `Run.save` wrote. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError:
+        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
+    except Exception as error:  # a flipped bit can have any consequence
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise RunError(f"{path} is damaged, cut off, or of another version of the scripts{reason}") from None
+    if content["script"] != SCRIPT:
+        raise RunError(f"{path} was written by {content['script']}, not by {SCRIPT}")
+    if content["script_sha256"] != SCRIPT_SHA256 and not args.allow_changed_script:
+        refuse_changed_script(path)
+    for name, value in saved_arguments(args).items():
+        if name not in ("runs_dir", "total_timesteps") and content["args"].get(name) != value:
+            raise RunError(f"{path} was written with {name} = {content['args'].get(name)}, but args.json says {value}")
+    for name, value in (package_versions() | {"device": device.type}).items():
+        if (written := content["versions"].get(name)) != value:
+            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
+    return content
+
+
+@contextlib.contextmanager
+def replaced_when_written(path: str):
+    """A binary file that takes the place of `path` when it is wholly on the disk; until then the old one stays."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except BaseException:
+        if os.path.isfile(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+def free_space(path: str) -> str:
+    return f"{shutil.disk_usage(path).free / 1e6:.0f} MB are free"
+
+
+# ---------------------------------------------------------------------------------------------------- folders of runs
+
+
+@contextlib.contextmanager
+def new_run_folder(args: Args):
+    """A new folder. Until the context is left, in which it gets its args.json, no other process looks for runs, or begins one.
+
+    Runs of one script, environment and seed that start in the same second wait for the next.
+    """
+    try:
+        os.makedirs(args.runs_dir, exist_ok=True)
+        lock = lock_folder(args.runs_dir, wait=True)
+    except OSError as error:
+        fail(f"--runs-dir {args.runs_dir} cannot be made: {error.strerror}")
+    try:
+        if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
+            leave_to_another_process(found[0])
+        while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
+            time.sleep(0.2)
+        os.mkdir(path)
+        yield path
+    finally:
+        os.close(lock)
+
+
+def run_name(args: Args) -> str:
+    return f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def lock_folder(path: str, wait: bool = False) -> int | None:
+    """Keeps other processes out for as long as the descriptor is open. None if another process was first."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(folder)
+        return None
+    return folder
+
+
+def leave_to_another_process(path: str) -> None:
+    print(f"another process is at work in {path}", file=sys.stderr)
+    sys.exit(EXIT_CODE_UNDER_WAY)
+
+
+def check_files(path: str) -> None:
+    """Refuses a folder in which something else stands in the place of a run's files: a folder, a link to nothing, ..."""
+    for name in ("args.json", "episodes.csv", "evaluations.csv", "checkpoint.pt", "model.pt"):
+        for file in (os.path.join(path, name), os.path.join(path, f"{name}.tmp")):
+            if os.path.lexists(file) and not os.path.isfile(file):
+                raise RunError(f"{file} is in the way: it is not a file, or a link to nothing")
+
+
+def is_finished(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "model.pt"))
+
+
+def remove_leftovers(path: str) -> None:
+    """Of a finished run, also of one that was killed after it had written its weights."""
+    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(path, name))
+
+
+def saved_arguments(args: Args) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+
+
+def find_run(args: Args) -> tuple[str, int] | None:
+    """The run folder with the same script and arguments, and its state; the newest interrupted one if none is finished."""
+    pattern = os.path.join(glob.escape(args.runs_dir), f"{glob.escape(run_name(args))}__*", "args.json")
+    paths, found = glob.glob(pattern), []
+    for path in sorted(map(os.path.dirname, paths)):  # the names end in the time of the start
+        try:
+            saved = read_args(path, args.allow_changed_script)
+        except RunError:
+            continue
+        if saved_arguments(dataclasses.replace(saved, runs_dir=args.runs_dir)) == saved_arguments(args):
+            state = FINISHED if is_finished(path) else UNDER_WAY if is_locked(path) else INTERRUPTED
+            found.append((path, state))
+    for wanted in (FINISHED, UNDER_WAY, INTERRUPTED):
+        for path, state in reversed(found):
+            if state == wanted:
+                return path, state
+    return None
+
+
+def is_locked(path: str) -> bool:
+    if (lock := lock_folder(path)) is None:
+        return True
+    os.close(lock)
+    return False
+
+
+def read_args(path: str, allow_changed_script: bool = False) -> Args:
+    """The arguments of the run in a folder; `RunError` if it is not one of this script."""
+    try:
+        check_files(path)
+        with open(os.path.join(path, "args.json")) as file:
+            content = json.load(file)
+        script, sha256, saved = content["script"], content["script_sha256"], content["args"]
+        if script != SCRIPT:
+            raise RunError(f"{path} is a run folder of {script}, not of {SCRIPT}")
+        if sha256 != SCRIPT_SHA256 and not allow_changed_script:
+            refuse_changed_script(path)
+        args = Args(**saved)
+        if saved_arguments(args).keys() != saved.keys():
+            raise KeyError
+        if message := wrong_value(args):
+            raise RunError(f"{path} is not a run folder any more: in its args.json {message}")
+        return args
+    except OSError as error:
+        raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunError(f"{path} is not a run folder of {SCRIPT}: its args.json does not fit") from None
+
+
+def refuse_changed_script(path: str) -> None:
+    raise RunError(f"{path} is of another version of {SCRIPT}: the run would go on with changed code; "
+                   "if that is meant: --allow-changed-script")  # fmt: skip
+
+
+def resume_args(args: Args, path: str) -> Args:
+    """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
+    command = {name: getattr(args, name) for name in NOT_SAVED}
+    saved = dataclasses.replace(read_args(path, args.allow_changed_script), **command)
+    args = dataclasses.replace(tyro.cli(Args, description=__doc__, default=saved), runs_dir=saved.runs_dir)
+    for name, value in vars(saved).items():
+        if name != "total_timesteps" and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "
+                 "a resumed run keeps its arguments, only --total-timesteps may be raised")  # fmt: skip
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
+    if is_finished(path):
+        if args.total_timesteps > saved.total_timesteps:
+            fail(f"the run in {path} is finished, and its replay buffer is gone: --total-timesteps cannot be raised any more")
+        remove_leftovers(path)
+        print(f"the run in {path} is finished already")
+        sys.exit(0)
+    if args.total_timesteps > saved.total_timesteps:
+        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} what is a fraction of "
+              "the run, as the decay of epsilon, is another one from here on", file=sys.stderr)  # fmt: skip
+    return args
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    return versions | {"gymnasium": gym.__version__} | environment_versions()
+
+
+def commit_of_script() -> dict:
+    """The commit that the script lies at, and whether it was changed since; None outside of a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = lambda *words: subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return {"commit": commit, "changed_since_commit": bool(git("status", "--porcelain", "--", SCRIPT).stdout)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "changed_since_commit": None}
+
+
+# ----------------------------------------------------------------------------------------------- arguments, and the start
+
+
+def interval_has_passed(interval: int | Fraction, global_step: int, num_envs: int) -> bool:
+    """Whether the loop step that ends at `global_step` reached or passed a multiple of the interval; 0 = never."""
+    return interval > 0 and global_step // interval > (global_step - num_envs) // interval
+
+
+def fail(message: str) -> None:
+    """Ends the program because of a wrong argument: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def wrong_value(args: Args) -> str | None:
+    """What is wrong with the first value that is not of its argument's type, or not in the interval written beside it."""
+    for name, hint in typing.get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        kind, *intervals = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        if typing.get_origin(kind) is Literal:
+            if value not in typing.get_args(kind):
+                return f"{flag} is {value!r}, but must be one of {', '.join(typing.get_args(kind))}"
+        elif type(value) not in {float: (float, int)}.get(kind, typing.get_args(kind) or (kind,)):
+            return f"{flag} is {value!r}, but must be of the type {getattr(kind, '__name__', kind)}"
+        if isinstance(value, (float, int)) and not abs(value) < 1e30:
+            return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
+        for interval in intervals:  # as "[0, 1)"
+            low, high = map(float, interval[1:-1].split(", "))
+            if not (low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")):
+                return f"{flag} is {value}, but must lie in {interval}"
+    return None
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before anything is created."""
+    if message := wrong_value(args):
+        fail(message)
+    if not args.exp_name or "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    if args.batch_size > min(args.learning_starts, args.buffer_size):
+        fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
+             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
+    for name in ("eval_interval", "checkpoint_interval"):
+        if 0 < getattr(args, name) < args.num_envs:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
+                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
+    check_schedules(args)
+    for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
+        if wanted and importlib.util.find_spec(package) is None:
+            fail(f"{flag} needs the package {package}: pip install {package}")
+
+    spaces = check_environment(args)
+    on_gpu = args.cuda and torch.cuda.is_available()
+    buffer_bytes, agent_bytes = ReplayBuffer.num_bytes(args, *spaces), Agent.num_bytes(args, *spaces)
+    environment_bytes = ENVIRONMENT_BYTES * (args.num_envs + args.eval_episodes)
+    check_memory(psutil.virtual_memory().available, "in memory", {
+        "the environments of --num-envs and --eval-episodes": environment_bytes,
+        "the replay buffer of --buffer-size": 0 if on_gpu else buffer_bytes, "the agents": 0 if on_gpu else agent_bytes,
+    })  # fmt: skip
+    if on_gpu:
+        check_memory(torch.cuda.mem_get_info()[0], "on the GPU", {
+            "the replay buffer of --buffer-size": buffer_bytes, "the agents": agent_bytes,
+        })  # fmt: skip
+
+
+def check_memory(free_bytes: int, where: str, needed: dict[str, int]) -> None:
+    if sum(needed.values()) > free_bytes:
+        parts = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in needed.items() if size)
+        fail(
+            f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({parts}), but only {free_bytes / 1e9:.2f} GB are free {where}"
+        )
+
+
+def main() -> None:
+    args, path = tyro.cli(Args, description=__doc__), None
+    try:
+        if args.resume == "auto":
+            if (found := find_run(args)) is not None:
+                path, state = found
+                if state == UNDER_WAY:
+                    leave_to_another_process(path)
+        elif args.resume:
+            path = args.resume
+        if path is not None:
+            args = resume_args(args, path)
+        check_args(args)
+        if not args.check_only:
+            train(args, path)
+    except (RunError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:  # PyTorch has an error of its own on a GPU, and none on a CPU
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
+            raise
+        sys.exit(f"error: memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"error: {error}; {WHAT_STAYS}")
+
+
+if __name__ == "__main__":
+    main()
