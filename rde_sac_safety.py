@@ -457,9 +457,11 @@ class Agent:
             mean, log_std = self.policies(next_observations)
             next_actions, next_log_probs = squashed_gaussian(mean, log_std, torch.empty_like(mean).normal_(generator=generator))
             next_values = self.values(self.target_critics, next_observations, next_actions)  # (N, 3, batch_size)
-            next_q_values = next_values[:, :2].amin(dim=1) - alphas * next_log_probs  # (N, batch_size)
-            td_targets = rewards + args.gamma * (1 - terminated) * next_q_values
-            cost_targets = costs + args.gamma_cost * (1 - terminated) * next_values[:, 2]  # no entropy, no minimum
+            next_q_values = torch.addcmul(next_values[:, :2].amin(dim=1), alphas, next_log_probs, value=-1)  # (N, batch_size)
+            continues = 1 - terminated
+            td_targets = torch.addcmul(rewards, continues, next_q_values, value=args.gamma)
+            # Of cost there is one critic, so no minimum; and no entropy.
+            cost_targets = torch.addcmul(costs, continues, next_values[:, 2], value=args.gamma_cost)
             targets = torch.stack([td_targets, td_targets, cost_targets], dim=1)  # (N, 3, batch_size)
         values = self.values(self.critics, observations, actions.expand(args.num_agents, -1, -1))  # (N, 3, batch_size)
         losses = 0.5 * (values - targets).square().mean(dim=2)  # (N, 3)
@@ -1722,7 +1724,8 @@ def wrong_value(args: Args) -> str | None:
                 return f"{flag} is {value!r}, but must be one of {', '.join(typing.get_args(kind))}"
         elif type(value) not in {float: (float, int)}.get(kind, typing.get_args(kind) or (kind,)):
             return f"{flag} is {value!r}, but must be of the type {getattr(kind, '__name__', kind)}"
-        if isinstance(value, (float, int)) and not abs(value) < 1e30:
+        endless = value == math.inf and any(interval.endswith("inf]") for interval in intervals)
+        if isinstance(value, (float, int)) and not abs(value) < 1e30 and not endless:
             return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
         for interval in intervals:  # as "[0, 1)"
             low, high = map(float, interval[1:-1].split(", "))

@@ -1721,7 +1721,8 @@ def wrong_value(args: Args) -> str | None:
                 return f"{flag} is {value!r}, but must be one of {', '.join(typing.get_args(kind))}"
         elif type(value) not in {float: (float, int)}.get(kind, typing.get_args(kind) or (kind,)):
             return f"{flag} is {value!r}, but must be of the type {getattr(kind, '__name__', kind)}"
-        if isinstance(value, (float, int)) and not abs(value) < 1e30:
+        endless = value == math.inf and any(interval.endswith("inf]") for interval in intervals)
+        if isinstance(value, (float, int)) and not abs(value) < 1e30 and not endless:
             return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
         for interval in intervals:  # as "[0, 1)"
             low, high = map(float, interval[1:-1].split(", "))
