@@ -1,7 +1,8 @@
-"""Update, selection and reset of the ensemble (and of DQN and SR+DQN), in numbers."""
+"""The DQN agents in numbers: gradient step, selection, reset. RDE+DQN, and where DQN and SR+DQN have a text of their own, these."""
 
 import copy
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -9,34 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents import CPU, FRAMES, dqn_agent, networks, targets, updated
 from conftest import load_script
 
 rde, sr, dqn = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari"))
-CPU = torch.device("cpu")
-NUM_ACTIONS = 5
-
-
-def make_agent(script=rde, seed=1, **arguments):
-    """An agent on a buffer of 200 random transitions with some terminations."""
-    args = script.Args(buffer_size=200, seed=seed, **arguments)
-    buffer = script.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed))
-    rng = np.random.default_rng(seed)
-    picture = lambda: rng.integers(0, 256, (84, 84), dtype=np.uint8)
-    buffer.start_episode(0, picture())
-    for _ in range(200):
-        terminated = rng.random() < 0.2
-        buffer.add(0, int(rng.integers(NUM_ACTIONS)), float(rng.integers(-1, 2)), picture(), terminated)
-        if terminated:
-            buffer.start_episode(0, picture())
-    return script.Agent(args, NUM_ACTIONS, buffer, CPU)
-
-
-def networks(agent) -> list:
-    return list(agent.q_networks) if hasattr(agent, "q_networks") else [agent.q_network]
-
-
-def targets(agent) -> list:
-    return list(agent.target_networks) if hasattr(agent, "target_networks") else [agent.target_network]
 
 
 def next_batch(agent):
@@ -56,17 +33,17 @@ def reference_forward(weights: dict, observations: torch.Tensor) -> torch.Tensor
     return x @ weights["output.weight"].T + weights["output.bias"]
 
 
-@pytest.mark.parametrize("script, arguments", [(rde, {"num_agents": 3}), (rde, {"num_agents": 1}), (sr, {}), (dqn, {})])
+@pytest.mark.parametrize("script, arguments", [(rde, {"num_agents": 3}), (dqn, {})])
 def test_one_update_against_float64(script, arguments):
     # With this seed no ReLU's input is so close to 0 that float32 rounds it to the other side (with seed 1 one is, and
     # the gradients below it differ by 1e-3 from float64's, in plain float32 as well).
-    agent = make_agent(script, seed=2, max_grad_norm=0.02, gamma=0.9, tau=0.3, **arguments)
+    agent = dqn_agent(script, seed=2, max_grad_norm=0.02, gamma=0.9, tau=0.3, **arguments)
     for target in targets(agent):  # targets that differ from the online networks
         for parameter in target.parameters():
             parameter.data.mul_(1.1)
     before = copy.deepcopy((networks(agent), targets(agent)))
     frames, actions, rewards, terminated = next_batch(agent)
-    metrics = agent.update().reshape(2, -1)
+    metrics = updated(agent).reshape(2, -1)
     observations, next_observations = frames[:, :4].double() / 255, frames[:, 1:].double() / 255
     assert 0 < terminated.sum() < len(terminated)
     for i, (network, target) in enumerate(zip(*before, strict=True)):
@@ -94,15 +71,32 @@ def test_one_update_against_float64(script, arguments):
             assert (targets(agent)[i].get_parameter(name).double() - moved).abs().max() < 1e-7
 
 
+def test_one_agent_learns_and_acts_alike_in_all_three_scripts():
+    """To the bit, with clipped gradients: so what the test above shows of DQN holds for SR+DQN, too."""
+    arguments = dict(seed=2, max_grad_norm=0.02, gamma=0.9, tau=0.3)
+    reference, *others = dqn_agent(dqn, **arguments), dqn_agent(sr, **arguments), dqn_agent(rde, num_agents=1, **arguments)
+    for _ in range(3):
+        expected = updated(reference)
+        for agent in others:
+            assert torch.equal(updated(agent).flatten(), expected)
+            for ours, theirs in zip(networks(agent) + targets(agent), networks(reference) + targets(reference), strict=True):
+                assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    brightness = torch.arange(0, 256, 8, dtype=torch.uint8)
+    observations = brightness.view(-1, 1, 1, 1).expand(-1, 4, 84, 84).contiguous()
+    actions = reference.act(observations)
+    assert len(actions.unique()) > 1 and torch.equal(others[0].act(observations), actions)
+    assert torch.equal(others[1].act(observations, torch.Generator())[0], actions)
+
+
 def test_a_small_gradient_is_not_clipped():
-    agent = make_agent(num_agents=1, max_grad_norm=1e6)
+    agent = dqn_agent(rde, num_agents=1, max_grad_norm=1e6)
     agent.update()
     assert 0.01 < torch.sqrt(sum((p.grad.double() ** 2).sum() for p in agent.q_networks.parameters())) < 1e3
 
 
 def test_agents_do_not_leak_into_one_another():
     """Whatever the others are, and however many, agent 0 makes the same steps."""
-    pair, disturbed, triple = make_agent(num_agents=2), make_agent(num_agents=2), make_agent(num_agents=3)
+    pair, disturbed, triple = dqn_agent(rde, num_agents=2), dqn_agent(rde, num_agents=2), dqn_agent(rde, num_agents=3)
     for parameter in disturbed.q_networks[1].parameters():
         parameter.data.mul_(3)
     for agent in (pair, disturbed, triple):
@@ -115,8 +109,8 @@ def test_agents_do_not_leak_into_one_another():
 
 
 def test_bf16_is_close_and_keeps_float32_parameters():
-    exact, rounded = make_agent(num_agents=2), make_agent(num_agents=2, bf16=True)
-    a, b = exact.update(), rounded.update()
+    exact, rounded = dqn_agent(rde, num_agents=2), dqn_agent(rde, num_agents=2, bf16=True)
+    a, b = updated(exact), updated(rounded)
     assert not torch.equal(a, b) and torch.allclose(a, b, rtol=0.05, atol=0.02)
     assert {p.dtype for p in rounded.q_networks.parameters()} == {torch.float32}
 
@@ -190,9 +184,9 @@ TABLE = [[1.0, 0.96, 0.93, 0.0, 0.0], [0.5, 0.51, 0.49, 0.0, 0.0], [-1.0, -0.99,
 @pytest.mark.parametrize("num_resets", [0, 1, 2, 3])
 def test_draws_follow_the_probabilities(num_resets):
     """Chi-square of 6,000 draws against the formula on the judge's values of the proposals; uniform before any reset."""
-    agent = make_agent(num_agents=3)
+    agent = dqn_agent(rde, num_agents=3)
     fixed_q_values(agent, TABLE)
-    agent._count_resets(num_resets)
+    agent.num_resets = num_resets
     judge = num_resets % 3
     expected = formula([TABLE[judge][:3]], 50.0 if num_resets else 0.0)[0] * 6_000
     generator = torch.Generator().manual_seed(num_resets)
@@ -204,7 +198,7 @@ def test_draws_follow_the_probabilities(num_resets):
 
 
 def test_states_draw_independently_and_the_generator_decides():
-    agent = make_agent(num_agents=3)
+    agent = dqn_agent(rde, num_agents=3)
     fixed_q_values(agent, TABLE)
     observations = torch.zeros((64, 4, 1, 1), dtype=torch.uint8)
     draws = [agent.act(observations, torch.Generator().manual_seed(seed))[1] for seed in (1, 1, 2)]
@@ -214,7 +208,7 @@ def test_states_draw_independently_and_the_generator_decides():
 
 @pytest.mark.parametrize("num_agents", [1, 2, 3, 5])
 def test_the_oldest_agent_through_three_rounds(num_agents):
-    agent = make_agent(num_agents=num_agents)
+    agent = dqn_agent(rde, num_agents=num_agents)
     last_reset = {i: i - num_agents for i in range(num_agents)}  # agent 0 counts as the oldest at the start
     for event in range(3 * num_agents):
         oldest = min(last_reset, key=last_reset.get)
@@ -222,6 +216,26 @@ def test_the_oldest_agent_through_three_rounds(num_agents):
         assert agent.beta.item() == (50.0 if event else 0.0)
         assert agent.reset() == oldest
         last_reset[oldest] = event
+
+
+def test_the_number_of_resets_says_who_judges_and_how():
+    """Set as a checkpoint sets it, and in place: a captured CUDA graph reads the two tensors where they are."""
+    agent = dqn_agent(rde, num_agents=3, beta=7.0)
+    addresses = agent.oldest.data_ptr(), agent.beta.data_ptr()
+    for num_resets, oldest, beta in ((0, 0, 0.0), (1, 1, 7.0), (2, 2, 7.0), (3, 0, 7.0), (100, 1, 7.0), (0, 0, 0.0)):
+        agent.num_resets = num_resets
+        assert (agent.num_resets, agent.oldest.tolist(), agent.beta.item()) == (num_resets, [oldest], beta)
+    assert addresses == (agent.oldest.data_ptr(), agent.beta.data_ptr())
+
+
+def test_what_is_logged_of_the_choice():
+    """The oldest agent, and the fractions of the acting ones since the last point, which then begin anew."""
+    agent = dqn_agent(rde, num_agents=3)
+    agent.num_resets = 4
+    names = ["rde/oldest_agent", *(f"rde/acting_fraction_{i}" for i in range(3))]
+    for counts, fractions in (([2, 0, 6], [0.25, 0.0, 0.75]), ([0, 0, 0], [0.0, 0.0, 0.0])):
+        agent.acting_counts += counts
+        assert agent.scalars() == dict(zip(names, [1, *fractions], strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- reset
@@ -236,7 +250,7 @@ RESET_PARAMETERS = {
 @pytest.mark.parametrize("depth", ["last1", "last2", "full"])
 @pytest.mark.parametrize("script", [rde, sr])
 def test_reset_touches_the_named_layers_of_one_agent_and_nothing_else(script, depth):
-    agent = make_agent(script, reset_depth=depth)
+    agent = dqn_agent(script, reset_depth=depth)
     for _ in range(3):
         agent.update()
     buffer = copy.deepcopy({name: value for name, value in vars(agent.buffer).items() if name != "generator"})
@@ -273,7 +287,7 @@ def test_reset_touches_the_named_layers_of_one_agent_and_nothing_else(script, de
 
 @pytest.mark.parametrize("script", [rde, sr])
 def test_two_resets_draw_different_values_with_the_initial_distribution(script):
-    agent = make_agent(script, reset_depth="full", **({"num_agents": 1} if script is rde else {}))
+    agent = dqn_agent(script, reset_depth="full", **({"num_agents": 1} if script is rde else {}))
     draws = [networks(agent)[0].hidden.weight.detach().clone()]
     for _ in range(2):
         agent.reset()
@@ -285,29 +299,18 @@ def test_two_resets_draw_different_values_with_the_initial_distribution(script):
 
 
 def test_agents_start_different_and_agent_0_starts_like_dqn():
-    ensemble, single = make_agent(rde, num_agents=2), make_agent(dqn)
+    ensemble, single = dqn_agent(rde, num_agents=2), dqn_agent(dqn)
     for name, parameter in single.q_network.named_parameters():
         assert torch.equal(parameter, ensemble.q_networks[0].get_parameter(name))
         assert torch.equal(parameter, single.target_network.get_parameter(name))
         assert not torch.equal(parameter, ensemble.q_networks[1].get_parameter(name))
 
 
-def test_agent_state_goes_into_a_fresh_agent_and_back():
-    agent = make_agent(num_agents=2, reset_depth="full")
-    agent.update(), agent.reset(), agent.update()
-    state, generator_state = copy.deepcopy(agent.state()), agent.buffer.generator.get_state()
-    agent.reset(), agent.update()
-    fresh = make_agent(num_agents=2, reset_depth="full", seed=9)
-    fresh.buffer = agent.buffer
-    fresh.buffer.generator.set_state(generator_state)
-    fresh.restore(state)
-    fresh.reset(), fresh.update()
-    assert fresh.num_resets == 2 and fresh.oldest.item() == 0 and fresh.beta.item() == 50
-    for ours, theirs in zip(agent.q_networks.parameters(), fresh.q_networks.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_the_bytes_of_the_agents_are_those_that_are_taken():
-    agent = rde.Agent(rde.Args(num_agents=3), 18, None, CPU)
-    count = lambda networks: sum(parameter.numel() for parameter in networks.parameters())
-    assert rde.Agent.num_bytes(3) == 4 * (4 * count(agent.q_networks) + count(agent.target_networks))
+    count = lambda networks: sum(parameter.numel() for network in networks for parameter in network.parameters())
+    for script, arguments, num_agents in ((rde, {"num_agents": 3}, 3), (dqn, {}, 1)):
+        args, action_space = script.Args(**arguments), gym.spaces.Discrete(18)
+        agent = script.Agent(args, FRAMES, action_space, None, CPU)
+        expected = 4 * (4 * count(networks(agent)) + count(targets(agent)))
+        assert script.Agent.num_bytes(args, FRAMES, action_space) == expected
+        assert agent.num_parameters * num_agents == count(networks(agent))

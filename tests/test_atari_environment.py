@@ -9,9 +9,13 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 NUM_STEPS = 3_000
 
 
+def make_env(rde, env_id: str, **kwargs):
+    return rde.make_env(rde.Args(env_id=env_id), **kwargs)
+
+
 def play_ours(rde, env_id, seed, actions, **kwargs):
     """One row per step: observation to act on next, reward, end, truncation, (return, length) of a finished game."""
-    env = rde.make_env(env_id, **kwargs)
+    env = make_env(rde, env_id, **kwargs)
     observation, _ = env.reset(seed=seed)
     yield observation, None, None, None, None, None
     for action in actions:
@@ -74,7 +78,7 @@ def test_equal_to_stable_baselines3(rde, env_id, kwargs):
 @pytest.mark.parametrize("frame_cap", [400, 401, 402, 403])
 def test_truncated_game_ends_in_its_own_last_two_frames(rde, frame_cap):
     """Wherever the cap falls within the four frames of a step, against a plain emulator that plays the same frames."""
-    env = rde.make_env("AlienNoFrameskip-v4", max_num_frames_per_episode=frame_cap)
+    env = make_env(rde, "AlienNoFrameskip-v4", max_num_frames_per_episode=frame_cap)
     env.reset(seed=5)
     plain = gym.make("AlienNoFrameskip-v4", max_num_frames_per_episode=frame_cap)
     plain.reset(seed=5)
@@ -88,13 +92,12 @@ def test_truncated_game_ends_in_its_own_last_two_frames(rde, frame_cap):
         while plain.unwrapped.ale.getEpisodeFrameNumber() < env.unwrapped.ale.getEpisodeFrameNumber():
             previous_screen, screen = screen, plain.step(action)[0]
     assert env.unwrapped.ale.getEpisodeFrameNumber() == frame_cap
-    gray_resize = rde.GrayResize(gym.make("AlienNoFrameskip-v4"))
-    np.testing.assert_array_equal(observation[-1], gray_resize.observation(np.maximum(screen, previous_screen)))
+    np.testing.assert_array_equal(observation[-1], env.gray(np.maximum(screen, previous_screen)))
 
 
 def test_frames_that_are_thrown_away_are_not_read(rde):
     """Two screens per step of four frames, and no observation of the inner environment at all."""
-    env = rde.make_env("AlienNoFrameskip-v4")
+    env = make_env(rde, "AlienNoFrameskip-v4")
     env.reset(seed=1)
     reads = []
 
@@ -118,23 +121,20 @@ def test_frames_that_are_thrown_away_are_not_read(rde):
     assert reads == ["getScreenRGB"] * 100
 
 
-def test_evaluation_depends_on_policy_seed_and_step_alone(rde):
-    """Assault keeps state from one game to the next: without loading it anew, the second evaluation would differ."""
-    cpu = rde.torch.device("cpu")
-    make_envs = lambda: [rde.make_env("AssaultNoFrameskip-v4", max_num_frames_per_episode=2_400) for _ in range(2)]
+def test_what_is_shown_is_a_copy(rde):
+    """An observation that was handed out stays as it was."""
+    env = make_env(rde, "BreakoutNoFrameskip-v4")
+    shown = [env.reset(seed=1)[0], *(env.step(1)[0] for _ in range(3))]
+    kept = [observation.copy() for observation in shown]
+    env.step(2), env.reset()
+    np.testing.assert_array_equal(shown, kept)
 
-    class NoSignal:
-        received = 0
 
-    def play(envs, seed, global_step):
-        generator = rde.torch.Generator().manual_seed(3)
-        policy = lambda observations: rde.torch.randint(7, (len(observations),), generator=generator)
-        return rde.evaluate(policy, envs, seed, global_step, cpu, NoSignal())
-
-    envs = make_envs()
-    first, other_step, other_seed, again = (play(envs, *case) for case in ((1, 500), (1, 1_000), (2, 500), (1, 500)))
-    assert first == again == play(make_envs(), 1, 500)
-    assert first != other_step and first != other_seed and all(score > 0 for score in first)
-    stopped = NoSignal()
-    stopped.received = 15
-    assert rde.evaluate(None, envs, 1, 500, cpu, stopped) is None
+def test_human_normalized_scores(rde):
+    normalized = lambda game, score: rde.normalized_scores(f"{game}NoFrameskip-v4", score)
+    assert normalized("Alien", 227.8) == {"human_normalized_score": 0}
+    assert normalized("Alien", 7127.7) == {"human_normalized_score": 1}
+    assert normalized("Pong", 14.6 + 35.3) == {"human_normalized_score": pytest.approx(2)}
+    assert normalized("Tetris", 10) == {}
+    assert len(rde.RANDOM_AND_HUMAN_SCORES) == 26
+    assert all(gym.spec(f"{game}NoFrameskip-v4") for game in rde.RANDOM_AND_HUMAN_SCORES)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import ATARI_SCRIPTS, load_script
+from agents import OBSERVATION_DIM, dqn_agent, sac_agent
+from conftest import load_script
 
-CPU = torch.device("cpu")
 READS_BACK = {"_local_scalar_dense", "is_nonzero", "equal"}
 COMES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy", "lift"}
 SIZE_DEPENDS_ON_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave", "bincount"}
@@ -46,49 +46,33 @@ def watched(function, generator: torch.Generator | None = None) -> Watch:
     return watch
 
 
-def atari_agent(name: str, **arguments):
-    script = load_script(name)
-    generator = torch.Generator().manual_seed(1)
-    buffer = script.ReplayBuffer(100, 1, CPU, generator)
-    rng = np.random.default_rng(1)
-    buffer.start_episode(0, rng.integers(0, 256, (84, 84), dtype=np.uint8))
-    for _ in range(50):
-        buffer.add(0, int(rng.integers(6)), 1.0, rng.integers(0, 256, (84, 84), dtype=np.uint8), False)
-    return script.Agent(script.Args(buffer_size=100, batch_size=4, **arguments), 6, buffer, CPU), generator
+AGENTS = [(name, {}) for name in ("dqn_atari", "sr_dqn_atari")] + [("rde_dqn_atari", {"num_agents": n}) for n in (1, 3)]
+AGENTS += [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)]
 
 
-def sac_agent(num_agents: int, **arguments):
-    script = load_script("rde_sac_dmc")
-    generator = torch.Generator().manual_seed(1)
-    buffer = script.ReplayBuffer(100, 5, 2, CPU, generator)
-    for _ in range(50):
-        buffer.add(np.ones(5), np.zeros(2), 1.0, False, np.ones(5))
-    args = script.Args(num_agents=num_agents, hidden_dim=8, batch_size=4, **arguments)
-    return script.Agent(args, 5, 2, buffer, CPU), generator
-
-
-AGENTS = [(atari_agent, name, {}) for name in ATARI_SCRIPTS]
-AGENTS += [(atari_agent, "rde_dqn_atari", {"num_agents": 3}), (sac_agent, 1, {}), (sac_agent, 3, {})]
+def make_agent(name: str, **arguments):
+    if name == "rde_sac_dmc":
+        return sac_agent(load_script(name), stored=50, hidden_dim=8, batch_size=4, **arguments)
+    return dqn_agent(load_script(name), size=100, stored=50, batch_size=4, **arguments)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("make, what, arguments", AGENTS)
-def test_update_can_be_captured_and_draws_from_its_own_generator(make, what, arguments, bf16):
-    agent, generator = make(what, bf16=bf16, **arguments)
+@pytest.mark.parametrize("name, arguments", AGENTS)
+def test_update_can_be_captured_and_draws_from_its_own_generator(name, arguments, bf16):
+    agent = make_agent(name, bf16=bf16, **arguments)
     for _ in range(2):  # the first one sets up the optimizer
-        watch = watched(agent.update, generator)
+        watch = watched(agent.update, agent.buffer.generator)
     assert watch.cannot_be_captured == []
-    assert watch.num_draws == (3 if make is sac_agent else 1)
+    assert watch.num_draws == (3 if name == "rde_sac_dmc" else 1)
     assert watch.num_operations > 100
 
 
-@pytest.mark.parametrize("make, what, arguments", AGENTS)
-def test_acting_can_be_captured_and_draws_from_its_own_generator(make, what, arguments):
-    agent, _ = make(what, **arguments)
-    selection = torch.Generator().manual_seed(2)
-    observations = torch.ones(2, 5) if make is sac_agent else torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
+@pytest.mark.parametrize("name, arguments", AGENTS)
+def test_acting_can_be_captured_and_draws_from_its_own_generator(name, arguments):
+    agent, selection = make_agent(name, **arguments), torch.Generator().manual_seed(2)
+    observations = torch.ones(2, OBSERVATION_DIM) if name == "rde_sac_dmc" else torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
     # One agent of DQN is greedy, and draws nothing. SAC's draws its noise, and nothing to choose an agent with.
-    num_draws = {"dqn_atari": 0, "sr_dqn_atari": 0, "rde_dqn_atari": 1, 1: 1, 3: 2}[what]
+    num_draws = {"rde_dqn_atari": 1, "rde_sac_dmc": 1 + (arguments.get("num_agents") == 3)}.get(name, 0)
     watch = watched(lambda: agent.act(observations, *[selection] * bool(num_draws)), selection)
     assert watch.cannot_be_captured == []
     assert watch.num_draws == num_draws

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents import OBSERVATION_DIM, dqn_agent, sac_agent
 from conftest import QUICK, command, load_script
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the CUDA path is NOT tested here")
@@ -16,55 +17,32 @@ ATARI = [("dqn_atari", {}), ("sr_dqn_atari", {}), *(("rde_dqn_atari", {"num_agen
 SAC = [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)]
 
 
-def make_atari(script, generator: torch.Generator, arguments: dict):
-    """An agent, observations for it to act on, and a function that stores the next transition."""
-    if "num_agents" in arguments:
-        arguments = arguments | {"reset_depth": "full"}
-    buffer, rng = script.ReplayBuffer(300, 1, DEVICE, generator), np.random.default_rng(0)
-    picture = lambda: rng.integers(0, 256, (84, 84), dtype=np.uint8)
-    buffer.start_episode(0, picture())
-    agent = script.Agent(script.Args(buffer_size=300, **arguments), 6, buffer, DEVICE)
-
-    def store(step: int) -> None:
-        buffer.add(0, int(rng.integers(6)), 1.0, picture(), step == 105)
-        if step == 105:
-            buffer.start_episode(0, picture())
-
-    return agent, torch.from_numpy(rng.integers(0, 256, (8, 4, 84, 84), dtype=np.uint8)).to(DEVICE), store
-
-
-def make_sac(script, generator: torch.Generator, arguments: dict):
-    buffer, rng = script.ReplayBuffer(300, 5, 2, DEVICE, generator), np.random.default_rng(0)
-    agent = script.Agent(script.Args(hidden_dim=64, batch_size=32, **arguments), 5, 2, buffer, DEVICE)
-
-    def store(step: int) -> None:
-        buffer.add(rng.normal(size=5), rng.uniform(-1, 1, 2), 1.0, step == 105, rng.normal(size=5))
-
-    return agent, torch.from_numpy(rng.normal(size=(8, 5)).astype(np.float32)).to(DEVICE), store
-
-
 def learn(name: str, captured: bool, arguments: dict):
     """12 updates and 12 choices, with a reset in between: metrics, choices and weights."""
-    script = load_script(name)
+    script, rng = load_script(name), np.random.default_rng(0)
     torch.backends.cudnn.deterministic = True
-    mini_batches, selection = (torch.Generator(DEVICE).manual_seed(seed) for seed in (1, 2))
-    make = make_sac if name == "rde_sac_dmc" else make_atari
-    agent, observations, store = make(script, mini_batches, arguments)
+    if name == "rde_sac_dmc":
+        agent = sac_agent(script, stored=100, hidden_dim=64, device=DEVICE, **arguments)
+        observations = torch.from_numpy(rng.normal(size=(8, OBSERVATION_DIM)).astype(np.float32)).to(DEVICE)
+    else:
+        depth = {"reset_depth": "full"} if name != "dqn_atari" else {}
+        agent = dqn_agent(script, size=300, stored=100, device=DEVICE, **depth, **arguments)
+        observations = torch.from_numpy(rng.integers(0, 256, (8, 4, 84, 84), dtype=np.uint8)).to(DEVICE)
     draws = name in ("rde_dqn_atari", "rde_sac_dmc")  # one greedy agent draws nothing
-    update = script.CudaGraph(agent.update, mini_batches, captured)
-    act = script.CudaGraph(lambda: agent.act(observations, *[selection] * draws), *([selection] if draws else [None]), captured)
-    for step in range(100):
-        store(step)
+    selection = torch.Generator(DEVICE).manual_seed(2)
+    update = script.CudaGraph(agent.update, agent.buffer.generator, captured)
+    act = script.CudaGraph(lambda: agent.act(observations, *[selection] * draws), selection if draws else None, captured)
     metrics, choices = [], []
-    for step in range(100, 112):
-        metrics.append(update().clone())
+    for step in range(12):
+        assert update() is None
+        metrics.append(agent.metrics.clone())
         choices.append(act().clone())
-        store(step)  # what can be drawn grows under the captured graph
-        if step == 107 and hasattr(agent, "reset"):
+        agent.transitions.store(1)  # what can be drawn grows under the captured graph
+        if step == 7 and hasattr(agent, "reset"):
             agent.reset()
     assert (update.graph is not None) == (act.graph is not None) == captured
-    networks = ("q_network", "q_networks", "actors", "critics")
-    parameters = [p.detach().clone() for n in networks if hasattr(agent, n) for p in getattr(agent, n).parameters()]
+    names = ("q_network", "q_networks", "actors", "critics")
+    parameters = [p.detach().clone() for n in names if hasattr(agent, n) for p in getattr(agent, n).parameters()]
     return torch.stack(metrics), torch.stack(choices), parameters
 
 

@@ -8,18 +8,23 @@ import pytest
 
 from conftest import ATARI_SCRIPTS, load_script
 
+# The decay of epsilon takes half of the run; a reset is due at gradient step 300 of 360.
 OPTIONS = {
-    "env_id": "BreakoutNoFrameskip-v4", "num_envs": 2, "total_timesteps": 800, "learning_starts": 200, "replay_ratio": 0.75,
-    "batch_size": 4, "buffer_size": 1_000, "start_e": 0.4, "end_e": 0.4, "eval_interval": 0, "eval_episodes": 1, "cuda": False,
+    "env_id": "BreakoutNoFrameskip-v4", "num_envs": 2, "total_timesteps": 640, "learning_starts": 160, "replay_ratio": 0.75,
+    "batch_size": 4, "buffer_size": 1_000, "start_e": 0.9, "end_e": 0.1, "exploration_fraction": 0.5, "eval_interval": 0,
+    "eval_episodes": 1, "cuda": False,
 }  # fmt: skip
+RESET_INTERVALS = {"dqn_atari": {}, "sr_dqn_atari": {"reset_interval": 300}, "rde_dqn_atari": {"reset_interval": 600}}
 
 
 class Recorder(gym.Wrapper):
     """Notes every step of an environment, and its last observation."""
 
+    KEPT = ("env",)
+
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.steps = []
+        self.steps, self.resets = [], []
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -30,53 +35,71 @@ class Recorder(gym.Wrapper):
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
         self.observation = observation.copy()
+        self.resets.append(self.observation)
         return observation, info
 
 
 class Loop:
-    """A run of 400 loop steps of two environments, whose games are cut after 500 frames, and everything that it did."""
+    """A run of 320 loop steps of two environments, whose games are cut after 500 frames, and everything that it did."""
 
     def __init__(self, name: str, runs_dir, monkeypatch):
         self.script = script = load_script(name)
-        self.envs, self.added, self.starts, self.updates, self.acts = [], [], [], [], []
-        real = {method: getattr(cls, method) for cls, method in [
-            (script.ReplayBuffer, "add"), (script.ReplayBuffer, "start_episode"), (script.Agent, "act"), (script.Agent, "update"),
-        ]}  # fmt: skip
-        real_make_env = script.make_env
+        self.envs, self.added, self.starts, self.updates, self.acts, self.epsilons = [], [], [], [], [], []
+        self.events, self.counts = [], []  # what is logged of the acting agents, with the step
+        self.seeds = {"train": set(), "evaluate": set(), "learn": set()}  # of the generators that are drawn from
+
+        def spy(owner, method, note):
+            """Notes the call and its result, and lets it happen. `note` gets the result after the arguments."""
+            real = getattr(owner, method)
+
+            def call(*args, **kwargs):
+                result = real(*args, **kwargs)
+                note(result, *args, **kwargs)
+                return result
+
+            monkeypatch.setattr(owner, method, call)
+
+        real_make_env, real_scalars = script.make_env, getattr(script.Agent, "scalars", None)
 
         def make_env(*args, **kwargs):
             self.envs.append(Recorder(real_make_env(*args, **kwargs, max_num_frames_per_episode=500)))
             return self.envs[-1]
 
-        def add(buffer, env_index, action, reward, next_frame, terminated):
-            self.added.append((env_index, int(action), reward, terminated, next_frame.copy()))
-            real["add"](buffer, env_index, action, reward, next_frame, terminated)
+        def acted(result, agent, observations, *generator):
+            training = len(observations) == 2  # an evaluation plays one game
+            self.seeds["train" if training else "evaluate"] |= {one.initial_seed() for one in generator}
+            if training:
+                greedy_actions, acting_agents = result.numpy().copy() if result.ndim == 2 else (result.numpy().copy(), None)
+                self.acts.append((len(self.added), greedy_actions, acting_agents))
+                assert np.array_equal(observations.numpy(), np.stack([env.observation for env in self.envs[:2]]))
 
-        def start_episode(buffer, env_index, frame):
-            self.starts.append((len(self.added), env_index, frame.copy()))
-            real["start_episode"](buffer, env_index, frame)
-
-        def act(agent, observations, *generator):
-            result = real["act"](agent, observations, *generator)
-            if len(observations) == 2:  # an evaluation plays one game
-                greedy_actions = result[0] if result.ndim == 2 else result  # the ensemble says who proposed them, too
-                self.acts.append((len(self.added), observations.numpy().copy(), greedy_actions.numpy().copy()))
-                current = np.stack([env.observation for env in self.envs[:2]])
-                assert np.array_equal(observations.numpy(), current)
-            return result
-
-        def update(agent):
+        def updated(_, agent):
             self.updates.append(len(self.added))
-            return real["update"](agent)
+            self.seeds["learn"].add(agent.buffer.generator.initial_seed())
+
+        def scalars(agent):
+            self.counts.append((len(self.added), agent.acting_counts.tolist()))
+            return real_scalars(agent)
 
         monkeypatch.setattr(script, "make_env", make_env)
-        monkeypatch.setattr(script.ReplayBuffer, "add", add)
-        monkeypatch.setattr(script.ReplayBuffer, "start_episode", start_episode)
-        monkeypatch.setattr(script.Agent, "act", act)
-        monkeypatch.setattr(script.Agent, "update", update)
+        spy(script.ReplayBuffer, "add", lambda _, buffer, i, action, reward, next_frame, terminated: self.added.append(
+            (i, int(action), reward, terminated, next_frame.copy())))  # fmt: skip
+        spy(
+            script.ReplayBuffer,
+            "start_episode",
+            lambda _, buffer, i, frame: self.starts.append((len(self.added), i, frame.copy())),
+        )
+        spy(script.Agent, "act", acted)
+        spy(script.Agent, "update", updated)
+        spy(script, "linear_schedule", lambda epsilon, *_: self.epsilons.append((len(self.added), epsilon)))
+        spy(script.Run, "evaluate", lambda _, run, phase, policy: self.events.append((phase, len(self.updates))))
+        if real_scalars:
+            monkeypatch.setattr(script.Agent, "scalars", scalars)
+        if hasattr(script.Agent, "reset"):
+            spy(script.Agent, "reset", lambda *_: self.events.append(("reset", len(self.updates))))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            script.train(script.Args(**OPTIONS, runs_dir=str(runs_dir)))
+            script.train(script.Args(**OPTIONS, **RESET_INTERVALS[name], runs_dir=str(runs_dir)))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -90,10 +113,10 @@ def loop(request, tmp_path_factory):
 
 def test_every_transition_is_stored_as_it_was_played(loop):
     """In particular a cut game is not terminated, and its own last frame, not the next game's first, is the next frame."""
-    assert len(loop.added) == 800 and [row[0] for row in loop.added] == [0, 1] * 400
+    assert len(loop.added) == 640 and [row[0] for row in loop.added] == [0, 1] * 320
     num_terminated, num_truncated, starts = 0, 0, iter(loop.starts[2:])
     for i in range(2):
-        assert len(loop.envs[i].steps) == 400
+        assert len(loop.envs[i].steps) == 320
         for (_, *stored, next_frame), (action, reward, terminated, truncated, observation) in zip(
             loop.added[i::2], loop.envs[i].steps, strict=True
         ):
@@ -102,31 +125,73 @@ def test_every_transition_is_stored_as_it_was_played(loop):
             num_truncated += truncated and not terminated
     assert num_terminated >= 5 and num_truncated >= 2
 
-    # An episode is begun after every end, and nowhere else.
+    # An episode is begun after every end, and nowhere else, with the frame that the next action is chosen on.
     ends = [number for number, row in enumerate(loop.added, start=1) if loop.envs[row[0]].steps[(number - 1) // 2][2]
             or loop.envs[row[0]].steps[(number - 1) // 2][3]]  # fmt: skip
     assert [number for number, _, _ in starts] == ends
     assert [(number, i) for number, i, _ in loop.starts[:2]] == [(0, 0), (0, 1)]
+    resets = [env.resets for env in loop.envs[:2]]
+    for _, i, frame in loop.starts:
+        assert np.array_equal(frame, resets[i].pop(0)[-1])
+    assert resets == [[], []]
 
 
 def test_actions_are_greedy_but_for_a_fraction_epsilon(loop):
     """The draws are those of a generator of their own; where none is below epsilon the greedy action is played."""
     script = loop.script
     exploration = np.random.default_rng(script.derive_seed(1, script.EXPLORATION))
-    greedy_of = {number: greedy_actions for number, _, greedy_actions in loop.acts}
+    greedy_of = {number: greedy_actions for number, greedy_actions, _ in loop.acts}
     num_explored = 0
-    for number in range(0, 800, 2):
-        explore, random_actions = exploration.random(2) < 0.4, exploration.integers(4, size=2)
+    for number in range(0, 640, 2):
+        epsilon = max(0.1, 0.9 - 0.8 * number / 320)  # of the steps that lie behind
+        explore, random_actions = exploration.random(2) < epsilon, exploration.integers(4, size=2)
         num_explored += explore.sum()
         for i in range(2):
             expected = random_actions[i] if explore[i] else greedy_of[number][i]
             assert loop.added[number + i][1] == expected
-    assert num_explored == pytest.approx(0.4 * 800, rel=0.15)
+        assert loop.epsilons[number // 2] == (number, pytest.approx(epsilon))
+    assert num_explored == pytest.approx((0.5 + 0.1) * 320, rel=0.15) and len(loop.epsilons) == 320
     greedy = np.concatenate(list(greedy_of.values()))
     assert len(np.unique(greedy)) > 1  # otherwise one could not be told from another
 
 
 def test_gradient_steps_come_before_the_step_and_are_as_many_as_the_replay_ratio_says(loop):
-    """0.75 a step: 1 and 2 in turn, from step 200 on, each before the two transitions of its loop step are stored."""
-    assert loop.updates == [number for number in range(200, 800, 2) for _ in range(1 if number % 4 == 0 else 2)]
-    assert len(loop.updates) == 0.75 * 600
+    """0.75 a step: 1 and 2 in turn, from step 160 on, each before the two transitions of its loop step are stored."""
+    assert loop.updates == [number for number in range(160, 640, 2) for _ in range(1 if number % 4 == 0 else 2)]
+    assert len(loop.updates) == 0.75 * 480
+
+
+def test_a_reset_stands_between_two_evaluations(loop):
+    around_the_reset = [("before_reset", 300), ("reset", 300), ("after_reset", 300)]
+    assert loop.events == around_the_reset * (loop.script.SCRIPT != "dqn_atari.py") + [("final", 360)]
+
+
+def test_every_purpose_has_its_own_random_numbers(loop):
+    """So evaluating more or less changes nothing in the training."""
+    script, seed = loop.script, lambda purpose, *indices: loop.script.derive_seed(1, purpose, *indices)
+    assert loop.seeds["learn"] == {seed(script.MINI_BATCHES)}
+    if script.SCRIPT == "rde_dqn_atari.py":  # one greedy agent draws nothing
+        reset_step = (
+            next(number for number in range(0, 642, 2) if loop.updates.count(number) and number == loop.updates[299]) + 2
+        )
+        assert loop.seeds["train"] == {seed(script.SELECTION)}
+        assert loop.seeds["evaluate"] == {seed(script.EVALUATION, step) for step in (reset_step, 640)}
+
+
+def test_the_acting_agents_are_counted_where_their_actions_are_played(loop):
+    """Between two points of the training curves; what chance chose is nobody's."""
+    if not loop.counts:
+        assert loop.script.SCRIPT != "rde_dqn_atari.py"
+        return
+    exploration = np.random.default_rng(loop.script.derive_seed(1, loop.script.EXPLORATION))
+    acting_of, counts = {number: acting_agents for number, _, acting_agents in loop.acts}, np.zeros(2, int)
+    expected = []
+    for number in range(0, 640, 2):
+        explore, _ = exploration.random(2) < loop.epsilons[number // 2][1], exploration.integers(4, size=2)
+        for i in range(2):
+            if not explore[i]:
+                counts[acting_of[number][i]] += 1
+        if (number + 2) % 100 == 0:
+            expected.append((number + 2, counts.tolist()))
+            counts[:] = 0
+    assert loop.counts == expected and all(min(counts) > 0 for _, counts in expected[2:])

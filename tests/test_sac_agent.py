@@ -9,21 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE = 5, 3, 32
-CPU = torch.device("cpu")
+from agents import ACTION_DIM, CPU, OBSERVATION_DIM, box, sac_agent, updated
 
-
-def make_agent(sac, num_agents, transitions=200, terminated=None, **kwargs):
-    """A small agent whose buffer holds random transitions, every fifth of them terminated."""
-    args = sac.Args(num_agents=num_agents, hidden_dim=16, batch_size=BATCH_SIZE, **kwargs)
-    buffer = sac.ReplayBuffer(transitions, OBSERVATION_DIM, ACTION_DIM, CPU, torch.Generator().manual_seed(11))
-    rng = np.random.default_rng(7)
-    for i in range(transitions):
-        buffer.add(
-            rng.normal(size=OBSERVATION_DIM), rng.uniform(-1, 1, ACTION_DIM), rng.normal(),
-            i % 5 == 0 if terminated is None else terminated, rng.normal(size=OBSERVATION_DIM),
-        )  # fmt: skip
-    return sac.Agent(args, OBSERVATION_DIM, ACTION_DIM, buffer, CPU)
+BATCH_SIZE = 32
 
 
 def all_state(agent):
@@ -145,7 +133,7 @@ def layer_gradients(stacked_parameters, networks):
 
 @pytest.mark.parametrize("num_agents", [1, 3])
 def test_gradient_step_against_float64(sac, num_agents):
-    agent = make_agent(sac, num_agents)
+    agent = sac_agent(sac, num_agents)
     for _ in range(3):  # so that targets differ from critics and alpha from 1
         agent.update()
     with torch.no_grad():
@@ -168,7 +156,7 @@ def test_gradient_step_against_float64(sac, num_agents):
     observations, actions, rewards, terminated, next_observations = (tensor.double() for tensor in batch)
 
     references = [Reference(agent, i) for i in range(num_agents)]
-    metrics = agent.update()
+    metrics = updated(agent)
     assert metrics.shape == (4, num_agents) and not metrics.requires_grad
     assert torch.equal(generator.get_state(), agent.buffer.generator.get_state())
 
@@ -210,14 +198,14 @@ def test_gradient_step_against_float64(sac, num_agents):
 
 
 def test_metrics_with_bfloat16_are_near_those_without(sac):
-    exact, rounded = make_agent(sac, 2).update(), make_agent(sac, 2, bf16=True).update()
+    exact, rounded = updated(sac_agent(sac, 2)), updated(sac_agent(sac, 2, bf16=True))
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0.05)
 
 
 def test_log_std_is_clamped(sac):
-    agent = make_agent(sac, 2)
+    agent = sac_agent(sac, 2)
     with torch.no_grad():
         agent.actors.biases[-1][0, 0, ACTION_DIM:] = 100.0
         agent.actors.biases[-1][1, 0, ACTION_DIM:] = -100.0
@@ -231,15 +219,15 @@ def test_terminated_does_not_bootstrap(sac):
     losses = {}
     for terminated in (True, False):
         for shift in (0.0, 1.0):
-            agent = make_agent(sac, 2, terminated=terminated)
+            agent = sac_agent(sac, 2, terminated=terminated)
             agent.buffer.rows[:, -OBSERVATION_DIM:] += shift
-            losses[terminated, shift] = agent.update()[0]
+            losses[terminated, shift] = updated(agent)[0]
     assert torch.equal(losses[True, 0.0], losses[True, 1.0])
     assert (losses[False, 0.0] != losses[False, 1.0]).all()
 
 
 def test_agents_do_not_leak_into_one_another(sac):
-    untouched, changed = make_agent(sac, 3), make_agent(sac, 3)
+    untouched, changed = sac_agent(sac, 3), sac_agent(sac, 3)
     with torch.no_grad():
         for name, tensor in all_state(changed)[1].items():
             tensor += 0.1 * torch.ones_like(tensor)
@@ -254,7 +242,7 @@ def test_agents_do_not_leak_into_one_another(sac):
 
 def test_first_agent_starts_like_the_baseline(sac):
     """RDE and SAC with the same seed are paired: agent 0 has the same weights; the other agents have weights of their own."""
-    baseline, ensemble = all_state(make_agent(sac, 1)), all_state(make_agent(sac, 3))
+    baseline, ensemble = all_state(sac_agent(sac, 1)), all_state(sac_agent(sac, 3))
     weights = [name for name in baseline[0] if "weights" in name]
     for name in weights:
         assert torch.equal(baseline[0][name], ensemble[0][name])
@@ -267,7 +255,7 @@ def test_first_agent_starts_like_the_baseline(sac):
 
 
 def test_reset_renews_one_agent_and_nothing_of_the_others(sac):
-    agent = make_agent(sac, 3)
+    agent = sac_agent(sac, 3)
     for _ in range(4):
         agent.update()
     for expected_index in (0, 1, 2, 0):
@@ -314,7 +302,7 @@ def test_new_weights_are_those_of_linear_layers(sac):
 
 def test_optimizer_is_an_adam_per_agent(sac):
     """Against separate torch.optim.Adam, one of which starts anew in the middle."""
-    agent = make_agent(sac, 2)
+    agent = sac_agent(sac, 2)
     rng = torch.Generator().manual_seed(3)
     parameters = list(agent.critics.parameters())
 
@@ -351,7 +339,7 @@ def test_selection_probabilities(sac):
 
 @pytest.mark.parametrize("num_resets", [0, 1, 2, 3])
 def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
-    agent = make_agent(sac, 3, beta=3.0)
+    agent = sac_agent(sac, 3, beta=3.0)
     with torch.no_grad():
         for parameter in [*agent.actors.parameters(), *agent.critics.parameters()]:
             parameter *= 3  # so that proposals and judgements differ
@@ -384,7 +372,7 @@ def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
 
 def test_samples_of_the_policy(sac):
     """Without `deterministic` the proposals are samples: unsquashed they have the policy's mean and deviation."""
-    agent = make_agent(sac, 1)
+    agent = sac_agent(sac, 1)
     with torch.no_grad():
         agent.actors.biases[-1][0, 0, ACTION_DIM:] = -1.0
     observation = torch.zeros(OBSERVATION_DIM)
@@ -401,11 +389,11 @@ def test_samples_of_the_policy(sac):
 
 def test_the_bytes_of_the_agents_are_those_that_are_taken(sac):
     args = sac.Args(num_agents=3, hidden_dim=32, num_hidden_layers=3)
-    buffer = sac.ReplayBuffer(10, 7, 2, torch.device("cpu"), torch.Generator())
-    agent = sac.Agent(args, 7, 2, buffer, torch.device("cpu"))
+    agent = sac.Agent(args, box(7), box(2), None, CPU)
     count = lambda networks: sum(parameter.numel() for parameter in networks.parameters())
     numbers = 4 * count(agent.actors) + 4 * count(agent.critics) + count(agent.target_critics)
-    assert sac.Agent.num_bytes(args, 7, 2) == 4 * numbers
+    assert sac.Agent.num_bytes(args, box(7), box(2)) == 4 * numbers
+    assert 3 * agent.num_parameters == count(agent.actors) + count(agent.critics) + 3  # and the entropy coefficients
 
 
 def test_layers_are_the_parameters_also_of_a_copy_that_is_moved(sac):

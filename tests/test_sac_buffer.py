@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CPU = torch.device("cpu")
+from agents import CPU, box
 
 
 @settings(max_examples=60, deadline=None)
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 )  # fmt: skip
 def test_equal_to_a_naive_buffer(sac, capacity, num_transitions, observation_dim, action_dim, seed):
     rng = np.random.default_rng(seed)
-    buffer = sac.ReplayBuffer(capacity, observation_dim, action_dim, CPU, torch.Generator().manual_seed(seed))
+    buffer = sac.ReplayBuffer(capacity, box(observation_dim), box(action_dim), CPU, torch.Generator().manual_seed(seed))
     naive = deque(maxlen=capacity)
     for number in range(num_transitions):
         observation, next_observation = rng.normal(size=(2, observation_dim)).astype(np.float32)
@@ -44,7 +44,7 @@ def test_equal_to_a_naive_buffer(sac, capacity, num_transitions, observation_dim
 
 
 def test_draws_are_uniform_and_those_of_the_generator(sac):
-    buffers = [sac.ReplayBuffer(10, 1, 1, CPU, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    buffers = [sac.ReplayBuffer(10, box(1), box(1), CPU, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     for buffer in buffers:
         for number in range(17):
             buffer.add(np.zeros(1), np.zeros(1), number, False, np.zeros(1))
@@ -55,6 +55,7 @@ def test_draws_are_uniform_and_those_of_the_generator(sac):
     assert (counts[7:] - 2_000).abs().max() < 5 * np.sqrt(2_000)
 
 
-def test_number_of_bytes(sac):
-    buffer = sac.ReplayBuffer(1_000, 24, 6, CPU, torch.Generator())
-    assert buffer.rows.nbytes == sac.ReplayBuffer.num_bytes(1_000, 24, 6)
+def test_the_bytes_of_the_buffer_are_those_that_are_taken(sac):
+    spaces = box(24), box(6)
+    buffer = sac.ReplayBuffer(1_000, *spaces, CPU, torch.Generator())
+    assert buffer.rows.nbytes == sac.ReplayBuffer.num_bytes(sac.Args(buffer_size=1_000), *spaces)

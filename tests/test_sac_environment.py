@@ -33,7 +33,7 @@ def play(env, seed, num_steps, first=None):
 @pytest.mark.parametrize("env_id", [*BENCHMARKING, "quadruped-walk", "humanoid_CMU-run"])
 def test_every_task_of_the_benchmark(sac, env_id):
     """Constructs and steps; an episode depends on its seed alone, also in an environment that played before."""
-    env, other = sac.make_env(env_id), sac.make_env(env_id)
+    env, other = sac.make_env(sac.Args(env_id=env_id)), sac.make_env(sac.Args(env_id=env_id))
     first = play(env, 3, 10)
     assert np.isfinite(first).all()
     different = play(env, 4, 10)
@@ -49,7 +49,7 @@ def test_there_are_28_tasks():
 
 def test_equal_to_dm_control(sac):
     """Rewards and observations of an environment that is driven directly, over the end of an episode."""
-    env, plain = sac.make_env("walker-run"), suite.load("walker", "run", task_kwargs={"random": 9})
+    env, plain = sac.make_env(sac.Args(env_id="walker-run")), suite.load("walker", "run", task_kwargs={"random": 9})
     observation, _ = env.reset(seed=9)
     timestep = plain.reset()
     rng, episodic_return = np.random.default_rng(1), 0.0
@@ -74,7 +74,7 @@ def test_equal_to_dm_control(sac):
     "discount, last, expected", [(1.0, True, (False, True)), (0.0, True, (True, False)), (1.0, False, (False, False))]
 )
 def test_terminated_only_where_the_discount_is_zero(sac, discount, last, expected):
-    env = sac.make_env("hopper-hop")
+    env = sac.make_env(sac.Args(env_id="hopper-hop"))
     env.reset(seed=0)
     observation = env.env.step(np.zeros(4)).observation
     step_type = dm_env.StepType.LAST if last else dm_env.StepType.MID
@@ -88,7 +88,7 @@ def test_terminated_only_where_the_discount_is_zero(sac, discount, last, expecte
 
 def test_actions_are_rescaled(sac):
     """The bounds of quadruped-walk are not -1 and 1 everywhere."""
-    env = sac.make_env("quadruped-walk")
+    env = sac.make_env(sac.Args(env_id="quadruped-walk"))
     env.reset(seed=0)
     spec = env.env.action_spec()
     assert env.action_space.shape == (12,) and (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -110,7 +110,7 @@ def test_actions_are_rescaled(sac):
 )  # fmt: skip
 def test_an_environment_goes_on_in_a_fresh_one(sac, env_id):
     """Saved in the middle of its second episode: the next 300 steps, over the episode's end, are the same bytes."""
-    env, rng = sac.make_env(env_id), np.random.default_rng(1)
+    env, rng = sac.make_env(sac.Args(env_id=env_id)), np.random.default_rng(1)
     env.reset(seed=4)
     env.env._step_count = 900  # a short first episode
     random_action = lambda: rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
@@ -121,10 +121,10 @@ def test_an_environment_goes_on_in_a_fresh_one(sac, env_id):
         env.step(random_action())
     env.env._step_count += 700
     file = io.BytesIO()
-    torch.save(sac.environment_state(env), file)
-    fresh = sac.make_env(env_id)
+    torch.save(sac.state_of(env), file)
+    fresh = sac.make_env(sac.Args(env_id=env_id))
     fresh.reset(seed=5)
-    sac.restore_environment(fresh, torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert sac.restored(fresh, torch.load(io.BytesIO(file.getvalue()), weights_only=True)) is fresh
     ends = 0
     for _ in range(300):
         action = random_action()
@@ -145,7 +145,7 @@ def test_no_task_writes_anything_else_into_its_model(sac):
     for env_id in ["-".join(names) for names in suite.ALL_TASKS]:
         if env_id.startswith(("lqr", "dog", "humanoid")) or env_id == "quadruped-escape":  # the big ones change nothing
             continue
-        env = sac.make_env(env_id)
+        env = sac.make_env(sac.Args(env_id=env_id))
         model = env.env.physics.model.ptr
         names = [name for name in dir(model) if isinstance(getattr(model, name), np.ndarray)]
         before = {name: getattr(model, name).copy() for name in names}
@@ -173,7 +173,7 @@ import sys
 sys.path.insert(0, {root!r})
 import rde_sac_dmc as sac
 sac.import_suite(for_pictures=True)
-env = sac.make_env("hopper-hop", {folder!r})
+env = sac.make_env(sac.Args(env_id="hopper-hop"), {folder!r})
 env.reset(seed=0)
 try:
     env.render()
@@ -195,7 +195,7 @@ def test_video(tmp_path):
     if "no way to draw" in result.stderr:
         pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stderr
-    (path,) = tmp_path.glob("evaluation*.mp4")
+    (path,) = tmp_path.glob("*.mp4")
     video = cv2.VideoCapture(str(path))
     assert video.get(cv2.CAP_PROP_FPS) == 50  # hopper's control step is 20 ms
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) in (8, 9, 10)

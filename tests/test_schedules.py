@@ -1,27 +1,33 @@
-"""What happens when: epsilon, gradient steps, resets, evaluations."""
+"""What happens when: epsilon, gradient steps, resets, evaluations, checkpoints."""
 
+import types
 from fractions import Fraction
 
 import pytest
 
-from conftest import ATARI_SCRIPTS, load_script
+from conftest import load_script
 
-rde, sr, dqn = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari"))
+rde, sr, dqn, sac = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc"))
 
 
-@pytest.mark.parametrize("script", ATARI_SCRIPTS)
 @pytest.mark.parametrize(
     "step, expected", [(0, 1.0), (1, 1 - 0.99 / 10_000), (5_000, 0.505), (9_999, 0.010099), (10_000, 0.01), (99_999, 0.01)]
 )
-def test_epsilon_of_the_default_run(script, step, expected):
-    script = load_script(script)
-    args = script.Args()
+def test_epsilon_of_the_default_run(step, expected):
+    args = rde.Args()
     duration = args.exploration_fraction * args.total_timesteps
-    assert script.linear_schedule(args.start_e, args.end_e, duration, step) == pytest.approx(expected, abs=1e-12)
+    assert rde.linear_schedule(args.start_e, args.end_e, duration, step) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_three_scripts_explore_and_learn_alike_by_default():
+    names = [name for name in vars(dqn.Args()) if name != "exp_name"]
+    assert {"start_e", "end_e", "exploration_fraction", "replay_ratio", "learning_starts", "eval_interval"} < set(names)
+    for name in names:
+        assert getattr(dqn.Args(), name) == getattr(sr.Args(), name) == getattr(rde.Args(), name), name
 
 
 def test_epsilon_without_a_decay():
-    assert dqn.linear_schedule(1.0, 0.1, 0.0, 0) == 0.1
+    assert rde.linear_schedule(1.0, 0.1, 0.0, 0) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -37,39 +43,39 @@ def test_gradient_steps(replay_ratio, global_step, expected):
 
 
 def simulate(script, **arguments):
-    """The loop's bookkeeping without the learning. Returns [(global_step, gradient_steps, agenda)] where something is due."""
+    """The loop's bookkeeping without the learning. Returns [(global_step, gradient_steps, events)] where something is due."""
     args = script.Args(**arguments)
-    global_step, gradient_steps, num_resets, events = 0, 0, 0, []
+    global_step, gradient_steps, num_resets, found = 0, 0, 0, []
     while global_step < args.total_timesteps:
         if global_step >= args.learning_starts:
             gradient_steps = script.gradient_steps_due(args, global_step + args.num_envs)
         global_step += args.num_envs
         progress = () if script is dqn else (gradient_steps, num_resets)
-        agenda = script.agenda_due(args, global_step, *progress)
-        num_resets += "reset" in agenda
-        if agenda:
-            events.append((global_step, gradient_steps, agenda))
-    return events
+        events = script.events_due(args, global_step, *progress)
+        num_resets += "reset" in events
+        if events:
+            found.append((global_step, gradient_steps, events))
+    return found
 
 
 def resets(events):
-    return [(global_step, gradient_steps) for global_step, gradient_steps, agenda in events if "reset" in agenda]
+    return [(global_step, gradient_steps) for global_step, gradient_steps, due in events if "reset" in due]
 
 
 AROUND_A_RESET = ["before_reset", "reset", "after_reset"]
 
 
-def test_agenda_of_the_default_run():
+def test_events_of_the_default_run():
     events = simulate(rde)
     assert resets(events) == [(50_000, 40_000), (90_000, 80_000)]
-    assert [step for step, _, agenda in events if agenda == ["scheduled"]] == [
+    assert [step for step, _, due in events if due == ["scheduled"]] == [
         step for step in range(5_000, 100_000, 5_000) if step not in (50_000, 90_000)
     ]
-    assert [agenda for step, _, agenda in events if step in (50_000, 90_000)] == [AROUND_A_RESET] * 2
+    assert [due for step, _, due in events if step in (50_000, 90_000)] == [AROUND_A_RESET] * 2
     assert events[-1] == (100_000, 90_000, ["final"])
 
 
-def test_agenda_of_the_official_setting():
+def test_events_of_the_official_setting():
     official = dict(num_envs=4, replay_ratio=0.25, reset_interval=20_000, learning_starts=2_000)
     assert resets(simulate(rde, **official)) == [(42_000, 10_000), (82_000, 20_000)]
     assert resets(simulate(sr, **official)) == [(82_000, 20_000)]
@@ -107,23 +113,43 @@ def test_an_interval_between_two_multiples_of_num_envs_is_neither_skipped_nor_do
     assert not any(rde.interval_has_passed(0, step, num_envs) for step in steps)
 
 
-@pytest.mark.parametrize("script", [rde, sr])
-def test_no_reset_without_an_interval(script):
-    events = simulate(script, reset_interval=0, eval_interval=0)
-    assert events == [(100_000, 90_000, ["final"])]
-    assert simulate(dqn, eval_interval=0) == events
+def test_no_reset_without_an_interval():
+    arguments = dict(total_timesteps=12_000, eval_interval=5_000)
+    events = simulate(rde, reset_interval=0, **arguments)
+    assert events == [(5_000, 0, ["scheduled"]), (10_000, 0, ["scheduled"]), (12_000, 2_000, ["final"])]
+    assert simulate(sr, reset_interval=0, **arguments) == simulate(dqn, **arguments) == events
+
+
+def test_the_schedules_of_sac_are_those_of_dqn():
+    """Another text of the same functions."""
+    arguments = dict(
+        total_timesteps=5_000, learning_starts=501, num_agents=3, reset_interval=1_000, eval_interval=499, num_envs=4
+    )
+    for replay_ratio in (0.29, 1.0):
+        events = simulate(rde, replay_ratio=replay_ratio, **arguments)
+        assert events == simulate(sac, replay_ratio=replay_ratio, **arguments) and len(resets(events)) > 2
+
+
+def test_when_checkpoints_and_weights_are_kept():
+    def upkeep(**arguments):
+        """{step: what is due} of a whole run."""
+        args, due = rde.Args(**arguments), {}
+        for step in range(args.num_envs, args.total_timesteps + args.num_envs, args.num_envs):
+            if items := rde.Run.upkeep_due(types.SimpleNamespace(args=args, global_step=step)):
+                due[step] = items
+        return due
+
+    weights, checkpoint = ["weights"], ["checkpoint"]
+    assert upkeep(total_timesteps=1_000, checkpoint_interval=0) == {1_000: checkpoint}
+    assert upkeep(total_timesteps=1_000, checkpoint_interval=400) == {step: checkpoint for step in (400, 800, 1_000)}
+    # As many as asked for, at equal distances, the last one at the end; also where they do not divide the run.
+    assert upkeep(total_timesteps=1_000, checkpoint_interval=500, keep_models=4) == {
+        250: weights, 500: weights + checkpoint, 750: weights, 1_000: weights + checkpoint
+    }  # fmt: skip
+    kept = [step for step, due in upkeep(total_timesteps=1_000, num_envs=4, keep_models=7).items() if "weights" in due]
+    assert kept == [-(-1_000 * k // (7 * 4)) * 4 for k in range(1, 8)]
 
 
 def test_derived_seeds_differ_between_purposes_seeds_and_environments():
     seeds = {rde.derive_seed(seed, purpose, i) for seed in range(20) for purpose in range(6) for i in range(10)}
     assert len(seeds) == 20 * 6 * 10
-    assert rde.derive_seed(1, 0) == sr.derive_seed(1, 0) == dqn.derive_seed(1, 0)
-
-
-def test_human_normalized_scores():
-    assert rde.human_normalized_score("AlienNoFrameskip-v4", 227.8) == 0
-    assert rde.human_normalized_score("AlienNoFrameskip-v4", 7127.7) == 1
-    assert rde.human_normalized_score("PongNoFrameskip-v4", 14.6 + 35.3) == pytest.approx(2)
-    assert rde.human_normalized_score("TetrisNoFrameskip-v4", 10) is None
-    assert len(rde.RANDOM_AND_HUMAN_SCORES) == 26
-    assert all(rde.gym.spec(f"{game}NoFrameskip-v4") for game in rde.RANDOM_AND_HUMAN_SCORES)
