@@ -8,8 +8,9 @@ games, final scores), collapse and collapse_training_games (what a reset costs);
 cost_curves_<game>; with --references aggregate_training_games. A triangle is the score right after a reset.
 
 Only finished runs count (model.pt is there, and a complete "final" evaluation); every other folder is named, with the reason.
-Everything is computed from one table with a row for every game that was played (read_games). The statistics are those of Agarwal
-et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files, to the byte.
+Everything is computed from one table with a row for every game that was played (read_games). The statistics are those of
+Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files,
+to the byte.
 """
 
 import csv
@@ -76,14 +77,6 @@ RANDOM_AND_HUMAN_SCORES = {
 }  # fmt: skip
 
 
-def human_normalized_score(env_id: str, score: float) -> float | None:
-    """(score - random) / (human - random), or None for a game that is not one of the 26."""
-    if (game := env_id.removesuffix("NoFrameskip-v4")) not in RANDOM_AND_HUMAN_SCORES:
-        return None
-    random_score, human_score = RANDOM_AND_HUMAN_SCORES[game]
-    return (score - random_score) / (human_score - random_score)
-
-
 # Scores are averaged over games only within a suite, on the suite's own scale.
 ATARI, DMC = "Atari", "DeepMind Control"
 SCORE_NAMES = {ATARI: "human-normalized score", DMC: "score / 1,000"}
@@ -91,14 +84,15 @@ SCORE_NAMES = {ATARI: "human-normalized score", DMC: "score / 1,000"}
 
 def suite_of(env_id: str) -> str | None:
     """Atari-100k, DeepMind Control (domain-task, without a version), or None: no common scale."""
-    if env_id.removesuffix("NoFrameskip-v4") in RANDOM_AND_HUMAN_SCORES:
+    if game_name(env_id) in RANDOM_AND_HUMAN_SCORES:
         return ATARI
     return DMC if re.fullmatch(r"[a-z0-9_]+-[a-z0-9_]+", env_id) and not re.search(r"-v\d+$", env_id) else None
 
 
 def normalized_score(env_id: str, score):
-    """On the scale of its suite, if it has one; of a score or of an array of them."""
-    return human_normalized_score(env_id, score) if suite_of(env_id) == ATARI else score / 1000
+    """On the scale of its suite: (score - random) / (human - random), or score / 1,000. Of a score or of an array of them."""
+    random_score, human_score = RANDOM_AND_HUMAN_SCORES.get(game_name(env_id), (0, 1000))
+    return (score - random_score) / (human_score - random_score)
 
 
 def game_name(env_id: str) -> str:
@@ -121,8 +115,8 @@ RUN_FOLDER = re.compile(r".+__.+__-?\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__
 # What may differ between the seeds of a method: it does not change what is computed.
 INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "checkpoint_interval", "keep_models", "cuda", "cuda_graphs",
               "torch_deterministic", "track", "wandb_project_name", "wandb_entity", "capture_video"}  # fmt: skip
-KINDS = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": (int, float), "total_timesteps": int, "eval_episodes": int,
-         "reset_interval": int, "num_agents": int, "cost_limit": (int, float)}  # fmt: skip
+KINDS = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": (int, float), "total_timesteps": int,
+         "eval_episodes": int, "reset_interval": int, "num_agents": int, "cost_limit": (int, float)}  # fmt: skip
 OPTIONAL = ("reset_interval", "num_agents", "cost_limit")  # not every method has them
 
 
@@ -182,8 +176,9 @@ def read_args(folder: str) -> tuple[dict, str, str]:
     text = read_text(folder, "args.json")
     try:
         content = json.loads(text)
-        args, version = content["args"] if isinstance(content["args"], dict) else {}, content.get("script_sha256") or "unknown"
-        settings = {"reset_interval": "0", "num_agents": "1"} | {name: str(args[name]) for name in args if name not in INCIDENTAL}
+        args, version = content["args"], content.get("script_sha256") or "unknown"
+        args = args if isinstance(args, dict) else {}
+        settings = {name: str(value) for name, value in args.items() if name not in INCIDENTAL}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise RunError('args.json is not readable as JSON with a part "args"') from None
     for name, kind in KINDS.items():
@@ -196,6 +191,7 @@ def read_args(folder: str) -> tuple[dict, str, str]:
         settings.pop("reset_depth", None)
     if args.get("num_agents", 1) == 1:
         settings.pop("beta", None)
+    settings = {"reset_interval": "0", "num_agents": "1"} | settings
     return args, json.dumps(settings, sort_keys=True), clean(str(version))[:7]
 
 
@@ -311,8 +307,8 @@ def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFram
     usual = runs.groupby(GROUP).settings.transform(lambda all: Counter(all).most_common(1)[0][0])
     for i, run in runs[runs.settings != usual].iterrows():
         own, most = json.loads(run.settings), json.loads(usual[i])
-        values = {name: (str(own.get(name))[:60], str(most.get(name))[:60]) for name in sorted(own | most)}
-        differences = ", ".join(f"{name} {value} instead of {other}" for name, (value, other) in values.items() if value != other)
+        names = [name for name in sorted(own | most) if own.get(name) != most.get(name)]
+        differences = ", ".join(f"{name} {str(own.get(name))[:60]} instead of {str(most.get(name))[:60]}" for name in names)
         group = "{2} on {0}, replay ratio {1}".format(*names_of(*run[GROUP]))
         left_out.append(f"{run.run}: other arguments than most runs of {group}: {clean(differences)}")
     runs = runs[runs.settings == usual]
@@ -320,8 +316,9 @@ def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFram
     left_out += [f"{run}: the same as {other}, which counts" for run, other in zip(runs.run, first) if run != other]
     runs = runs[runs.run == first]
     runs = runs.sort_values(RUN, key=lambda column: column.map(method_order) if column.name == "method" else column)
-    games = [run.games.assign(**run[RUN], normalized=normalized_score(run.env_id, run.games.score)) for _, run in runs.iterrows()]
-    return pd.concat(games, ignore_index=True), sorted(left_out), notes
+    games = pd.concat([run.games.assign(**run[RUN]) for _, run in runs.iterrows()], ignore_index=True)
+    games["normalized"] = [normalized_score(env_id, score) for env_id, score in zip(games.env_id, games.score)]
+    return games, sorted(left_out), notes
 
 
 # ------------------------------------------------------------------------------------------------ from games to numbers
@@ -338,7 +335,7 @@ def evaluations_of(games: pd.DataFrame) -> pd.DataFrame:
     games = games.assign(different=games.score.mask(same))
     by_evaluation = games.groupby([*RUN, "evaluation", "step", "phase"], sort=False)
     means = by_evaluation[["score", "normalized", "success", "cost", "different"]].mean()
-    return means.assign(episodes=by_evaluation.size(), num_different=by_evaluation.different.count()).reset_index()
+    return means.assign(episodes=by_evaluation.size()).reset_index()
 
 
 def runs_of(games: pd.DataFrame) -> pd.DataFrame:
@@ -359,12 +356,12 @@ def runs_of(games: pd.DataFrame) -> pd.DataFrame:
 def resets_of(games: pd.DataFrame, window: int) -> pd.DataFrame:
     """A row for every reset: what was played right before and right after it.
 
-    Of its two evaluations: score, different, num_different, cost; of the training games that ended at most `window` steps away:
+    Of its two evaluations: score, different, cost; of the training games that ended at most `window` steps away:
     training, training_cost; each with _before and _after. (So a training game that a reset interrupts counts as after it.)
     """
     evaluations, training = evaluations_of(games), games[games.phase == "training"]
     after = evaluations[evaluations.phase == "after_reset"]
-    resets, columns = after[[*RUN, "step"]].reset_index(drop=True), ["score", "different", "num_different", "cost"]
+    resets, columns = after[[*RUN, "step"]].reset_index(drop=True), ["score", "different", "cost"]
     for side, rows in (("before", evaluations.loc[after.index - 1]), ("after", after)):
         resets[[f"{column}_{side}" for column in columns]] = rows[columns].to_numpy()
         means = []
@@ -390,8 +387,8 @@ def collapses_of(resets: pd.DataFrame, args: Args) -> pd.DataFrame:
         for group, of_group in resets.dropna(subset=sides).groupby(GROUP, sort=False):
             sums, seeds = of_group.groupby("seed")[sides].sum().to_numpy(), np.arange(of_group.seed.nunique())[:, np.newaxis]
             interval = bootstrap(lambda drawn: ratio_of(sums[drawn.ravel()].sum(axis=0)[np.newaxis]), seeds, args)[1]
-            before, after = sums.sum(axis=0) / len(of_group)
-            rows.append((*group, source, len(of_group), before, after, float(ratio_of(sums.sum(axis=0))), ratio_of(sums), interval))
+            means = sums.sum(axis=0) / len(of_group)
+            rows.append((*group, source, len(of_group), *means, float(ratio_of(means)), ratio_of(sums), interval))
     return pd.DataFrame(rows, columns=[*GROUP, "source", "resets", "before", "after", "ratio", "of_seeds", "interval"])
 
 
@@ -452,7 +449,7 @@ def final_scores(games: pd.DataFrame, column: str = "normalized") -> np.ndarray:
 
 
 def improvements_of(games: pd.DataFrame, args: Args) -> list[tuple]:
-    """(replay ratio, reset ensemble, other method, games, how probably a run of it ends better than one of the other, interval)."""
+    """(replay ratio, reset ensemble, other method, games, how probably a run of the one ends better, interval), ..."""
     rows, function = [], lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
     for replay_ratio, group in games.groupby("replay_ratio"):
         for ensemble, other in itertools.permutations(methods_of(group), 2):
@@ -518,10 +515,12 @@ def csv_tables(games: pd.DataFrame) -> dict[str, pd.DataFrame]:
     extra = [column for column in EXTRA_COLUMNS if games[column].notna().any()]
     runs, training = runs_of(games), games[games.phase == "training"].assign(episodic_return=games.score)
     last = runs.dropna(subset="training")
-    last = last.assign(phase="training", step=last.total_timesteps, score=last.training, success=math.nan)
-    results = pd.concat([evaluations_of(games), last.assign(episodes=last.num_training.astype(int))])
-    results = results.assign(row=results.run.map({run: row for row, run in enumerate(runs.run)})).sort_values("row", kind="stable")
-    results["human_normalized_score"] = [human_normalized_score(*row) for row in zip(results.env_id, results.score)]
+    last = last.assign(phase="training", step=last.total_timesteps, score=last.training)
+    results = pd.concat([evaluations_of(games), last.assign(episodes=last.num_training.astype(int), success=math.nan)])
+    rows_of_runs = {run: row for row, run in enumerate(runs.run)}
+    results = results.sort_values("run", key=lambda names: names.map(rows_of_runs), kind="stable")
+    normalized = [normalized_score(env_id, score) for env_id, score in zip(results.env_id, results.score)]
+    results["human_normalized_score"] = np.where(results.env_id.map(suite_of) == ATARI, normalized, math.nan)
     names = ["env_id", "method", "replay_ratio", "seed", "global_step"]
     columns = ["run", *names, "phase", "episodes", "score", *extra, "human_normalized_score"]
     for rows in (results, training):
@@ -530,7 +529,7 @@ def csv_tables(games: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def number(value: float, spread: list[float] = ()) -> str:
-    """Three digits or so (1234, 123, 12.3, 1.23, 0.123, 0.012), ± the standard deviation of `spread` if that holds at least two."""
+    """Three digits or so (1234, 123, 12.3, 1.23, 0.012), ± the standard deviation of `spread` if that holds at least two."""
     decimals = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
     return f"{value:.{decimals}f}" + (f" ± {np.std(spread, ddof=1):.{decimals}f}" if len(spread) > 1 else "")
 
@@ -558,17 +557,17 @@ How probably a run of the reset ensemble ends with a better evaluation than one 
 over the games that both have, with its interval by the same bootstrap."""),
     "Collapse of a reset": (f"{GAME} | of | resets | before | after | after / before | 95 % interval", """\
 Mean score right before and right after the resets of all seeds, and after / before (± standard deviation over seeds) with its
-interval by the bootstrap over seeds: 1 is no collapse. Where the scores before are not positive, the ratio is not defined. Equal
-scores in one evaluation count once (without exploration they are one game, played again), except where success is logged. The
-training games are those that ended in the {args.reset_window:,} steps before and after; resets without some on both sides do not
-count."""),
+interval by the bootstrap over seeds: 1 is no collapse. Where the scores before are not positive, the ratio is not defined.
+Equal scores in one evaluation count once (without exploration they are one game, played again), except where success is logged.
+The training games are those that ended in the {args.reset_window:,} steps before and after; resets without some on both sides
+do not count."""),
     "Success": (f"{GAME} | seeds | final success | 95 % interval | reached 90 % | steps to 90 %", """\
 Rate of success in the final evaluation, mean over seeds, and environment steps to the first evaluation with 90 %, median over
 seeds."""),
     "Cost": (f"{GAME} | seeds | limit | total cost | episodes | above the limit", """\
-Mean ± standard deviation over seeds: the cost of the whole training, its episodes, and those whose cost was above the limit."""),
+Mean ± standard deviation over seeds: the cost of the whole training, its episodes, and those with a cost above the limit."""),
     "Return and cost of every reset": (f"{GAME} | step | seeds | return | cost | return in training | cost in training", """\
-Means over seeds, before → after: the evaluations right before and after, the training games of {args.reset_window:,} steps."""),
+Means over seeds, before → after: the evaluations right before and after, training games of {args.reset_window:,} steps."""),
     "Published scores, beside training games": ("game | whose | score | human-normalized", """\
 What is published stands beside the TRAINING games of this study (mean of the last fifth, with exploration), not beside its
 evaluations without exploration: the RDE paper's evaluations go on with training games, others have some exploration. Each is
@@ -609,7 +608,8 @@ def tables_of(games: pd.DataFrame, shared: pd.DataFrame, resets: pd.DataFrame, c
             limit = number(runs.cost_limit.iloc[0]) if runs.cost_limit.iloc[0] < math.inf else "none"
             tables["Cost"].append((*names, len(runs), limit, *costs))
     for (*group, step), rows in resets.groupby([*GROUP, "step"], sort=False):
-        means = [rows[[f"{column}_before", f"{column}_after"]].mean() for column in ("score", "cost", "training", "training_cost")]
+        columns = ("score", "cost", "training", "training_cost")
+        means = [rows[[f"{column}_before", f"{column}_after"]].mean() for column in columns]
         if not means[1].isna().all() or not means[3].isna().all():
             pairs = [" → ".join("-" if math.isnan(mean) else number(mean) for mean in pair) for pair in means]
             tables["Return and cost of every reset"].append((*names_of(*group), step, len(rows), *pairs))
@@ -633,8 +633,9 @@ def tables_of(games: pd.DataFrame, shared: pd.DataFrame, resets: pd.DataFrame, c
     for env_id in sorted(games.env_id.unique()):
         published, own = references[references.game == game_name(env_id)], runs[runs.env_id == env_id]
         rows = [(f"{m}, replay ratio {r:g}", rows.training.mean()) for (_, r, m), rows in own.groupby(GROUP, sort=False)]
-        for whose, score in [*rows, *zip(published.method, published.score)] if len(published) else []:
-            normalized = f"{human_normalized_score(env_id, score):.3f}" if suite_of(env_id) == ATARI else "-"
+        rows += [(f"{method} (published)", score) for method, score in zip(published.method, published.score)]
+        for whose, score in rows if len(published) else []:
+            normalized = f"{normalized_score(env_id, score):.3f}" if suite_of(env_id) == ATARI else "-"
             tables[title].append((game_name(env_id), whose, number(score), normalized))
     for (suite, replay_ratio), rows in shared.groupby(["suite", "replay_ratio"]) if tables[title] else []:
         levels = published_levels(rows, references)
@@ -642,9 +643,11 @@ def tables_of(games: pd.DataFrame, shared: pd.DataFrame, resets: pd.DataFrame, c
         means = [final_scores(one, "normalized_training").mean(axis=0, keepdims=True) for one in own]  # (1, games)
         iqms = [interquartile_means(scores[..., np.newaxis])[0] for scores in means]
         names = [f"{one.method.iloc[0]}, replay ratio {replay_ratio:g}" for one in own]
-        levels = [*zip(names, iqms), *levels.items()]
+        levels = [*zip(names, iqms), *((f"{method} (published)", iqm) for method, iqm in levels.items())]
         tables[title] += [(f"IQM of {rows.env_id.nunique()} games", whose, "-", f"{iqm:.3f}") for whose, iqm in levels]
     return tables
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; dashes tell the methods apart in grey as well.
@@ -674,20 +677,16 @@ def set_style() -> None:
     }  # fmt: skip
 
 
-def new_figure(num_panels: int, height: float = 3.2, width: float = 3.9) -> tuple[plt.Figure, list[plt.Axes]]:
-    """Panels side by side, at most 2 in a row."""
+def new_figure(num_panels: int, num_levels: int = 0, height: float = 3.2, width: float = 3.9) -> list[plt.Axes]:
+    """Panels side by side, at most 2 in a row, with room for the names of so many levels (lines besides the methods')."""
     columns = min(2, num_panels)
+    height, width = max(height, 0.21 * num_levels + 1.6 * bool(num_levels)), width + bool(num_levels)
     rows = math.ceil(num_panels / columns)
     size = (width * columns + 0.4, height * rows + 0.2)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for empty in axes.flat[num_panels:]:
         empty.set_axis_off()
-    return figure, list(axes.flat[:num_panels])
-
-
-def size_for(num_levels: int) -> tuple[float, float]:
-    """Height and width of a panel with room for the names of so many levels, and of a few methods."""
-    return max(3.2, 0.21 * num_levels + 1.6), 3.9 + bool(num_levels)
+    return list(axes.flat[:num_panels])
 
 
 def draw_curve(axes: plt.Axes, x, y, interval: np.ndarray | None, color: str, label: str = "") -> None:
@@ -705,6 +704,7 @@ def finish(figure: plt.Figure, *notes: str) -> plt.Figure:
 
 def finish_steps(axes: plt.Axes, last_step: float, ends: dict, levels: dict[str, float], colors: dict[str, str]) -> None:
     """Levels (a published score, a limit) as lines, and all names to the right of their lines' ends, pushed apart there."""
+    levels = {f"{name} (published)" if name in ends else name: level for name, level in levels.items()}
     axes.set_xlim(0, last_step)
     axes.xaxis.set_major_locator(plt.MaxNLocator(5))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}")
@@ -741,8 +741,9 @@ def plot_game(picture: str, games: pd.DataFrame, references: pd.DataFrame, args:
     curve_of, columns, with_intervals = PICTURES[picture]
     name, methods, replay_ratios = game_name(games.env_id.iloc[0]), methods_of(games), sorted(games.replay_ratio.unique())
     published = references[references.game == name] if picture == "training_games" else references[:0]
-    figure, panels = new_figure(len(replay_ratios) * len(columns), *size_for(len(published)))
-    notes = dict.fromkeys(["moving mean over a tenth of the run"] if curve_of is training_curve else [])
+    panels = new_figure(len(replay_ratios) * len(columns), len(published))
+    notes = dict.fromkeys(["moving mean over a tenth of the run"] * (curve_of is training_curve))  # a set, in order
+    notes |= dict.fromkeys(["bands: 95 % bootstrap intervals"] * with_intervals)
     for axes, (replay_ratio, column) in zip(panels, itertools.product(replay_ratios, columns)):
         shown, ends = games[games.replay_ratio == replay_ratio], {}
         for method in methods_of(shown):
@@ -755,7 +756,7 @@ def plot_game(picture: str, games: pd.DataFrame, references: pd.DataFrame, args:
                 notes["thin lines: single seeds"] = None
             draw_curve(axes, steps, mean, interval, color)
             axes.plot(steps[dips], mean[dips], "v", color=color, markersize=6, mec="white", mew=0.6, zorder=3)
-            notes |= dict.fromkeys(["▼ right after a reset"] * any(dips) + ["bands: 95 % bootstrap intervals"] * with_intervals)
+            notes |= dict.fromkeys(["▼ right after a reset"] * any(dips))
             if len(known := np.flatnonzero(np.isfinite(mean))):
                 ends[method] = (steps[known[-1]], mean[known[-1]])
         levels = dict(zip(published.method, published.score))
@@ -765,13 +766,13 @@ def plot_game(picture: str, games: pd.DataFrame, references: pd.DataFrame, args:
         axes.set_ylabel(columns[column])
         finish_steps(axes, max(1, shown.step.max()), ends, levels, colors_of(methods))
         notes |= dict.fromkeys(["grey: published scores, by the papers' evaluations"] * len(published))
-    return finish(figure, *notes)
+    return finish(axes.figure, *notes)
 
 
-def panels_over_games(shared: pd.DataFrame, num_levels: int = 0) -> Iterator[tuple[plt.Axes, str, pd.DataFrame, dict[str, str]]]:
-    """A panel for every suite and replay ratio, with the name of its scale, its games and the colours of its methods."""
+def panels_over_games(shared: pd.DataFrame, num_levels: int = 0) -> Iterator[tuple]:
+    """For every suite and replay ratio: a panel, the name of its scale, its games, the colours of its methods."""
     groups = list(shared.groupby(["suite", "replay_ratio"]))
-    for axes, ((suite, replay_ratio), rows) in zip(new_figure(len(groups), *size_for(num_levels))[1], groups):
+    for axes, ((suite, replay_ratio), rows) in zip(new_figure(len(groups), num_levels), groups):
         num_games = rows.env_id.nunique()
         axes.set_title(f"{num_games} game{'s' * (num_games > 1)}, replay ratio {replay_ratio:g}")
         yield axes, SCORE_NAMES[suite], rows, colors_of(methods_of(rows))
@@ -792,8 +793,8 @@ def plot_over_games(curve_of, shared: pd.DataFrame, references: pd.DataFrame, ar
         axes.set_ylabel(f"IQM of {scale}" + ",\ntraining games" * of_training)
         levels = published_levels(rows, references) if of_training else {}
         finish_steps(axes, max(1, rows.step.max()), ends, levels, colors)
-    explained = "grey: published scores, by the papers' evaluations" if of_training else "without the evaluations right after a reset"
-    return finish(axes.figure, "bands: 95 % bootstrap intervals", explained)
+    notes = ("without the evaluations right after a reset", "grey: published scores, by the papers' evaluations")
+    return finish(axes.figure, "bands: 95 % bootstrap intervals", notes[of_training])
 
 
 def plot_performance_profiles(shared: pd.DataFrame, args: Args) -> plt.Figure:
@@ -817,7 +818,7 @@ def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
     env_ids, replay_ratios, methods = sorted(set(collapses.env_id)), sorted(set(collapses.replay_ratio)), methods_of(collapses)
     colors = colors_of(methods)
     long = max(len(game_name(env_id)) for env_id in env_ids)
-    figure, panels = new_figure(len(replay_ratios), height=1.3 + 0.5 * len(env_ids), width=3.9 + 0.08 * max(0, long - 10))
+    panels = new_figure(len(replay_ratios), height=1.3 + 0.5 * len(env_ids), width=3.9 + 0.08 * max(0, long - 10))
     for axes, replay_ratio in zip(panels, replay_ratios):
         axes.vlines(1, -0.5, len(env_ids) - 0.5, color=GREY, linewidth=1, linestyle=DASHES[GREY])  # below the labels
         for collapse in collapses[collapses.replay_ratio == replay_ratio].itertuples():
@@ -842,7 +843,7 @@ def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
         axes.grid(axis="y", visible=False)
     notes = ["small circles: single seeds"] * any(collapses.of_seeds.map(len) > 1)
     notes += ["grey bar: a random player"] * any(suite_of(env_id) == ATARI for env_id in env_ids)
-    return finish(figure, f"by the {source}", *notes, "dashed line: no collapse")
+    return finish(axes.figure, f"by the {source}", *notes, "dashed line: no collapse")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -913,7 +914,8 @@ def write_all(games: pd.DataFrame, left_out: list[str], notes: list[str], refere
     collapses = collapses_of(resets, args)
     without_scale = sorted({game_name(env_id) for env_id in games.env_id.unique() if suite_of(env_id) is None})
     notes = [*notes, *other_notes, *(f"{name}: no scale in common with other games" for name in without_scale)]
-    table = table_text(tables_of(games, shared, resets, collapses, references, args), notes, games.run.nunique(), left_out, args)
+    tables = tables_of(games, shared, resets, collapses, references, args)
+    table = table_text(tables, notes, games.run.nunique(), left_out, args)
     save(table, args, "table.md")
     set_style()
     names = {}  # of files: different games may look the same there

@@ -157,7 +157,8 @@ def test_scores_are_those_of_the_scripts():
     for game in [*plot.RANDOM_AND_HUMAN_SCORES, "Tennis"]:
         of_script = names[function.name](f"{game}NoFrameskip-v4", 12.5)
         of_script = of_script.get("human_normalized_score") if isinstance(of_script, dict) else of_script
-        assert of_script == plot.human_normalized_score(f"{game}NoFrameskip-v4", 12.5) and (of_script is None) == (game == "Tennis")
+        assert (plot.suite_of(f"{game}NoFrameskip-v4") == plot.ATARI) == (of_script is not None) == (game != "Tennis")
+        assert of_script is None or of_script == plot.normalized_score(f"{game}NoFrameskip-v4", 12.5)
 
 
 def test_scales():
@@ -499,7 +500,8 @@ def test_success_curves_have_bands(minigrid, call):
 def safety(tmp_path):
     for seed in (1, 2):
         evaluations = [(50, "before_reset", ((100.0 * seed, 30.0), (200.0, 10.0))),
-                       (50, "after_reset", ((20.0, 40.0), (20.0, 60.0))), (100, "final", ((300.0, 5.0), (310.0, 5.0)))]  # fmt: skip
+                       (50, "after_reset", ((20.0, 40.0), (20.0, 60.0))),
+                       (100, "final", ((300.0, 5.0), (310.0, 5.0)))]  # fmt: skip
         games = [(10, (1.0, 50.0)), (41, (3.0, 25.0)), (60, (5.0, 26.0 * seed)), (100, (7.0, 0.0))]  # at the limit is not above
         args = {"env_id": "SafetyHopperVelocity-v1", "exp_name": "rde_sac_safety", "cost_limit": 25.0}
         args |= {"num_agents": 2, "reset_interval": 5, "beta": 50.0}
@@ -568,15 +570,24 @@ def test_published_scores_stand_beside_training_games(published, tmp_path, call)
     own, bbf = [(750 - 227.8) / 6899.9, 15 / 29.6], [(1173.2 - 227.8) / 6899.9, 25.5 / 29.6]
     assert [line for line in part.splitlines() if line.startswith("| ")][1:] == [
         f"| Alien | DQN, replay ratio 1 | 750 | {own[0]:.3f} |",
-        f"| Alien | BBF | 1173 | {bbf[0]:.3f} |",
-        f"| Alien | DER | 802 | {(802.3 - 227.8) / 6899.9:.3f} |",
+        f"| Alien | BBF (published) | 1173 | {bbf[0]:.3f} |",
+        f"| Alien | DER (published) | 802 | {(802.3 - 227.8) / 6899.9:.3f} |",
         f"| Freeway | DQN, replay ratio 1 | 15.0 | {own[1]:.3f} |",
-        f"| Freeway | BBF | 25.5 | {bbf[1]:.3f} |",
+        f"| Freeway | BBF (published) | 25.5 | {bbf[1]:.3f} |",
         f"| IQM of 2 games | DQN, replay ratio 1 | - | {np.mean(own):.3f} |",
-        f"| IQM of 2 games | BBF | - | {np.mean(bbf):.3f} |",  # DER is not known of Freeway
+        f"| IQM of 2 games | BBF (published) | - | {np.mean(bbf):.3f} |",  # DER is not known of Freeway
     ]
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert "aggregate_training_games.png" in names
+
+
+def test_a_published_method_of_the_same_name_is_told_apart(published, tmp_path):
+    references = pd.DataFrame([("Alien", "DQN", 600.0)], columns=["game", "method", "score"])
+    games = read(tmp_path / "runs")
+    figure = plot.plot_game("training_games", games[games.env_id == ALIEN], references, plot.Args())
+    colors = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+    assert colors == {"DQN": plot.BLUE, "DQN (published)": plot.GREY}
+    plot.plt.close(figure)
 
 
 def test_published_scores_are_lines_in_the_pictures_of_training_games(published, tmp_path):
@@ -672,7 +683,8 @@ def test_table(study):
         return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
     assert f"| Freeway | 4 | RDE+DQN | 2 | {both(final)} | {both(best)} | " in table
-    assert f"| Freeway | 4 | RDE+DQN | evaluations | 4 | {before:.1f} | {after:.1f} | {plot.number(after / before)} ± " in table
+    collapse = f"{before:.1f} | {after:.1f} | {plot.number(after / before)} ± "
+    assert f"| Freeway | 4 | RDE+DQN | evaluations | 4 | {collapse}" in table
     assert "24 runs, 1 folders left out.\n\n- stopped: not finished: the last evaluation is of step 50 of 100\n" in table
     assert result.stderr == "left out: stopped: not finished: the last evaluation is of step 50 of 100\n"
 

@@ -191,7 +191,7 @@ def test_odd_names_stop_nothing(tmp_path, call, capsys):
     output = capsys.readouterr()
     assert output.err == "left out: odd__\\udcff__1__20260101-120000: args.json is missing\n"
     lines = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
-    rows = [line.replace("\\\\", "").replace("\\|", "") for line in lines if line.startswith("| Alien") or line.startswith("| a")]
+    rows = [line.replace("\\\\", "").replace("\\|", "") for line in lines if line.startswith(("| Alien", "| a"))]
     assert rows and {row.count("|") for row in rows if "replay" not in row} == {9}
     assert any("| \\$_\\$ |" in line for line in lines) and not any("| $" in line for line in lines)
     names = {row["method"] for row in good.read_csv(tmp_path / "out" / "results.csv")}
