@@ -963,6 +963,7 @@ class Run:
 
     KEPT = ("global_step", "gradient_steps", "num_episodes", "agenda", "last_returns", "speed_steps", "speed_seconds",
             "wall_seconds")  # fmt: skip
+    progress: tqdm | None = None  # a process has one bar, and closes it before it says its last line
 
     def __init__(self, args: Args, path: str | None = None):
         """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `restore`."""
@@ -1036,7 +1037,7 @@ class Run:
         self.open(content["file_sizes"] if resumed else {})
         if resumed:
             tqdm.write(f"continuing {self.path} at step {self.global_step}, with {torch.get_num_threads()} thread(s) as before")
-        self.progress = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", smoothing=0.02,
+        Run.progress = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", smoothing=0.02,
                              mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
         return resumed
 
@@ -1102,14 +1103,18 @@ class Run:
 
     def end(self, message: str) -> None:
         """Ends the process as a shell expects of one that a signal ended."""
-        if hasattr(self, "progress"):
-            self.progress.close()
+        self.close_progress()
         print(message, file=sys.stderr)
         sys.exit(128 + self.stop.received)
 
+    @staticmethod
+    def close_progress() -> None:
+        if Run.progress is not None:
+            Run.progress.close()
+
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
-        self.progress.close()
+        self.close_progress()
         self.write_model("model.pt", weights)
         remove_leftovers(self.path)
         self.writer.close()
@@ -1346,14 +1351,14 @@ def new_run_folder(args: Args):
     try:
         os.makedirs(args.runs_dir, exist_ok=True)
         lock = lock_folder(args.runs_dir, wait=True)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir} cannot be made: {error.strerror}")
-    try:
         if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
             leave_to_another_process(found[0])
         while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
             time.sleep(0.2)
         os.mkdir(path)
+    except OSError as error:
+        fail(f"a run folder in --runs-dir {args.runs_dir} cannot be made: {error.strerror}")
+    try:
         yield path
     finally:
         os.close(lock)
@@ -1589,14 +1594,20 @@ def main() -> None:
         if not args.check_only:
             train(args, path)
     except (RunError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        give_up(str(error))
     except (MemoryError, RuntimeError) as error:  # PyTorch has an error of its own on a GPU, and none on a CPU
         reason = (str(error) or "MemoryError").splitlines()[0]
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
             raise
-        sys.exit(f"error: memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
+        give_up(f"memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error}; {WHAT_STAYS}")
+        give_up(f"{error}; {WHAT_STAYS}")
+
+
+def give_up(message: str) -> None:
+    """Ends a run that cannot go on: one line, exit code 1."""
+    Run.close_progress()
+    sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":
