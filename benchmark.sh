@@ -1,517 +1,281 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=rde-benchmark
-#SBATCH --cpus-per-task=2
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@180
-#
-# A study of reset deep ensembles: games x methods x replay ratios x seeds. See `bash benchmark.sh --help`.
-set -euo pipefail
-{ # bash reads all of this before it runs any of it: so the file may change while a study runs
+#SBATCH --job-name=rde-benchmark --cpus-per-task=2 --requeue --open-mode=append --signal=B:USR1@180
+# shellcheck disable=SC2206 # lists are split at their spaces on purpose; with set -f a * in them stands for no file names
+set -euf -o pipefail
+{ # bash reads all of this before it runs any of it, so that the file may change while a study runs
+
+# A method is a script and the options that make it this method, under [suite:method].
+declare -A METHODS=(
+    [atari:dqn]="dqn_atari.py"
+    [atari:sr_dqn]="sr_dqn_atari.py"
+    [atari:rde_dqn]="rde_dqn_atari.py"
+    [atari:rnd_dqn]="rnd_dqn_atari.py"
+    [dmc:sac]="rde_sac_dmc.py --num-agents 1 --reset-interval 0"
+    [dmc:sr_sac]="rde_sac_dmc.py --num-agents 1"
+    [dmc:rde_sac]="rde_sac_dmc.py"
+    [minigrid:dqn]="rde_dqn.py --num-agents 1 --reset-interval 0"
+    [minigrid:sr_dqn]="rde_dqn.py --num-agents 1"
+    [minigrid:rde_dqn]="rde_dqn.py"
+    [safety:sac_lag]="rde_sac_safety.py --num-agents 1 --reset-interval 0"
+    [safety:sr_sac_lag]="rde_sac_safety.py --num-agents 1"
+    [safety:rde_sac_lag]="rde_sac_safety.py"
+)
+SUITES="atari dmc minigrid safety" # the first that has all methods is meant, unless --suite names one
+declare -A DEFAULT_METHODS=([atari]="dqn,sr_dqn,rde_dqn" [dmc]=sac,sr_sac,rde_sac
+    [minigrid]=dqn,sr_dqn,rde_dqn [safety]=sac_lag,sr_sac_lag,rde_sac_lag)
+declare -A DEFAULT_GAMES=([atari]=Freeway,MsPacman [dmc]=walker-run,hopper-hop
+    [minigrid]=MiniGrid-LavaGapS5-v0 [safety]=SafetyHalfCheetahVelocity-v1)
+declare -A OFFICIAL=([atari]="--num-envs 4 --learning-starts 2000 --end-e 0.1") # a suite without an entry has no --setting official
+declare -A SMOKE=([atari]="--learning-starts 100 --buffer-size 5000 --eval-interval 150 --eval-episodes 1") # and no --smoke
+# The paper's, by suite:setting:game or suite:setting. Where none is named it is the script's own.
+declare -A RESET_INTERVALS=([atari:default:Freeway]=40000 [atari:official:Freeway]=10000 [atari:official]=20000)
+ATARI_100K=Alien,Amidar,Assault,Asterix,BankHeist,BattleZone,Boxing,Breakout,ChopperCommand,CrazyClimber,DemonAttack,Freeway,\
+Frostbite,Gopher,Hero,Jamesbond,Kangaroo,Krull,KungFuMaster,MsPacman,Pong,PrivateEye,Qbert,RoadRunner,Seaquest,UpNDown
 
 help() {
     cat <<'HELP'
-usage: bash benchmark.sh [options] [-- options for every training script]
+usage: bash benchmark.sh [options] [-- options for every script]
 
-Runs every combination of games, methods, replay ratios and seeds, and ends in the table and the pictures of
-plot_benchmark.py, in the subfolder results of --runs-dir. It may be stopped at any moment (Ctrl-C) and called again:
-finished runs are skipped, interrupted ones go on from their checkpoint. A failed run does not stop the others; it is listed
-at the end, and the exit code is 1.
+Runs every combination of games, methods, replay ratios and seeds, then plot_benchmark.py. Stopped with Ctrl-C and called again it
+skips what is finished and goes on with what was interrupted. Failed runs are listed at the end with their logs; exit code 1.
 
-  --games LIST            Freeway,MsPacman (the default; walker-run,hopper-hop for SAC), or atari100k for all 26; full ids
-                          such as ALE/... as they are
-  --methods LIST          of dqn,sr_dqn,rde_dqn (the default), of sac,sr_sac,rde_sac, or scripts of your own: my_idea.py
-  --replay-ratios LIST    1,4 (the default; 0.25,1 with --setting official, which are the paper's 1 and 4)
-  --seeds N | LIST        5 = the seeds 1 to 5 (the default); or a list of seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
-  --total-timesteps N     environment steps of a run (default: that of the script, 100,000 on Atari)
-  --setting NAME          default, or official: that of the paper's code, --num-envs 4 --reset-interval 20000
-                          --learning-starts 2000 --end-e 0.1
-  --reset-interval N      gradient steps of an agent between two of its resets, for the methods that reset (default: that of
-                          the setting, and half of it in Freeway, as in the paper)
-  --reset-depth DEPTH     last1, last2 or full, for the methods that reset
-  --jobs N                runs at the same time on this machine (default 1); from 2 on, OMP_NUM_THREADS is set to 1
-  --runs-dir FOLDER       where the runs and their logs are (default runs/benchmark, with --smoke runs/smoke)
-  --smoke                 a study that takes two minutes: one game, one replay ratio, 2 seeds, 300 steps
-  --no-plot               do not call plot_benchmark.py at the end
-  --dry-run               print every command, one a line, those of finished runs after a "#", and run nothing
-  --count                 print the number of runs, and run nothing
-
-Lists are separated by commas or spaces. --dry-run can be piped into GNU parallel. On a SLURM cluster every task of an
-array is one run of the same list, and is resumed when it was preempted or came to its time limit:
-
+  --suite NAME           atari, dmc, minigrid or safety (default: the first of these that has the methods)
+  --games LIST           default Freeway,MsPacman; walker-run,hopper-hop; MiniGrid-LavaGapS5-v0; SafetyHalfCheetahVelocity-v1;
+                         atari100k = all 26 Atari games; full ids as they are
+  --methods LIST         atari, minigrid: dqn,sr_dqn,rde_dqn (the default), atari: rnd_dqn; dmc: sac,sr_sac,rde_sac;
+                         safety: sac_lag,sr_sac_lag,rde_sac_lag; all: my_idea.py (a script that you copied and changed).
+                         With options of one: "dqn,rde_dqn --beta 1e9", --exp-name is rde_dqn_beta_1e9 then, unless it is given
+  --replay-ratios LIST   default 1,4; with --setting official 0.25,1, which are the paper's 1 and 4
+  --seeds N | LIST       5 = the seeds 1 to 5 (the default); or seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
+  --total-timesteps N    environment steps of a run (default: the script's)
+  --setting NAME         official = the paper's code: --num-envs 4 --reset-interval 20000 --learning-starts 2000 --end-e 0.1
+  --reset-interval N     of the methods that reset (default: the script's; as in the paper, 40000 in Freeway, 10000 if official)
+  --reset-depth DEPTH    last1, last2 or full, of the methods that reset
+  --jobs N               runs at the same time (default 1); from 2 on with OMP_NUM_THREADS=1 each, unless it is set
+  --runs-dir FOLDER      for the runs, their logs and the results (default runs/benchmark, with --smoke runs/smoke)
+  --smoke, --no-plot     a small study of two minutes; without plot_benchmark.py
+  --dry-run, --count     run nothing: print every command, finished or not, one a line (for GNU parallel), or only their number
+PYTHON names the Python program, SCRIPTS_DIR the scripts' folder. On SLURM every task of an array is one run:
     sbatch --array=0-$(( $(bash benchmark.sh --count) - 1 )) benchmark.sh
-
-PYTHON names the Python program (default: python), SCRIPTS_DIR the folder of the training scripts (default: that of this
-file, or where sbatch was called).
 HELP
 }
+fail() { echo "error: $1" >&2; exit 2; }
 
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
-
-# ------------------------------------------------------------------------------------------------------------- the study
-
-ATARI_100K="Alien Amidar Assault Asterix BankHeist BattleZone Boxing Breakout ChopperCommand CrazyClimber DemonAttack Freeway
-    Frostbite Gopher Hero Jamesbond Kangaroo Krull KungFuMaster MsPacman Pong PrivateEye Qbert RoadRunner Seaquest UpNDown"
-
-games="" methods="dqn,sr_dqn,rde_dqn" replay_ratios="" seeds="" total_timesteps="" setting=default
-reset_interval="" reset_depth="" jobs=1 runs_dir="" smoke=no plot=yes action=run passed_on=()
-
+suite="" games="" methods="" replay_ratios="" seeds="" total_timesteps="" setting=default reset_interval="" reset_depth=""
+jobs=1 runs_dir="" smoke="" no_plot="" dry_run="" count=""
 while (($#)); do
-    option=$1
-    shift
-    case $option in
-        --) passed_on=("$@"); break ;;
+    [[ $1 == --?*=* ]] && set -- "${1%%=*}" "${1#*=}" "${@:2}"
+    name=${1#--} name=${name//-/_}
+    case $1 in
+        --) shift; break ;;
         -h | --help) help; exit 0 ;;
-        --dry-run) action=dry-run; continue ;;
-        --count) action=count; continue ;;
-        --smoke) smoke=yes; continue ;;
-        --no-plot) plot=no; continue ;;
-        --*=*) value=${option#*=} option=${option%%=*} ;;
-        --*) (($#)) || fail "$option needs a value, or is not an option; see bash benchmark.sh --help"
-            value=$1
-            shift ;;
-        *) fail "$option is not an option; see bash benchmark.sh --help" ;;
+        --smoke | --no-plot | --dry-run | --count) printf -v "$name" yes; shift ;;
+        --suite | --games | --methods | --replay-ratios | --seeds | --total-timesteps | --setting | --reset-interval | \
+            --reset-depth | --jobs | --runs-dir)
+            [[ -n ${2:-} ]] || fail "$1 needs a value"
+            printf -v "$name" %s "$2"; shift 2 ;;
+        *) fail "$1 is not an option; see bash benchmark.sh --help" ;;
     esac
-    case $option in
-        --games) games=$value ;;
-        --methods) methods=$value ;;
-        --replay-ratios) replay_ratios=$value ;;
-        --seeds) seeds=$value ;;
-        --total-timesteps) total_timesteps=$value ;;
-        --setting) setting=$value ;;
-        --reset-interval) reset_interval=$value ;;
-        --reset-depth) reset_depth=$value ;;
-        --jobs) jobs=$value ;;
-        --runs-dir) runs_dir=$value ;;
-        *) fail "$option is not an option; see bash benchmark.sh --help" ;;
-    esac
-    [[ -n $value ]] || fail "$option needs a value"
 done
+passed_on=("$@")
 
-[[ $setting == default || $setting == official ]] || fail "--setting is $setting, but must be default or official"
-[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs is $jobs, but must be a number from 1 on"
-for number in "$total_timesteps" "$reset_interval"; do
-    [[ $number =~ ^[0-9]*$ ]] || fail "$number is not a number of steps"
-done
+# Options that every run gets from benchmark.sh are refused among those for scripts, which take --env_id for --env-id as well.
+declare -A OURS=([env-id]=--games [seed]=--seeds [replay-ratio]=--replay-ratios [runs-dir]="--runs-dir before any --"
+    [resume]="no --resume, runs go on by themselves" [check-only]=--dry-run)
+refuse_ours() {
+    [[ ! " ${*//_/-} " =~ \ --(env-id|seed|replay-ratio|runs-dir|resume|check-only)[\ =] ]] ||
+        fail "--${BASH_REMATCH[1]} is not for the scripts here; use ${OURS[${BASH_REMATCH[1]}]}"
+}
+refuse_ours "${passed_on[@]}"
 
-suite=atari
-[[ $methods =~ (^|[ ,])(sac|sr_sac|rde_sac)([ ,]|$) ]] && suite=dmc
-if [[ $suite == dmc ]]; then
-    [[ $methods =~ dqn ]] && fail "--methods $methods mixes methods for Atari and for the DeepMind Control Suite"
-    [[ $setting == default && $smoke == no ]] || fail "--setting official and --smoke are for Atari"
-    [[ $games != atari100k ]] || fail "--games atari100k is for Atari; SAC's tasks have names such as walker-run"
-fi
-
-setting_options=()
-if [[ $setting == official ]]; then
-    setting_options=(--num-envs 4 --learning-starts 2000 --end-e 0.1)
-    : "${replay_ratios:=0.25,1}"
-fi
-if [[ $smoke == yes ]]; then
-    setting_options+=(--learning-starts 100 --buffer-size 5000 --eval-interval 150 --eval-episodes 1)
-    : "${games:=MsPacman}" "${replay_ratios:=0.5}" "${seeds:=2}" "${total_timesteps:=300}" "${reset_interval:=80}"
-    : "${runs_dir:=runs/smoke}"
-fi
-default_games=Freeway,MsPacman
-[[ $suite == dmc ]] && default_games=walker-run,hopper-hop
-: "${games:=$default_games}"
-: "${replay_ratios:=1,4}" "${seeds:=5}" "${runs_dir:=runs/benchmark}"
-[[ $games == atari100k ]] && games=$ATARI_100K
-
-read -ra games <<<"$(tr ',\n' '  ' <<<"$games")"
-for game in "${games[@]}"; do
-    if [[ $suite == dmc ]]; then
-        [[ $game == *-* && $game != *NoFrameskip* ]] || fail "--games: $game is no task of SAC, such as walker-run"
-    elif [[ $game =~ ^[a-z_]+-[a-z_]+$ && " ${methods//,/ } " =~ \ (dqn|sr_dqn|rde_dqn)\  ]]; then
-        fail "--games: $game is a task of the DeepMind Control Suite; ${BASH_REMATCH[1]} plays Atari"
-    fi
+[[ -z $suite || -n ${DEFAULT_METHODS[$suite]:-} ]] || fail "--suite is $suite, but must be one of: $SUITES"
+IFS=, read -ra methods <<<"${methods:-${DEFAULT_METHODS[${suite:-atari}]}}"
+for suite in ${suite:-$SUITES}; do
+    missing=""
+    for method in "${methods[@]}"; do
+        read -r name _ <<<"$method"
+        [[ $name == *.py || -n ${METHODS[$suite:$name]:-} ]] || missing+=" $name"
+    done
+    [[ -n $missing ]] || break
 done
-read -ra methods <<<"${methods//,/ }"
-read -ra replay_ratios <<<"${replay_ratios//,/ }"
-for ratio in "${replay_ratios[@]}"; do
-    [[ $ratio =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && $ratio =~ [1-9] ]] || fail "--replay-ratios: $ratio is not a positive number"
-done
-[[ $seeds =~ ^[0-9]+$ ]] && seeds=1-$seeds
-read -ra seed_ranges <<<"${seeds//,/ }"
-seeds=()
-for range in "${seed_ranges[@]}"; do
-    [[ $range =~ ^([0-9]+)(-([0-9]+))?$ ]] || fail "--seeds: $range is neither a seed nor a range such as 1-5"
-    first=$((10#${BASH_REMATCH[1]})) last=$((10#${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}))
-    ((first <= last)) || fail "--seeds: $range holds no seed"
-    for ((seed = first; seed <= last; seed++)); do seeds+=("$seed"); done
-done
-((${#games[@]} && ${#methods[@]} && ${#replay_ratios[@]} && ${#seeds[@]})) || fail "a list of --games, --methods, ... is empty"
+[[ -z $missing ]] || fail "--methods: no suite has them all; $suite has no$missing"
 
 # SLURM runs a copy of this file that lies elsewhere, and tells where sbatch was called.
 here=$(dirname -- "${BASH_SOURCE[0]}")
-if [[ -z ${SCRIPTS_DIR:-} ]]; then
-    SCRIPTS_DIR=$here
-    [[ ! -e $here/dqn_atari.py && -n ${SLURM_SUBMIT_DIR:-} ]] && SCRIPTS_DIR=$SLURM_SUBMIT_DIR
-fi
-in_scripts_dir() { [[ $SCRIPTS_DIR == . ]] && echo "$1" || echo "$SCRIPTS_DIR/$1"; }
-PYTHON=${PYTHON:-python}
-for program in "$PYTHON" flock setsid; do
-    command -v "$program" >/dev/null || fail "the program $program is not there (PYTHON=... names another Python)"
-done
-
-# Sets `command`, the training script and its arguments for one run.
-compose_command() {
-    local game=$1 method=$2 ratio=$3 seed=$4 script method_options=() interval
-    case $method in
-        dqn | sr_dqn | rde_dqn) script=$(in_scripts_dir "${method}_atari.py") ;;
-        sac) script=$(in_scripts_dir rde_sac_dmc.py) method_options=(--num-agents 1 --reset-interval 0) ;;
-        sr_sac) script=$(in_scripts_dir rde_sac_dmc.py) method_options=(--num-agents 1) ;;
-        rde_sac) script=$(in_scripts_dir rde_sac_dmc.py) ;;
-        *.py) [[ -e $method ]] && script=$method || script=$(in_scripts_dir "$method") ;;
-        *) fail "--methods: $method is no method (dqn, sr_dqn, rde_dqn, sac, sr_sac, rde_sac) and no script (my_idea.py)" ;;
-    esac
+[[ -e $here/plot_benchmark.py || -z ${SLURM_SUBMIT_DIR:-} ]] || here=$SLURM_SUBMIT_DIR
+SCRIPTS_DIR=${SCRIPTS_DIR:-$here} PYTHON=${PYTHON:-python} scripts=() options=() resets=()
+command -v "$PYTHON" >/dev/null || fail "the program $PYTHON is not there (PYTHON=... names another)"
+for method in "${methods[@]}"; do
+    read -r name own <<<"$method"
+    [[ -z $own || $own == --* ]] || fail "--methods: $method: commas separate methods, and options begin with --"
+    refuse_ours "$own"
+    read -r script all <<<"${METHODS[$suite:$name]:-$name} $own"
+    [[ $name == *.py && -e $script ]] || script=$SCRIPTS_DIR/$script
     [[ -f $script ]] || fail "the script $script is not there (SCRIPTS_DIR=... names another folder)"
-    if [[ $method != sac ]] && grep -q '^    reset_interval: int' "$script"; then
-        interval=$reset_interval
-        if [[ -z $interval && $suite == atari ]]; then # half as long in Freeway, as in the paper
-            [[ $setting == official ]] && interval=20000
-            [[ $game == Freeway* ]] && interval=$((${interval:-80000} / 2))
-        fi
-        [[ -n $interval ]] && method_options+=(--reset-interval "$interval")
-        [[ -n $reset_depth ]] && method_options+=(--reset-depth "$reset_depth")
+    if [[ -n $own && $own != *--exp[-_]name* ]]; then # else plots could not tell it from the method without options
+        label=$(basename -- "$name" .py)_${own//--/}
+        all+=" --exp-name ${label//[^A-Za-z0-9.-]/_}"
     fi
-    [[ $suite == atari && ! $game =~ [-/] ]] && game=${game}NoFrameskip-v4
-    command=("$script" --env-id "$game" --seed "$seed" --replay-ratio "$ratio")
-    [[ -n $total_timesteps ]] && command+=(--total-timesteps "$total_timesteps")
-    command+=("${setting_options[@]}" "${method_options[@]}" "${passed_on[@]}" --runs-dir "$runs_dir" --resume auto)
-}
-
-# Replay ratio by replay ratio, and within one seed by seed: so a study that is stopped early is a smaller study. Each
-# run's arguments stand in all_arguments, from first_argument[index] on.
-run_names=() all_arguments=() first_argument=(0)
-for ratio in "${replay_ratios[@]}"; do
-    for seed in "${seeds[@]}"; do
-        for game in "${games[@]}"; do
-            for method in "${methods[@]}"; do
-                compose_command "$game" "$method" "$ratio" "$seed"
-                all_arguments+=("${command[@]}")
-                first_argument+=("${#all_arguments[@]}")
-                run_names+=("$game $method, replay ratio $ratio, seed $seed")
-            done
-        done
-    done
-done
-num_runs=${#run_names[@]}
-
-# Sets `command` for a run of the list.
-load_command() { command=("${all_arguments[@]:${first_argument[$1]}:${first_argument[$1 + 1]}-${first_argument[$1]}}"); }
-
-if [[ $action == count ]]; then
-    echo "$num_runs"
-    exit 0
-fi
-
-# ------------------------------------------------------------------------------------------------- what is done already
-
-# Two runs are the same if all their arguments are. Those that a command leaves to its script are read from the script's Args.
-# Prints for every command its state (finished, interrupted, new, or doubled in the list), its seconds, and how these are known.
-RUN_STATES=$(cat <<'PYTHON_PROGRAM'
-import ast, csv, glob, json, os, statistics, sys
-
-runs_dir, seconds_per_update = sys.argv[1], float(sys.argv[2])
-fields = sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")[:-1]
-commands = []
-while fields:
-    count = int(fields.pop(0))
-    commands.append(fields[:count])
-    del fields[:count]
-
-
-def read_defaults(script):
-    for node in ast.parse(open(script, encoding="utf-8").read()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Args":
-            fields = {field.target.id: field.value for field in node.body if isinstance(field, ast.AnnAssign)}
-            literals = {name: value for name, value in fields.items() if isinstance(value, (ast.Constant, ast.UnaryOp))}
-            literals = {name: ast.literal_eval(value) for name, value in literals.items()}
-            return literals | {"exp_name": os.path.basename(script).removesuffix(".py")}
-    return {}
-
-
-def read_arguments(command, defaults):
-    arguments, options = dict(defaults), command[1:]
-    while options:
-        name, equals, value = options.pop(0).removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if isinstance(defaults.get(name.removeprefix("no_")), bool) and not equals:
-            name, value = name.removeprefix("no_"), not name.startswith("no_")
-        elif not equals and options:
-            value = options.pop(0)
-        arguments[name] = value
-    return {name: comparable(value) for name, value in arguments.items() if name not in ("resume", "runs_dir")}
-
-
-def comparable(value):
-    try:
-        return value if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
-        return {"True": True, "False": False, "None": None}.get(value, value)
-
-
-def is_finished(folder):
-    if not os.path.exists(os.path.join(folder, "model.pt")):
-        return False
-    with open(os.path.join(folder, "evaluations.csv"), newline="") as file:
-        return any("final" in row[1:2] for row in csv.reader(file))
-
-
-def measured_seconds_per_step(folder):
-    with open(os.path.join(folder, "episodes.csv"), newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    return float(last["wall_seconds"]) / float(last["global_step"])
-
-
-def kind(arguments):  # runs of one kind take equally long
-    names = ("exp_name", "replay_ratio", "num_agents", "num_envs", "eval_interval", "eval_episodes", "bf16", "cuda")
-    return tuple(str(arguments.get(name)) for name in names)
-
-
-folders, measured = [], {}
-for path in sorted(glob.glob(os.path.join(glob.escape(runs_dir), "*", "args.json"))):
-    folder = os.path.dirname(path)
-    try:
-        with open(path) as file:
-            arguments = {name: comparable(value) for name, value in json.load(file)["args"].items()}
-        finished = is_finished(folder)
-    except (OSError, ValueError, KeyError, AttributeError):
-        continue  # what cannot be read is no finished run; plot_benchmark.py names it
-    folders.append((arguments, "finished" if finished else "interrupted"))
-    if finished:
-        try:
-            seconds_per_step = measured_seconds_per_step(folder)
-        except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):
-            continue  # too short for a whole game, or not readable
-        measured.setdefault(kind(arguments), []).append(seconds_per_step)
-
-defaults, seen = {}, []
-for command in commands:
-    script = command[0]
-    if script not in defaults:
-        defaults[script] = read_defaults(script)
-    arguments = read_arguments(command, defaults[script])
-    states = {state for saved, state in folders if all(saved.get(name, value) == value for name, value in arguments.items())}
-    state = "finished" if "finished" in states else "interrupted" if states else "new"
-    if (script, arguments) in seen:
-        state = "doubled"
-    seen.append((script, arguments))
-
-    steps, basis = arguments.get("total_timesteps", 100_000.0), "unknown"
-    if kind(arguments) in measured:
-        seconds, basis = statistics.median(measured[kind(arguments)]) * steps, "measured"
-    elif "dqn" in os.path.basename(script):
-        updates = max(0, steps - arguments.get("learning_starts", 0)) * arguments["replay_ratio"]  # of all agents together:
-        updates *= arguments.get("num_agents", 1)
-        evaluations = steps / arguments["eval_interval"] if arguments.get("eval_interval") else 1
-        if arguments.get("reset_interval"):
-            evaluations += 2 * updates / arguments["reset_interval"]
-        seconds = 5 + updates * seconds_per_update + steps * 0.003 + evaluations * arguments.get("eval_episodes", 10)
-        basis = "estimated"
-    print(state, int(seconds) if basis != "unknown" else 0, basis)
-PYTHON_PROGRAM
-)
-
-# Reads the states of the given runs, a line for each.
-run_states() {
-    local index
-    for index in "$@"; do
-        load_command "$index"
-        printf '%s\0' "${#command[@]}" "${command[@]}"
-    done | "$PYTHON" -I -c "$RUN_STATES" "$runs_dir" "$seconds_per_update"
-}
-
-# Two processes of one thread each do more in sum on two cores than one after the other with two threads.
-((jobs > 1)) && export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-seconds_per_update=0.020 threads="two threads"
-[[ ${OMP_NUM_THREADS:-} == 1 ]] && seconds_per_update=0.033 threads="one thread"
-
-all_states=$(run_states $(seq 0 $((num_runs - 1)))) || fail "the finished runs in $runs_dir cannot be read"
-mapfile -t run_state <<<"$all_states"
-for ((index = 0; index < num_runs; index++)); do
-    [[ ${run_state[index]} != doubled* ]] || fail "the list names this run twice: ${run_names[index]}"
+    resets+=(no)
+    [[ " $all " == *" --reset-interval 0 "* ]] || ! grep -q '^    reset_interval:' -- "$script" || resets[-1]=yes
+    scripts+=("$script") options+=("$all")
 done
 
-if [[ $action == dry-run ]]; then
-    for ((index = 0; index < num_runs; index++)); do
-        load_command "$index"
-        [[ ${run_state[index]} == finished* ]] && printf '# finished: '
-        printf '%q' "$PYTHON"
-        printf ' %q' "${command[@]}"
-        printf '\n'
-    done
-    exit 0
-fi
+[[ $setting == default || $setting == official && -n ${OFFICIAL[$suite]:-} ]] || fail "$suite has no --setting $setting"
+[[ -z $smoke || -n ${SMOKE[$suite]:-} ]] || fail "$suite has no --smoke"
+added=()
+[[ $setting == official ]] && added+=(${OFFICIAL[$suite]}) && : "${replay_ratios:=0.25,1}"
+[[ -n $smoke ]] && added+=(${SMOKE[$suite]}) && : "${games:=${DEFAULT_GAMES[$suite]##*,}}" "${replay_ratios:=0.5}" \
+    "${seeds:=2}" "${total_timesteps:=300}" "${reset_interval:=80}" "${runs_dir:=runs/smoke}"
+[[ $games == atari100k ]] && games=$ATARI_100K
+: "${games:=${DEFAULT_GAMES[$suite]}}" "${replay_ratios:=1,4}" "${seeds:=5}" "${runs_dir:=runs/benchmark}"
+[[ $seeds =~ ^[0-9]+$ ]] && seeds=1-$seeds
+games=(${games//,/ }) replay_ratios=(${replay_ratios//,/ }) ranges=(${seeds//,/ }) seeds=()
+for range in "${ranges[@]}"; do
+    [[ $range =~ ^([0-9]{1,10})(-([0-9]{1,10}))?$ ]] || fail "--seeds: $range is neither a seed nor a range such as 1-5"
+    from=$((10#${BASH_REMATCH[1]})) to=$((10#${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}))
+    ((from <= to && to - from < 100000)) || fail "--seeds: $range holds no seed, or more than 100,000"
+    seeds+=($(seq "$from" "$to"))
+done
+twice=$(printf '%s\n' "${methods[@]/#/--methods }" "${games[@]/#/--games }" "${replay_ratios[@]/#/--replay-ratios }" \
+    "${seeds[@]/#/--seeds }" | sort | uniq -d)
+[[ -z $twice ]] || fail "twice in a list: ${twice%%$'\n'*}"
+num_runs=$((${#replay_ratios[@]} * ${#seeds[@]} * ${#games[@]} * ${#methods[@]}))
+((num_runs > 0 && num_runs <= 100000)) || fail "the lists make $num_runs runs, but 1 to 100,000 are a study"
+[[ $jobs =~ ^[1-9][0-9]{0,3}$ && $jobs -le 1000 ]] || fail "--jobs is $jobs, but must be a number from 1 to 1000"
 
-# ----------------------------------------------------------------------------------------------------------- the runs
-
-declare -A index_of_process=() started_at=() log_of_run=()
-failures=() num_elsewhere=0 stop_signal=0 forward_at=0 saved_for_requeue=no
-LOCKED=75
-
-# The log of a run, which is its lock as well: readable, and different for different commands.
-log_path() {
-    load_command "$1"
-    local name="${run_names[$1]}" sum
-    name=${name//, /__} name=${name//[^A-Za-z0-9._-]/_}
-    # without the script's folder before them, and --runs-dir and --resume behind them
-    sum=$(printf '%s\0' "$(basename -- "${command[0]}")" "${command[@]:1:${#command[@]}-5}" | cksum)
-    echo "$runs_dir/logs/${name}__${sum%% *}.log"
+# Sets `command` and `run`, its name. Replay ratio by replay ratio, in it seed by seed: a study stopped early is a smaller study.
+compose() { # index
+    local m=$(($1 % ${#methods[@]})) rest=$(($1 / ${#methods[@]})) game seed ratio interval
+    game=${games[rest % ${#games[@]}]} rest=$((rest / ${#games[@]}))
+    seed=${seeds[rest % ${#seeds[@]}]} ratio=${replay_ratios[rest / ${#seeds[@]}]}
+    run="$game ${methods[m]}, replay ratio $ratio, seed $seed"
+    interval=${RESET_INTERVALS[$suite:$setting:${game%NoFrameskip*}]:-${RESET_INTERVALS[$suite:$setting]:-}}
+    interval=${reset_interval:-$interval}
+    [[ $suite == atari && ! $game =~ [-/] ]] && game+=NoFrameskip-v4
+    command=("${scripts[m]}" --env-id "$game" --seed "$seed" --replay-ratio "$ratio")
+    command+=(${total_timesteps:+--total-timesteps "$total_timesteps"} "${added[@]}")
+    [[ ${resets[m]} == yes ]] && command+=(${interval:+--reset-interval "$interval"} ${reset_depth:+--reset-depth "$reset_depth"})
+    command+=("${passed_on[@]}" ${options[m]} --runs-dir "$runs_dir" --resume auto)
 }
+show_command() { printf '%q ' "$PYTHON" "${command[@]}"; echo; }
 
-# Starts a run in the background. The process is the training script itself, which holds the lock as long as it lives, even if
-# this one is killed; in a session of its own, so that Ctrl-C in the terminal reaches it once, through stop_runs.
-start_run() {
-    local index=$1 log
-    log=$(log_path "$index")
-    log_of_run[$index]=$log started_at[$index]=$SECONDS
-    load_command "$index"
+[[ -z $count ]] || { echo "$num_runs"; exit 0; }
+[[ -z $dry_run ]] || { for ((i = 0; i < num_runs; i++)); do compose "$i"; show_command; done; exit 0; }
+
+# -------------------------------------------------------------------------------------------------------------- the runs
+
+first=0 last=$((num_runs - 1)) lock=(--nonblock --conflict-exit-code 75) # 75, of the scripts as well: another process is at it
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # one run, which waits for another process that does it
+    ((SLURM_ARRAY_TASK_ID < num_runs)) || fail "array task $SLURM_ARRAY_TASK_ID: the list has the runs 0 to $last"
+    first=$SLURM_ARRAY_TASK_ID last=$SLURM_ARRAY_TASK_ID lock=() no_plot=yes
+else # what every run of a method, a game or a replay ratio would refuse is known before the first one
+    for ((i = 0; i < ${#methods[@]} || i < ${#games[@]} || i < ${#replay_ratios[@]}; i++)); do
+        row=$((i % ${#replay_ratios[@]} * ${#seeds[@]} * ${#games[@]} + i % ${#games[@]}))
+        compose $((row * ${#methods[@]} + i % ${#methods[@]}))
+        message=$("$PYTHON" "${command[@]}" --check-only 2>&1 >/dev/null </dev/null) && continue
+        message=$(sed -n '/^╭/{n;s/ *│ *//g;p;q};$p' <<<"$message") # the last line, or the first in tyro's frame
+        fail "$run: ${message#error: }"
+    done
+fi
+mkdir -p -- "$runs_dir/logs" && [[ -w $runs_dir/logs ]] || fail "--runs-dir $runs_dir cannot be written"
+((jobs > 1)) && export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # processes of one thread each do more in sum
+
+declare -A index_of=() log_of=() started=() # of the processes
+num_done=0 num_timed=0 seconds=0 stop_signal=0 saved="" failures=()
+
+# The process is the training script itself, which holds the lock on its log even if this shell is killed; in a session of its own, so
+# that a terminal's Ctrl-C reaches it once, through stop_runs.
+start_run() { # index
+    compose "$1"
+    local name=${run//, /__} sum
+    sum=$({ printf '%s\0' "${command[@]:1:${#command[@]}-5}"; cat -- "${command[0]}"; } | cksum) || true
+    name=${name//[^A-Za-z0-9._-]/_} log=$runs_dir/logs/${name:0:150}__${sum%% *}.log
     (
-        exec 9>>"$log"
-        flock "${lock_options[@]}" 9 || exit "$LOCKED"
-        [[ $(run_states "$index") == finished* ]] && exit 0
-        load_command "$index"
-        printf '$ %q' "$PYTHON" >&9
-        printf ' %q' "${command[@]}" >&9
-        printf '\n' >&9
+        exec 9>>"$log" || exit
+        flock "${lock[@]}" 9 || exit
+        echo "\$ $(show_command)" >&9
         exec setsid "$PYTHON" "${command[@]}" </dev/null >&9 2>&1
     ) &
-    index_of_process[$!]=$index
-    report "$index" "started, log: $log"
-    ((stop_signal == 0)) || kill -TERM "$!" 2>/dev/null || true # the signal came while it was being started
+    index_of[$!]=$1 log_of[$!]=$log started[$!]=$SECONDS
+    echo "[$(($1 + 1))/$num_runs] $run: started, log: $log"
+    ((stop_signal == 0)) || kill -TERM "$!" || true # the signal came while it was being started
 }
 
-report() { echo "[$(($1 + 1))/$num_runs] ${run_names[$1]}: $2"; }
-
-# Waits until runs have ended, and notes how.
-reap_runs() {
-    local process index code last_line
-    while :; do
-        for process in "${!index_of_process[@]}"; do
-            kill -0 "$process" 2>/dev/null && continue
-            index=${index_of_process[$process]} code=0
-            wait "$process" || code=$?
-            unset "index_of_process[$process]"
-            if ((stop_signal)); then
-                report "$index" "stopped"
-                ((code == 143)) && saved_for_requeue=yes
-            elif ((code == LOCKED)); then
-                report "$index" "another process is doing it, left to that"
-                num_elsewhere=$((num_elsewhere + 1))
-            elif ((code == 0)) && [[ $(run_states "$index") == finished* ]]; then
-                report "$index" "finished after $((SECONDS - started_at[$index])) s"
-            else
-                ((code)) && code="exit code $code" || code="exit code 0, but no finished run"
-                last_line=$(tail -n 1 -- "${log_of_run[$index]}" 2>/dev/null | tr '\r' '\n' | tail -n 1 | cut -c 1-200) ||
-                    last_line="its log cannot be read"
-                report "$index" "FAILED ($code): $last_line"
-                failures+=("${run_names[$index]} ($code), log: ${log_of_run[$index]}")
-            fi
-            return 0
-        done
-        if ((forward_at && SECONDS >= forward_at)); then
-            forward_at=0
-            for process in "${!index_of_process[@]}"; do
-                if catches_sigterm "$process"; then kill -TERM "$process" 2>/dev/null || true; fi
-            done
-        fi
-        sleep 0.2 &
-        wait "$!" || true # a signal ends the wait, and is handled at once
-    done
+duration() { # of seconds
+    if (($1 < 120)); then echo "$1 s"; elif (($1 < 7200)); then echo "$((($1 + 30) / 60)) min"; else echo "$((($1 + 1800) / 3600)) h"; fi
 }
 
-# Whether the process has a handler for SIGTERM. The training scripts take theirs away when the first signal comes.
-catches_sigterm() {
-    local caught
-    caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null) || return 1
-    ((16#${caught:-0} & 1 << 14))
-}
-
-# Asks the running scripts to save a checkpoint and end; the second time ends them at once. SLURM's SIGTERM (preempted,
-# cancelled) goes to every process of the job. Then only a script that has not had it after a while is sent it, because a second
-# one would end it in the middle of saving.
-stop_runs() {
-    local process
-    if [[ $1 == 15 && -n ${SLURM_JOB_ID:-} ]]; then
-        stop_signal=$1 forward_at=$((SECONDS + 5))
+reap_runs() { # says how a run has ended; if none has, waits
+    local process code=0 how pace="" left
+    for process in "${!index_of[@]}"; do
+        kill -0 "$process" && continue
+        wait "$process" || code=$?
+        compose "${index_of[$process]}"
+        how=$(tail -n 1 -- "${log_of[$process]}" | tr '\r' '\n' | tail -n 1 | cut -c 1-200) || how="its log cannot be written"
+        case $code:$how in
+            0:*"is finished already"*) how="is finished already" ;;
+            0:*) how=finished num_timed=$((num_timed + 1)) seconds=$((seconds + SECONDS - started[$process])) ;;
+            75:*) how="another process is at it, left to that" ;;
+            *)
+                [[ $code == 143 ]] && saved=yes
+                if ((stop_signal && code > 128)); then how=stopped; else
+                    how="FAILED (exit code $code): $how" failures+=("$run (exit code $code), log: ${log_of[$process]}")
+                fi ;;
+        esac
+        num_done=$((num_done + 1)) left=$((last - first + 1 - num_done))
+        ((num_timed && left)) && pace=", $(duration $((seconds / num_timed))) a run, about $(
+            duration $(((left + jobs - 1) / jobs * seconds / num_timed))) left"
+        echo "[$((${index_of[$process]} + 1))/$num_runs] $run: $how; $num_done of $((num_done + left)) done$pace"
+        unset "index_of[$process]"
         return 0
-    fi
-    if ((stop_signal)); then
-        for process in "${!index_of_process[@]}"; do kill -KILL "$process" 2>/dev/null || true; done
-        return 0 # (a bare return in a trap gives the status of what was interrupted)
+    done
+    wait -n || true # a signal ends it as well, and is handled at once
+}
+
+# Asks the runs to save a checkpoint and end; the second time ends them at once. SLURM's SIGTERM has gone to all processes of the
+# job. A second one would end a script that is saving: so it is sent after a while only, and to those that still have a handler for
+# it, which the scripts take away at the first.
+stop_runs() { # signal
+    local process caught
+    if [[ $1 == 15 && -n ${SLURM_JOB_ID:-} ]]; then
+        (
+            trap '' TERM
+            sleep 5
+            for process in "${!index_of[@]}"; do
+                caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$process/status") || continue
+                ((16#$caught & 1 << 14)) && kill -TERM "$process"
+            done
+        ) >/dev/null 2>&1 &
+    elif ((stop_signal)); then
+        kill -KILL "${!index_of[@]}" || true
+    else
+        echo "stopping ${#index_of[@]} run(s), which save a checkpoint first; again to stop them without"
+        kill -TERM "${!index_of[@]}" || true
     fi
     stop_signal=$1
-    echo "stopping ${#index_of_process[@]} run(s), which save a checkpoint first; again to stop them without" >&2
-    for process in "${!index_of_process[@]}"; do kill -TERM "$process" 2>/dev/null || true; done
 }
 
-mkdir -p -- "$runs_dir/logs" || fail "--runs-dir $runs_dir cannot be made"
-[[ -w $runs_dir && -w $runs_dir/logs ]] || fail "--runs-dir $runs_dir cannot be written"
+echo "$num_runs runs in $runs_dir, $jobs at a time: games ${games[*]}; methods $(IFS=,; echo "${methods[*]}"); replay ratios" \
+    "${replay_ratios[*]}; ${#seeds[@]} seed(s)"
+for signal in 1 2 10 15; do trap "stop_runs $signal" "$signal"; done # HUP, INT, USR1 (SLURM: near the time limit), TERM
+{
+    for ((i = first; i <= last && !stop_signal; i++)); do
+        while ((${#index_of[@]} >= jobs && !stop_signal)); do reap_runs; done
+        ((stop_signal)) || start_run "$i"
+    done
+    while ((${#index_of[@]})); do reap_runs; done
+} 2>/dev/null # where bash would print lines of this file for a run that was killed
 
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    ((SLURM_ARRAY_TASK_ID < num_runs)) || fail "array task $SLURM_ARRAY_TASK_ID: the list has the runs 0 to $((num_runs - 1))"
-    indices=("$SLURM_ARRAY_TASK_ID") lock_options=() plot=no # waits for a process that ends elsewhere
-else
-    indices=($(seq 0 $((num_runs - 1)))) lock_options=(--nonblock)
+exit_code=$((${#failures[@]} > 0))
+if [[ -z $no_plot && $stop_signal == 0 && -e $SCRIPTS_DIR/plot_benchmark.py ]]; then
+    "$PYTHON" "$SCRIPTS_DIR/plot_benchmark.py" --runs-dir "$runs_dir" || exit_code=1
 fi
-
-to_do=() seconds_left=0 num_resumed=0 num_unknown=0 num_measured=0
-for index in "${indices[@]}"; do
-    read -r state seconds basis <<<"${run_state[index]}"
-    [[ $state == finished ]] && continue
-    to_do+=("$index") seconds_left=$((seconds_left + seconds))
-    [[ $state == interrupted ]] && num_resumed=$((num_resumed + 1))
-    [[ $basis == unknown ]] && num_unknown=$((num_unknown + 1))
-    [[ $basis == measured ]] && num_measured=$((num_measured + 1))
-done
-
-echo "$num_runs runs in $runs_dir: ${#games[@]} game(s) x ${#methods[@]} method(s) x ${#replay_ratios[@]} replay ratio(s)" \
-    "x ${#seeds[@]} seed(s)"
-echo "games: ${games[*]}; methods: ${methods[*]}; replay ratios: ${replay_ratios[*]}; seeds: ${seeds[*]}"
-echo "to do here: ${#to_do[@]} of ${#indices[@]}, $jobs at a time; interrupted before, to be continued: $num_resumed"
-if ((num_unknown < ${#to_do[@]})); then
-    minutes=$((seconds_left / jobs / 60 + 1))
-    ((minutes < 120)) && duration="$minutes min" || duration="$(((minutes + 30) / 60)) hours"
-    echo "time: about $duration. Known from finished runs like them: $num_measured runs; for the others from" \
-        "$seconds_per_update s for an agent's gradient step ($threads of a two-core machine, no GPU)," \
-        "0.003 s for a step of an environment and 1 s for a game of an evaluation"
-fi
-if ((num_unknown)); then
-    echo "time: not known of $num_unknown runs, and not counted: no run like them is finished yet"
-fi
-
-trap 'stop_runs 2' INT
-trap 'stop_runs 15' TERM
-trap 'stop_runs 1' HUP
-trap 'stop_runs 10' USR1 # SLURM: the time limit is near
-for index in "${to_do[@]}"; do
-    while ((${#index_of_process[@]} >= jobs && !stop_signal)); do reap_runs; done
-    ((stop_signal)) && break
-    start_run "$index"
-done
-while ((${#index_of_process[@]})); do reap_runs; done
-
+((${#failures[@]} == 0)) || printf '%s\n' "${#failures[@]} of $((last - first + 1)) runs FAILED:" "${failures[@]/#/  }" >&2
 if ((stop_signal)); then
-    if ((stop_signal == 10)) && [[ $saved_for_requeue == yes && -n ${SLURM_JOB_ID:-} ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    [[ $stop_signal == 10 && -n $saved && -n ${SLURM_JOB_ID:-} ]] && scontrol requeue "$SLURM_JOB_ID"
     echo "stopped; the same command goes on from here" >&2
     exit $((128 + stop_signal))
 fi
-((num_elsewhere)) && echo "$num_elsewhere run(s) are left to another process that is doing them"
-if ((${#failures[@]})); then
-    echo "${#failures[@]} of ${#to_do[@]} runs FAILED:" >&2
-    printf '  %s\n' "${failures[@]}" >&2
-fi
-plot_script=$(in_scripts_dir plot_benchmark.py)
-if [[ $plot == yes && -f $plot_script ]]; then
-    "$PYTHON" "$plot_script" --runs-dir "$runs_dir" || failures+=("plot_benchmark.py")
-fi
-((${#failures[@]} == 0)) || exit 1
-exit 0
+exit $exit_code
 }

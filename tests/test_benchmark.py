@@ -1,9 +1,10 @@
-"""benchmark.sh against quick stand-ins of the training scripts, and against a real SLURM where there is one."""
+"""benchmark.sh against quick stand-ins of the training scripts."""
 
 import ast
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -17,10 +18,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "benchmark.sh"
 
-# A training script that does nothing, and keeps the scripts' promises: the run folder, --resume auto, a checkpoint when a
-# signal comes, the end at once when a second one comes. It writes what happens to the file $JOURNAL.
+# A training script that does nothing, and keeps the scripts' promises: --check-only, --resume auto with the exit codes, a
+# checkpoint when a signal comes, the end at once when a second one comes. It writes what happens to the file $JOURNAL.
 FAKE_SCRIPT = """
-import csv, dataclasses, glob, json, os, signal, sys, time
+import glob, json, os, signal, sys, time
 from dataclasses import dataclass
 
 
@@ -40,21 +41,38 @@ class Args:
 RESET_AND_ENSEMBLE
     wait_at: int = -1  # the step at which it waits for a signal, or for the file $JOURNAL.go
     save_seconds: float = 0.0
+    run_seconds: float = 0.0
     failing_seed: int = -1
-    forgetful_seed: int = -1
+    busy_seed: int = -1  # another process is at its run
     note: str = ""
-    games_played: int = 1
 
 
-args, options = Args(), sys.argv[1:]
+args, options, check_only = Args(), sys.argv[1:], False
+
+
+def refuse(message):
+    print("error:", message, file=sys.stderr)
+    sys.exit(2)
+
+
 while options:
     name = options.pop(0).removeprefix("--").replace("-", "_")
-    if name.removeprefix("no_") == "bf16":
+    if name == "check_only":
+        check_only = True
+    elif name.removeprefix("no_") == "bf16":
         args.bf16 = name == "bf16"
-        continue
-    if not hasattr(args, name):
-        sys.exit(f"error: unknown option {name}")
-    setattr(args, name, type(getattr(args, name))(options.pop(0)))
+    elif not hasattr(args, name):
+        refuse(f"unknown option {name}")
+    else:
+        value = options.pop(0)
+        try:
+            setattr(args, name, type(getattr(args, name))(value))
+        except ValueError:
+            refuse(f"{name} {value}")
+if not args.replay_ratio > 0:
+    refuse(f"replay_ratio {args.replay_ratio} is not positive")
+if "Pogn" in args.env_id:
+    refuse("there is no game Pogn")
 
 
 def journal(event, **more):
@@ -64,6 +82,9 @@ def journal(event, **more):
         file.write(json.dumps(line) + "\\n")
 
 
+if check_only:
+    journal("checked")
+    sys.exit(0)
 received = []
 
 
@@ -80,6 +101,9 @@ if args.seed == args.failing_seed:
     journal("failing")
     print("the emulator caught fire", file=sys.stderr)
     sys.exit(7)
+if args.seed == args.busy_seed:
+    print("the run is under way")
+    sys.exit(75)
 
 saved_args = {name: value for name, value in vars(args).items() if name != "resume"}
 folder, step = None, 0
@@ -88,7 +112,11 @@ for path in glob.glob(os.path.join(glob.escape(args.runs_dir), "*")) if args.res
         other = json.load(open(path + "/args.json"))["args"]
     except (OSError, ValueError):
         continue
-    if other == saved_args and not os.path.exists(path + "/model.pt") and os.path.exists(path + "/checkpoint.pt"):
+    if other == saved_args and os.path.exists(path + "/model.pt"):
+        print(f"the run in {path} is finished already")
+        journal("skipped")
+        sys.exit(0)
+    if other == saved_args and os.path.exists(path + "/checkpoint.pt"):
         folder, step = path, int(open(path + "/checkpoint.pt").read())
 if folder is None:
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}-{os.getpid()}".replace("/", "-")
@@ -104,6 +132,7 @@ def save():
     journal("saved", step=step)
 
 
+time.sleep(args.run_seconds)
 while step < args.total_timesteps:
     step += 1
     if step == args.wait_at:
@@ -115,13 +144,6 @@ while step < args.total_timesteps:
         time.sleep(args.save_seconds)
         save()
         sys.exit(128 + received[0])
-with open(folder + "/episodes.csv", "w") as file:
-    file.write("global_step,episodic_return,episodic_length,wall_seconds\\n")
-    file.write(f"{args.total_timesteps},1.0,9,{100 * args.total_timesteps}\\n" * args.games_played)
-with open(folder + "/evaluations.csv", "w") as file:
-    file.write("global_step,phase,episode,episodic_return\\n")
-    if args.seed != args.forgetful_seed:
-        file.write(f"{step},final,0,{args.seed}.0\\n")
 open(folder + "/model.pt", "w").close()
 journal("end")
 """
@@ -141,7 +163,8 @@ class Study:
         reset = "    reset_interval: int = 80_000\n    reset_depth: str = 'last1'\n"
         for name, more in (("dqn_atari", ""), ("sr_dqn_atari", reset), ("rde_dqn_atari", reset + "    num_agents: int = 2\n")):
             (self.scripts / f"{name}.py").write_text(FAKE_SCRIPT.replace("RESET_AND_ENSEMBLE\n", more))
-        (self.scripts / "rde_sac_dmc.py").write_text((self.scripts / "rde_dqn_atari.py").read_text())
+        for name in ("rde_sac_dmc", "rde_dqn", "rde_sac_safety"):
+            (self.scripts / f"{name}.py").write_text((self.scripts / "rde_dqn_atari.py").read_text())
         (self.scripts / "plot_benchmark.py").write_text("import sys\nprint('PLOT', *sys.argv[1:])\n")
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("SLURM") and name != "OMP_NUM_THREADS"
@@ -255,6 +278,38 @@ def test_sac_and_own_scripts(study):
     assert command[2:4] == ["--env-id", "walker-run"]
 
 
+def test_suites(study):
+    def scripts(*options):
+        return [" ".join([pathlib.Path(c[1]).name, c[3], *c[8:-4]]) for c in dry_run(study, *options, "--seeds", "1", "--replay-ratios", "1")]
+
+    for suite, script, game, methods in (
+        ("minigrid", "rde_dqn.py", "MiniGrid-LavaGapS5-v0", "dqn,sr_dqn,rde_dqn"),
+        ("safety", "rde_sac_safety.py", "SafetyHalfCheetahVelocity-v1", "sac_lag,sr_sac_lag,rde_sac_lag"),
+    ):
+        expected = [f"{script} {game}{more}" for more in (" --num-agents 1 --reset-interval 0", " --num-agents 1", "")]
+        assert scripts("--suite", suite) == expected == scripts("--suite", suite, "--methods", methods)
+    assert scripts("--methods", "rde_sac_lag") == ["rde_sac_safety.py SafetyHalfCheetahVelocity-v1"]
+    assert [line.split()[1] for line in scripts("--methods", "rde_sac")] == ["walker-run", "hopper-hop"]
+
+
+def test_a_method_with_options_of_its_own(study):
+    def own(methods, *options):
+        return [" ".join(c[8:-4]) for c in dry_run(study, *ONE_GAME, "--seeds", "1", "--methods", methods, *options)]
+
+    assert own("dqn,rde_dqn --beta 1e9", "--", "--note", "x") == ["--note x", "--note x --beta 1e9 --exp-name rde_dqn_beta_1e9"]
+    assert own("rde_dqn --beta 1e-3 --num-agents 4, rde_dqn --bf16 --exp-name half,rde_dqn --exp_name=b") == [
+        "--beta 1e-3 --num-agents 4 --exp-name rde_dqn_beta_1e-3_num-agents_4", "--bf16 --exp-name half", "--exp_name=b"]  # fmt: skip
+    shutil.copy(study.scripts / "rde_dqn_atari.py", study.scripts / "my_idea.py")
+    assert own("my_idea.py --note a/b") == ["--note a/b --exp-name my_idea_note_a_b"]
+    assert own("sr_dqn --reset-interval 7,rde_dqn", "--games", "Freeway", "--reset-depth", "full") == [
+        "--reset-interval 40000 --reset-depth full --reset-interval 7 --exp-name sr_dqn_reset-interval_7",
+        "--reset-interval 40000 --reset-depth full"]  # fmt: skip
+
+
+def test_a_study_of_100000_runs_is_counted_at_once(study):
+    assert study.run("--seeds", "100000", *ONE_GAME, "--count").stdout == "100000\n"
+
+
 def test_seeds_and_lists(study):
     def seeds(*options):
         return [int(c[c.index("--seed") + 1]) for c in dry_run(study, *ONE_GAME, *options)]
@@ -294,16 +349,21 @@ def test_the_real_scripts_have_the_options(study, options):
 
 BAD_OPTIONS = [
     (("--frobnicate", "3"), "--frobnicate is not an option"), (("--games",), "--games needs a value"),
-    (("--games", ""), "--games needs a value"), (("--games", ","), "empty"), (("Alien",), "Alien is not an option"),
-    (("--methods", "ppo"), "ppo"), (("--methods", "missing.py"), "missing.py"), (("--methods", "dqn,sac"), "mixes"),
-    (("--replay-ratios", "0"), "0 is not a positive number"), (("--replay-ratios", "fast"), "fast"),
-    (("--replay-ratios", "-1"), "-1"), (("--seeds", "5-1"), "5-1 holds no seed"), (("--seeds", "0"), "no seed"),
-    (("--seeds", "x"), "x"), (("--jobs", "0"), "--jobs is 0"), (("--jobs", "two"), "two"),
-    (("--setting", "unofficial"), "unofficial"), (("--total-timesteps", "1e5"), "1e5"),
-    (("--games", "Pong,Pong"), "twice: Pong dqn"), (("--replay-ratios", "1,1.0"), "twice"),
-    (("--games", "Pong,PongNoFrameskip-v4"), "twice"), (("--games", "Pong,walker-run", "--methods", "sr_dqn"), "sr_dqn plays Atari"),
-    (("--methods", "sac", "--games", "Freeway"), "Freeway is no task of SAC"),
-    (("--methods", "sac", "--games", "atari100k"), "atari100k is for Atari"),
+    (("--games", ""), "--games needs a value"), (("--games", ","), "make 0 runs"), (("Alien",), "Alien is not an option"),
+    (("--methods", "ppo"), "ppo"), (("--methods", "missing.py"), "missing.py"), (("--methods", "dqn,sac"), "no suite has them all"),
+    (("--suite", "chess"), "--suite is chess"), (("--suite", "dmc", "--methods", "dqn"), "dmc has no dqn"),
+    (("--methods", "dqn rde_dqn"), "commas separate methods"), (("--methods", "rde_dqn --seed 3"), "--seed is not for the scripts"),
+    (("--seeds", "5-1"), "5-1 holds no seed"), (("--seeds", "0"), "no seed"), (("--seeds", "x"), "x"),
+    (("--jobs", "0"), "--jobs is 0"), (("--jobs", "two"), "two"), (("--jobs", "1001"), "from 1 to 1000"),
+    (("--jobs", "9223372036854775808"), "from 1 to 1000"), (("--seeds", "100000"), "1200000 runs, but 1 to 100,000"),
+    (("--seeds", "9999999999"), "100,000"), (("--seeds", "99999999999999999999"), "neither a seed nor a range"),
+    (("--setting", "unofficial"), "unofficial"), (("--setting", "official", "--methods", "sac"), "dmc has no --setting official"),
+    (("--smoke", "--methods", "sac"), "dmc has no --smoke"),
+    (("--games", "Pong,Pong"), "twice in a list: --games Pong"), (("--replay-ratios", "1,1"), "twice in a list: --replay-ratios 1"),
+    (("--seeds", "2,1-3"), "twice in a list: --seeds 2"), (("--methods", "dqn,rde_dqn,dqn"), "twice in a list: --methods dqn"),
+    (("--", "--runs-dir", "X"), "use --runs-dir before any --"), (("--", "--env-id", "X"), "use --games"),
+    (("--", "--env_id=X"), "use --games"), (("--", "--seed", "3"), "use --seeds"), (("--", "--replay-ratio=3"), "use --replay-ratios"),
+    (("--", "--resume", "auto"), "--resume is not for the scripts"), (("--", "--check-only"), "use --dry-run"),
 ]  # fmt: skip
 
 
@@ -313,6 +373,37 @@ def test_bad_options(study, options, message):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
     assert not study.runs.exists() and not study.events()
+
+
+# What scripts refuse: said by the script, before the first run, for every method, game and replay ratio of the lists.
+REFUSED = [
+    (("--", "--frobnicate", "3"), "Freeway dqn, replay ratio 1, seed 1: unknown option frobnicate"),
+    (("--total-timesteps", "1e5"), "Freeway dqn, replay ratio 1, seed 1: total_timesteps 1e5"),
+    (("--methods", "dqn,rde_dqn --num-agents two"), "rde_dqn --num-agents two, replay ratio 4, seed 1: num_agents two"),
+    (("--replay-ratios", "1,fast"), "replay ratio fast, seed 1: replay_ratio fast"),
+    (("--replay-ratios", "1,2,0"), "replay ratio 0, seed 1: replay_ratio 0.0 is not positive"),
+    (("--games", "Pong,Alien,Qbert,Hero,Pogn"), "Pogn sr_dqn, replay ratio 1, seed 1: there is no game Pogn"),
+    (("--reset-depth", "last1", "--methods", "my_idea.py"), "my_idea.py, replay ratio 1, seed 1: SyntaxError: "),
+    (("--methods", "framed.py"), "framed.py, replay ratio 1, seed 1: Unrecognized options: --x"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
+def test_what_scripts_refuse_is_known_before_the_first_run(study, options, message):
+    (study.scripts / "my_idea.py").write_text("if True print(1)\n")
+    frame = "╭─ Unrecognized options ─╮\n│ Unrecognized options: --x   │\n╰──────╯"
+    (study.scripts / "framed.py").write_text(f"import sys\nprint({frame!r}, file=sys.stderr)\nsys.exit(2)\n")
+    result = study.run(*options)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+    assert result.stderr == result.stderr.strip() + "\n"
+    assert not study.runs.exists() and not study.events("start")
+
+
+def test_the_check_costs_one_command_for_each_method_or_game(study):
+    assert study.run("--games", "Pong,Alien,Qbert", "--methods", "dqn,rde_dqn", "--replay-ratios", "1,2", "--seeds", "4").returncode == 0
+    assert names(study.events("checked")) == [
+        (PONG, "dqn_atari", 1.0, 1), (ALIEN, "rde_dqn_atari", 2.0, 1), ("QbertNoFrameskip-v4", "dqn_atari", 1.0, 1)]  # fmt: skip
 
 
 def test_missing_program(study):
@@ -329,11 +420,14 @@ def test_runs_in_order_then_skips_and_plots(study):
     assert names(study.events("start")) == SMALL_RUNS and study.finished() == sorted(SMALL_RUNS)
     assert all(event["threads"] is None for event in study.events("start"))
     assert result.stdout.splitlines()[-1] == f"PLOT --runs-dir {study.runs}"
-    assert "to do here: 8 of 8" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if ": finished; " in line]
+    pattern = r"\[1/8\] Pong rde_dqn, replay ratio 1, seed 1: finished; 1 of 8 done, \d+ s a run, about \d+ s left"
+    assert re.fullmatch(pattern, lines[0]) and len(lines) == 8
+    assert lines[7] == "[8/8] Alien rde_dqn, replay ratio 2, seed 2: finished; 8 of 8 done"
 
     again = study.run(*SMALL, "--no-plot")
-    assert again.returncode == 0 and "to do here: 0 of 8" in again.stdout and "PLOT" not in again.stdout
-    assert len(study.events("start")) == 8
+    assert again.returncode == 0 and again.stdout.count(": is finished already; ") == 8 and "PLOT" not in again.stdout
+    assert "a run, about" not in again.stdout and len(study.events("start")) == 8  # nothing is known of the time of a run
 
     more_seeds = study.run(*SMALL, "--seeds", "3")
     assert more_seeds.returncode == 0 and names(study.events("start"))[8:] == [
@@ -341,61 +435,51 @@ def test_runs_in_order_then_skips_and_plots(study):
     ]
 
 
-def test_only_a_run_with_the_same_arguments_and_a_final_evaluation_counts(study):
-    assert study.run(*ONE_GAME, "--seeds", "2").returncode == 0
-    first = next(path.parent for path in study.runs.glob("*/args.json") if json.loads(path.read_text())["args"]["seed"] == 1)
-
-    for options in (["--", "--end-e", "0.2"], ["--", "--bf16"], ["--total-timesteps", "12"]):  # other arguments, other runs
-        before = len(study.events("start"))
-        assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0 and len(study.events("start")) == before + 2
-        assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0 and len(study.events("start")) == before + 2
-    for options in (
-        ["--", "--end-e", "0.010"],
-        ["--", "--no-bf16"],
-        ["--total-timesteps", "10"],
-        ["--", "--exp-name", "dqn_atari"],
-    ):
-        before = len(study.events("start"))  # the defaults in other words
-        assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0 and len(study.events("start")) == before
-
-    (first / "model.pt").unlink()
-    assert (
-        "to do here: 1 of 2, 1 at a time; interrupted before, to be continued: 1" in study.run(*ONE_GAME, "--seeds", "2").stdout
-    )
-    (study.runs / "broken").mkdir()
-    (study.runs / "broken" / "args.json").write_text('{"args": ')
-    assert "to do here: 0 of 2" in study.run(*ONE_GAME, "--seeds", "2").stdout
+def test_time_left_is_that_of_the_runs_of_this_call(study):
+    options = ("--", "--run-seconds", "1.5", "--failing-seed", "4")
+    assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0
+    lines = study.run(*ONE_GAME, "--seeds", "5", *options).stdout.splitlines()
+    done = [line.split(": ", 1)[1] for line in lines if " done" in line]
+    assert done[:2] == ["is finished already; 1 of 5 done", "is finished already; 2 of 5 done"]
+    [a_run, left] = map(int, re.fullmatch(r"finished; 3 of 5 done, (\d+) s a run, about (\d+) s left", done[2]).groups())
+    assert 1 <= a_run <= 20 and left == 2 * a_run  # finished ones do not count, with a time of nearly 0
+    assert f"4 of 5 done, {a_run} s a run, about {a_run} s left" in done[3]  # and a failed one does not
+    duration = BENCHMARK.read_text().split("\nduration() {")[1].split("\n}")[0]
+    calls = "".join(f"\nduration {seconds}" for seconds in (0, 119, 120, 1520, 7199, 7200, 21600))
+    result = subprocess.run(["bash", "-c", "duration() {" + duration + "\n}" + calls], capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["0 s", "119 s", "2 min", "25 min", "120 min", "2 h", "6 h"]
 
 
-def test_a_failure_is_reported_and_stops_nothing(study):
-    options = (*ONE_GAME, "--seeds", "4", "--", "--failing-seed", "2", "--forgetful-seed", "3")
+def test_failures_are_listed_and_stop_nothing(study):
+    options = (*ONE_GAME, "--seeds", "4", "--", "--failing-seed", "2", "--busy-seed", "3")
     result = study.run(*options)
-    assert result.returncode == 1 and [run[3] for run in names(study.events("end"))] == [1, 3, 4]
+    assert result.returncode == 1 and [run[3] for run in names(study.events("end"))] == [1, 4]
     title, *listed = result.stderr.splitlines()
-    assert title == "2 of 4 runs FAILED:" and len(listed) == 2
-    assert "seed 2 (exit code 7), log: " in listed[0] and "seed 3 (exit code 0, but no finished run), log: " in listed[1]
+    assert title == "1 of 4 runs FAILED:" and len(listed) == 1
+    assert "  Pong dqn, replay ratio 1, seed 2 (exit code 7), log: " in listed[0]
     log = pathlib.Path(listed[0].split("log: ")[1])
     command, message = log.read_text().splitlines()
     assert message == "the emulator caught fire" and "FAILED (exit code 7): the emulator caught fire" in result.stdout
     assert shlex.split(command)[0] == "$" and shlex.split(command)[2] == str(study.scripts / "dqn_atari.py")
-    assert "PLOT" in result.stdout
+    assert "seed 3: another process is at it, left to that; 3 of 4 done" in result.stdout and "PLOT" in result.stdout
 
     again = study.run(*options)
-    assert again.returncode == 1 and [event["seed"] for event in study.events("start", "failing")] == [1, 2, 3, 4, 2, 3]
+    assert again.returncode == 1 and [event["seed"] for event in study.events("start", "failing")] == [1, 2, 4, 2]
 
 
 def test_a_log_that_cannot_be_written_fails_its_run_and_stops_nothing(study):
     options = ("--games", "Pong,Alien,Freeway", "--methods", "dqn", "--seeds", "1", "--replay-ratios", "1", "--jobs", "2")
     assert study.run(*options).returncode == 0
     log = next((study.runs / "logs").glob("Alien*"))
-    shutil.rmtree(study.runs / next(path.name for path in study.runs.glob("Alien*")))
-    shutil.rmtree(study.runs / next(path.name for path in study.runs.glob("Freeway*")))
+    for folder in [*study.runs.glob("Alien*"), *study.runs.glob("Freeway*")]:
+        shutil.rmtree(folder)
     log.unlink()
     log.mkdir()
     result = study.run(*options)
     assert result.returncode == 1 and "PLOT" in result.stdout
-    assert "Alien dqn, replay ratio 1, seed 1: FAILED (exit code 1): its log cannot be read" in result.stdout
-    assert "1 of 2 runs FAILED:" in result.stderr and any(study.runs.glob("Freeway*/model.pt"))
+    assert "Alien dqn, replay ratio 1, seed 1: FAILED (exit code 1): its log cannot be written" in result.stdout
+    assert "1 of 3 runs FAILED:" in result.stderr and any(study.runs.glob("Freeway*/model.pt"))
+    assert "benchmark.sh: line" not in result.stdout + result.stderr
 
 
 def test_a_failing_plot_fails(study):
@@ -403,17 +487,13 @@ def test_a_failing_plot_fails(study):
     assert study.run(*ONE_GAME, "--seeds", "1").returncode == 1
 
 
-def test_dry_run_can_be_piped_and_shows_what_is_finished(study):
-    def pipe() -> None:
-        commands = study.run(*SMALL, "--dry-run").stdout
-        subprocess.run(["bash"], input=commands, env=study.environment, text=True, check=True)
-
-    pipe()
-    assert names(study.events("start")) == SMALL_RUNS
-    pipe()
-    assert names(study.events("start")) == SMALL_RUNS  # the finished ones are comments now
-    lines = study.run(*SMALL, "--dry-run").stdout.splitlines()
-    assert len(lines) == 8 and all(line.startswith("# finished: ") for line in lines)
+def test_dry_run_can_be_piped(study):
+    for again in (False, True):
+        lines = study.run(*SMALL, "--dry-run").stdout
+        assert lines.count("\n") == 8 and "#" not in lines  # finished or not, they are commands
+        subprocess.run(["bash"], input=lines, env=study.environment, text=True, check=True)
+        assert names(study.events("start")) == SMALL_RUNS and len(study.events("skipped")) == (8 if again else 0)
+    assert not study.events("checked") and not (study.runs / "logs").exists()
     assert study.run(*SMALL, "--count").stdout == "8\n"
 
 
@@ -466,7 +546,7 @@ def test_odd_names(tmp_path):
     assert all(event["options"][-5:-4] == ["a b\"'$x\n*"] for event in starts)
     assert len(list((study.runs / "logs").iterdir())) == len(games)  # each has a log of its own
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["journal", "my scripts'", study.runs.name, "starlight"])
-    assert "to do here: 0 of 8" in study.run(*options).stdout
+    assert study.run(*options).stdout.count(": is finished already; ") == 8
     subprocess.run(["bash"], input=study.run("--dry-run", *options).stdout, env=study.environment, text=True, check=True)
     assert len(study.events("start")) == len(games)
 
@@ -534,6 +614,7 @@ def test_a_killed_run_is_a_failure_and_is_continued(study):
     study.go()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1 and "1 of 2 runs FAILED:" in output and "seed 1 (exit code 137)" in output
+    assert "Killed" not in output and ": line " not in output  # no line of benchmark.sh
     assert study.run(*options).returncode == 0
     assert [(event["seed"], event["step"]) for event in study.events("start")] == [(1, 0), (2, 0), (1, 3)]
     assert len(study.finished()) == 2 == len(list(study.runs.glob("*/args.json")))
@@ -550,9 +631,9 @@ def test_a_run_outlives_a_killed_benchmark_and_is_not_doubled(study):
     study.wait_for("waiting", 2)
     study.go()
     output, _ = second.communicate(timeout=100)
-    assert second.returncode == 0 and "1 run(s) are left to another process" in output
+    assert second.returncode == 0 and "replay ratio 1, seed 1: another process is at it, left to that" in output
     wait_until_dead([pid])
-    assert "to do here: 0 of 2" in study.run(*options).stdout
+    assert study.run(*options).stdout.count(": is finished already; ") == 2
     assert [event["replay_ratio"] for event in study.events("start")] == [1, 2] and len(study.finished()) == 2
 
 
@@ -568,33 +649,6 @@ def test_two_benchmarks_share_the_work(study):
     assert sorted(names(study.events("start"))) == sorted(SMALL_RUNS) == study.finished()
 
 
-# ------------------------------------------------------------------------------------------------------- estimated time
-
-
-def test_estimate(study):
-    """By hand: DQN, 9,998 updates of 0.02 s + 10,000 steps of 0.003 s + 1 evaluation of 10 games + 5 s."""
-    options = (*ONE_GAME, "--seeds", "2", "--total-timesteps", "10000", "--", "--end-e", "0.5")
-    one_run = 9_998 * 0.020 + 30 + 10 + 5
-    assert (
-        f"time: about {int(2 * one_run / 60) + 1} min. Known from finished runs like them: 0 runs" in study.run(*options).stdout
-    )
-    ensemble = study.run("--games", "Pong", "--methods", "rde_dqn", "--replay-ratios", "4", "--seeds", "2", "--jobs", "2",
-                         "--total-timesteps", "50000")  # fmt: skip
-    one_run = 49_998 * 4 * 2 * 0.033 + 150 + 10 * (1 + 2 * 49_998 * 4 * 2 / 80_000) + 5  # two at a time: the time of one
-    assert f"time: about {round(one_run / 3600)} hours." in ensemble.stdout
-
-    # The runs of this kind took 100 s a step, so the stand-in claims.
-    assert "time: about 28 hours. Known from finished runs like them: 1 runs" in study.run(
-        *ONE_GAME, "--seeds", "3-3", "--total-timesteps", "1000", "--", "--end-e", "0.5").stdout  # fmt: skip
-
-
-def test_estimate_with_a_finished_run_that_was_too_short_for_a_game(study):
-    options = (*ONE_GAME, "--seeds", "2", "--", "--games-played", "0")
-    result = study.run(*options)
-    assert result.returncode == 0 and result.stderr == "" and len(study.finished()) == 2
-    assert "to do here: 0 of 2" in study.run(*options).stdout
-
-
 def test_the_file_may_change_while_it_runs(study):
     """As an editor does it that writes into the same file."""
     copy = shutil.copy(BENCHMARK, study.path / "benchmark.sh")
@@ -605,205 +659,3 @@ def test_the_file_may_change_while_it_runs(study):
     study.go()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and len(study.finished()) == 2 and "PLOT" in output
-
-
-def test_estimate_says_what_it_does_not_know(study):
-    result = study.run("--methods", "rde_sac", "--games", "hopper-hop", "--seeds", "1", "--replay-ratios", "1")
-    times = [line for line in result.stdout.splitlines() if line.startswith("time:")]
-    assert times == ["time: not known of 1 runs, and not counted: no run like them is finished yet"] and result.returncode == 0
-    shutil.copy(study.scripts / "rde_dqn_atari.py", study.scripts / "my_idea.py")
-    result = study.run("--methods", "dqn,my_idea.py", "--games", "Pong", "--seeds", "2", "--replay-ratios", "1")
-    times = [line for line in result.stdout.splitlines() if line.startswith("time:")]
-    assert times[0].startswith("time: about 1 min. ") and times[1].startswith("time: not known of 2 runs")
-
-
-# ---------------------------------------------------------------------------------------------------------------- SLURM
-
-
-def test_array_task_is_the_line_of_the_dry_run(study):
-    commands = dry_run(study, *SMALL)
-    for index in (0, 5, 7):
-        result = study.run(*SMALL, SLURM_ARRAY_TASK_ID=str(index), SLURM_JOB_ID="1")
-        assert result.returncode == 0 and "PLOT" not in result.stdout
-        assert study.events("start")[-1]["options"] == commands[index][2:]
-    assert len(study.events("start")) == 3
-    assert study.run(*SMALL, SLURM_ARRAY_TASK_ID="5", SLURM_JOB_ID="1").returncode == 0 and len(study.events("start")) == 3
-    beyond = study.run(*SMALL, SLURM_ARRAY_TASK_ID="8", SLURM_JOB_ID="1")
-    assert beyond.returncode == 2 and "the runs 0 to 7" in beyond.stderr
-
-
-def test_copy_in_a_spool_folder_finds_the_checkout(study, tmp_path):
-    (tmp_path / "spool").mkdir()
-    copy = shutil.copy(BENCHMARK, tmp_path / "spool" / "slurm_script")
-    del study.environment["SCRIPTS_DIR"]
-    environment = study.environment | {"SLURM_SUBMIT_DIR": str(study.scripts)}
-    command = ["bash", copy, "--dry-run", *ONE_GAME]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and shlex.split(result.stdout.splitlines()[0])[1] == f"{study.scripts}/dqn_atari.py"
-
-
-WAITING = ("--games", "Pong", "--methods", "dqn", "--replay-ratios", "1", "--seeds", "1", "--", "--wait-at", "3")
-
-
-def test_near_the_time_limit_the_task_requeues_itself(study, tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/requeued'\n")
-    (tmp_path / "bin" / "scontrol").chmod(0o755)
-    path = f"{tmp_path}/bin:{study.environment['PATH']}"
-    process = study.start(*WAITING, SLURM_ARRAY_TASK_ID="0", SLURM_JOB_ID="77", PATH=path)
-    study.wait_for("waiting")
-    os.kill(process.pid, signal.SIGUSR1)
-    process.communicate(timeout=100)
-    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
-    assert len(study.events("signal")) == 1 and len(study.events("saved")) == 2
-
-
-@pytest.mark.parametrize("to_every_process", [True, False])
-def test_sigterm_of_slurm_reaches_the_run_once(study, to_every_process):
-    process = study.start(*WAITING, "--save-seconds", "1", SLURM_ARRAY_TASK_ID="0", SLURM_JOB_ID="77")
-    pid = study.wait_for("waiting")[0]["pid"]
-    os.kill(process.pid, signal.SIGTERM)
-    if to_every_process:
-        os.kill(pid, signal.SIGTERM)
-    process.communicate(timeout=100)
-    assert process.returncode == 143 and len(study.events("signal")) == 1 and len(study.events("saved")) == 2
-
-
-SLURM_CONF = """
-ClusterName=lab
-SlurmctldHost={host}(127.0.0.1)
-AuthType=auth/munge
-SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldPort={control_port}
-SlurmdPort={node_port}
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=500 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
-"""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """SLURM_CONF of a cluster of one node, this machine: munged, slurmctld and slurmd, ended after the test."""
-    missing = [
-        program
-        for program in ("sbatch", "slurmctld", "slurmd", "munged", "runuser")
-        if shutil.which(program, path=SBIN) is None
-    ]
-    if missing or os.geteuid() != 0:
-        pytest.skip(
-            f"the array on a real SLURM is NOT tested: it needs root and apt-get install slurm-wlm munge (not there: {missing})"
-        )
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool", "log"):
-        (folder / name).mkdir()
-    host, (control_port, node_port) = socket.gethostname().split(".")[0], free_ports(2)
-    conf = folder / "slurm.conf"
-    conf.write_text(
-        SLURM_CONF.format(host=host, folder=folder, control_port=control_port, node_port=node_port, cpus=os.cpu_count())
-    )
-    environment, daemons = {"SLURM_CONF": str(conf), "PATH": SBIN}, []
-
-    def start(*command: str) -> None:
-        log = open(folder / "log" / pathlib.Path(command[-1 if "--" in command else 0]).name, "w")
-        daemons.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
-
-    def node_state() -> str:
-        return subprocess.run(
-            ["sinfo", "-h", "-o", "%T"], env=os.environ | environment, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        if subprocess.run(["munge", "-n"], capture_output=True).returncode:  # nobody answers
-            os.makedirs("/run/munge", exist_ok=True)
-            shutil.chown("/run/munge", "munge", "munge")
-            start("runuser", "-u", "munge", "--", "munged", "--foreground")
-        start("slurmctld", "-D", "-f", str(conf))
-        start("slurmd", "-D", "-f", str(conf))
-        deadline = time.time() + 60
-        while node_state() != "idle":
-            assert time.time() < deadline, "\n".join(path.read_text()[-2000:] for path in (folder / "log").iterdir())
-            time.sleep(0.2)
-        yield environment
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-
-
-SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-
-
-def test_array_on_a_real_slurm(slurm, study):
-    """Each run of an array happens once; a preempted one is queued again and goes on from its checkpoint."""
-    environment = study.environment | slurm
-    del environment["SCRIPTS_DIR"]  # found through SLURM_SUBMIT_DIR
-    shutil.copy(BENCHMARK, study.scripts)
-
-    def call(*command: str) -> str:
-        result = subprocess.run(command, env=environment, cwd=study.scripts, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout.strip()
-
-    def wait_until_empty() -> None:
-        deadline = time.time() + 100
-        while queue := call("squeue", "-h"):
-            assert time.time() < deadline, queue
-            time.sleep(0.3)
-
-    options = ["--games", "Pong", "--methods", "dqn,rde_dqn", "--replay-ratios", "1", "--seeds", "2"]
-    options += ["--runs-dir", str(study.runs), "--", "--wait-at", "3", "--save-seconds", "0.5"]
-    count = int(call("bash", "benchmark.sh", "--count", *options))
-    assert count == 4
-    submit = ["sbatch", "--parsable", f"--array=0-{count - 1}", "--cpus-per-task=1", "benchmark.sh", *options]
-    job = call(*submit)
-    first = study.wait_for("waiting")[0]
-    index = [(1, "dqn_atari"), (1, "rde_dqn_atari"), (2, "dqn_atari"), (2, "rde_dqn_atari")].index(
-        (first["seed"], first["script"])
-    )
-    tasks = dict(line.split() for line in call("squeue", "-h", "-r", "-t", "R", "-o", "%K %A").splitlines())
-    call("scontrol", "requeue", tasks[str(index)])  # what a preemption does
-    study.wait_for("signal")
-    study.go()
-    deadline = time.time() + 60
-    while f"{job}_{index}" not in call("squeue", "-h", "-r", "-t", "PD", "-o", "%i"):
-        assert time.time() < deadline, call("squeue")
-        time.sleep(0.3)
-    call("scontrol", "update", f"jobid={job}_{index}", "StartTime=now")  # else SLURM waits two minutes with it
-    wait_until_empty()
-
-    runs = sorted((PONG, script, 1.0, seed) for seed in (1, 2) for script in ("dqn_atari", "rde_dqn_atari"))
-    assert study.finished() == runs and len(study.events("end")) == 4 == len(list(study.runs.glob("*/args.json")))
-    starts = [(event["seed"], event["script"], event["step"]) for event in study.events("start")]
-    assert len(starts) == 5 and (first["seed"], first["script"], 3) in starts  # the preempted one went on from its checkpoint
-    assert len(study.events("signal")) == 1
-
-    call(*submit)
-    wait_until_empty()
-    assert len(study.events("start")) == 5  # all finished, nothing was run again
