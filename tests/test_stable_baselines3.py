@@ -1,36 +1,52 @@
 """The scripts that train stable-baselines3's agents beside ours: the same steps, and one line for what they cannot do."""
 
 import csv
+import json
+import pathlib
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
+import torch
 
 from conftest import command, environment, load_script, run_script
 
 DQN = (
-    "--env-id BreakoutNoFrameskip-v4 --num-envs 4 --replay-ratio 0.25 --total-timesteps 600 --learning-starts 200 "
-    "--batch-size 4 --buffer-size 400 --eval-interval 300 --eval-episodes 2"
+    "--env-id BreakoutNoFrameskip-v4 --num-envs 4 --replay-ratio 0.25 --total-timesteps 1200 --learning-starts 1000 "
+    "--batch-size 4 --buffer-size 400 --eval-interval 600 --eval-episodes 2 --eval-epsilon 0.05"
 ).split()
 SAC = (
-    "--env-id cartpole-balance --total-timesteps 300 --learning-starts 100 --hidden-dim 8 --batch-size 8 --buffer-size 400 "
-    "--eval-interval 150 --eval-episodes 2"
+    "--env-id cartpole-balance --total-timesteps 1100 --learning-starts 1050 --hidden-dim 8 --batch-size 8 --buffer-size 400 "
+    "--eval-interval 550 --eval-episodes 2"
 ).split()
 
 
-@pytest.mark.parametrize(
-    "script, ours, arguments, interval", [("dqn", "dqn_atari", DQN, 300), ("sac", "rde_sac_dmc", SAC, 150)]
-)
-def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, ours, arguments, interval):
-    result = run_script(f"tests/stable_baselines3_{script}", *arguments, "--runs-dir", tmp_path)
+def read_rows(folder: pathlib.Path, name: str) -> list[tuple]:
+    with open(folder / name, newline="") as file:
+        return [tuple(row.values()) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("script, arguments, interval", [("dqn", DQN, 600), ("sac", SAC, 550)])
+def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, arguments, interval):
+    name = f"stable_baselines3_{script}"
+    result = run_script(f"baselines/{name}", *arguments, "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.iterdir()
-    with open(folder / "evaluations.csv", newline="") as file:
-        rows = [tuple(row.values()) for row in csv.DictReader(file)]
     steps = [(str(step), phase) for step, phase in ((interval, "scheduled"), (2 * interval, "final"))]
-    assert [row[:3] for row in rows] == [(*step, episode) for step in steps for episode in "01"]
-    assert load_script(ours).read_run_args(folder).exp_name == f"stable_baselines3_{script}"
+    assert [row[:3] for row in read_rows(folder, "evaluations.csv")] == [(*step, episode) for step in steps for episode in "01"]
+    games = read_rows(folder, "episodes.csv")
+    assert games and all(0 < int(step) <= 2 * interval and float(length) > 0 for step, _, length, _ in games)
+    if script == "sac":  # an episode of the suite, of 1,000 points at most
+        assert [row[0] for row in games] == ["1000"] and 0 < float(games[0][1]) <= 1_000
+    # A finished run, and no other script's.
+    content = json.loads((folder / "args.json").read_text())
+    assert content["script"] == f"{name}.py" and content["args"]["exp_name"] == name
+    assert torch.load(folder / "model.pt", weights_only=True) and not (folder / "checkpoint.pt").exists()
+    ours = {"dqn": "dqn_atari", "sac": "rde_sac_dmc"}[script]
+    with pytest.raises(load_script(ours).RunError, match=f"is a run folder of {name}.py, not of {ours}.py"):
+        load_script(ours).read_args(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -40,27 +56,41 @@ def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, ours, argumen
         ("dqn", "--bf16"),
         ("dqn", "--resume=auto"),
         ("dqn", "--no-cuda"),
+        ("dqn", "--keep-models=2"),
+        ("dqn", "--gamma=2"),
         ("sac", "--num-agents=2"),
         ("sac", "--replay-ratio=0.5"),
         ("sac", "--checkpoint-interval=10"),
         ("sac", "--beta=1"),
     ],
 )
-def test_what_it_cannot_do_is_one_line(tmp_path, script, argument):
-    result = run_script(f"tests/stable_baselines3_{script}", argument, "--runs-dir", tmp_path / "runs")
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+def test_what_it_cannot_do_is_one_line(tmp_path, script, argument, monkeypatch, capsys):
+    arguments = {"dqn": DQN, "sac": SAC}[script]
+    monkeypatch.setattr(sys, "argv", ["", *arguments, argument, "--runs-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as end:
+        load_script(f"baselines/stable_baselines3_{script}").main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ")
+    assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script, arguments", [("dqn", DQN), ("sac", SAC)])
+def test_only_checked(tmp_path, script, arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", *arguments, "--check-only", "--runs-dir", str(tmp_path / "runs")])
+    load_script(f"baselines/stable_baselines3_{script}").main()
     assert not (tmp_path / "runs").exists()
 
 
 def test_stopped(tmp_path):
     process = subprocess.Popen(
-        command("tests/stable_baselines3_sac", *SAC, "--total-timesteps", "1000000", "--runs-dir", tmp_path),
+        command("baselines/stable_baselines3_sac", *SAC, "--total-timesteps", "1000000", "--runs-dir", tmp_path),
         env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.time() + 200
-    while not list(tmp_path.glob("*/evaluations.csv")) or "150," not in next(tmp_path.glob("*/evaluations.csv")).read_text():
+    while not list(tmp_path.glob("*/evaluations.csv")) or "550," not in next(tmp_path.glob("*/evaluations.csv")).read_text():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130 and "without a final evaluation; it cannot be continued" in errors
+    assert not list(tmp_path.glob("*/model.pt"))
