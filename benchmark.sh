@@ -40,11 +40,10 @@ Runs every combination of games, methods, replay ratios and seeds, then plot_ben
 skips what is finished and goes on with what was interrupted. Failed runs are listed at the end with their logs; exit code 1.
 
   --suite NAME           atari, dmc, minigrid or safety (default: the first of these that has the methods)
-  --games LIST           default Freeway,MsPacman; walker-run,hopper-hop; MiniGrid-LavaGapS5-v0; SafetyHalfCheetahVelocity-v1;
-                         atari100k = all 26 Atari games; full ids as they are
-  --methods LIST         atari, minigrid: dqn,sr_dqn,rde_dqn (the default), atari: rnd_dqn; dmc: sac,sr_sac,rde_sac;
-                         safety: sac_lag,sr_sac_lag,rde_sac_lag; all: my_idea.py (a script that you copied and changed).
-                         With options of one: "dqn,rde_dqn --beta 1e9", --exp-name is rde_dqn_beta_1e9 then, unless it is given
+  --games LIST           their ids; Atari's by name: Freeway,MsPacman (the default there), atari100k = all 26
+  --methods LIST         atari, minigrid: dqn,sr_dqn,rde_dqn; atari: rnd_dqn; dmc: sac,sr_sac,rde_sac; safety: sac_lag,sr_sac_lag,
+                         rde_sac_lag; and my_idea.py, a script that you copied and changed. With options of its own:
+                         "dqn,rde_dqn --beta 1e9"; its --exp-name is rde_dqn_beta_1e9 then, unless it is given
   --replay-ratios LIST   default 1,4; with --setting official 0.25,1, which are the paper's 1 and 4
   --seeds N | LIST       5 = the seeds 1 to 5 (the default); or seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
   --total-timesteps N    environment steps of a run (default: the script's)
@@ -89,13 +88,11 @@ refuse_ours() {
 refuse_ours "${passed_on[@]}"
 
 [[ -z $suite || -n ${DEFAULT_METHODS[$suite]:-} ]] || fail "--suite is $suite, but must be one of: $SUITES"
-IFS=, read -ra methods <<<"${methods:-${DEFAULT_METHODS[${suite:-atari}]}}"
+methods=${methods:-${DEFAULT_METHODS[${suite:-atari}]}} methods=${methods//$'\n'/,}
+IFS=, read -ra methods <<<"${methods//, /,}"
 for suite in ${suite:-$SUITES}; do
     missing=""
-    for method in "${methods[@]}"; do
-        read -r name _ <<<"$method"
-        [[ $name == *.py || -n ${METHODS[$suite:$name]:-} ]] || missing+=" $name"
-    done
+    for name in "${methods[@]%% *}"; do [[ $name == *.py || -n ${METHODS[$suite:$name]:-} ]] || missing+=" $name"; done
     [[ -n $missing ]] || break
 done
 [[ -z $missing ]] || fail "--methods: no suite has them all; $suite has no$missing"
@@ -239,14 +236,11 @@ reap_runs() { # says how a run has ended; if none has, waits
 stop_runs() { # signal
     local process caught
     if [[ $1 == 15 && -n ${SLURM_JOB_ID:-} ]]; then
-        (
-            trap '' TERM
-            sleep 5
-            for process in "${!index_of[@]}"; do
-                caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$process/status") || continue
-                ((16#$caught & 1 << 14)) && kill -TERM "$process"
-            done
-        ) >/dev/null 2>&1 &
+        trap '' TERM # for what is started here: it has to outlive the next one
+        for process in "${!index_of[@]}"; do
+            (sleep 5; caught=$(sed -n 's/^SigCgt:\s*//p' "/proc/$process/status"); ((16#$caught & 1 << 14)) && kill "$process") >/dev/null &
+        done
+        trap 'stop_runs 15' TERM
     elif ((stop_signal)); then
         kill -KILL "${!index_of[@]}" || true
     else
