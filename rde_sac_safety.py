@@ -9,11 +9,11 @@ dangerous. The baselines are this script, too: SAC-Lagrangian with resets (SR) i
 `--cost-limit inf`.
 
     python rde_sac_safety.py --env-id SafetyHalfCheetahVelocity-v1
-    python rde_sac_safety.py --env-id SafetyPointMaze-v0 --cost-limit 10
+    python rde_sac_safety.py --env-id SafetyPointMaze-v0 --cost-limit 5
 
 In two minutes, to see everything happen once (four resets among it):
 
-    python rde_sac_safety.py --env-id SafetyPointMaze-v0 --cost-limit 10 --hidden-dim 64 --batch-size 64
+    python rde_sac_safety.py --env-id SafetyPointMaze-v0 --cost-limit 5 --hidden-dim 64 --batch-size 64
         --total-timesteps 8000 --learning-starts 1000 --reset-interval 3000 --eval-interval 2000 --eval-episodes 2
 
 Kim, Shin, Park, Sung, "Sample-Efficient and Safe Deep RL via Reset Deep Ensemble Agents", NeurIPS 2023 (arXiv 2310.20287).
@@ -739,7 +739,7 @@ class HazardMaze(gym.Wrapper):
         return np.linalg.norm(self.hazards - position, axis=1)
 
     def observe(self, state: dict) -> np.ndarray:
-        position, goal = state["achieved_goal"], state["desired_goal"]
+        position, goal = state["achieved_goal"], self.unwrapped.goal  # the state keeps a goal that was just reached
         offsets = self.hazards - position
         angles = np.arctan2(offsets[:, 1], offsets[:, 0])
         sectors = np.floor(angles / (2 * np.pi) * self.NUM_SECTORS).astype(int) % self.NUM_SECTORS

@@ -1,0 +1,341 @@
+"""The tasks of rde_sac_safety.py: their costs against other computations, and the exact middle of an episode."""
+
+import io
+import math
+import os
+import types
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from conftest import load_script
+
+# Safety-Gymnasium's code, version 1: m/s along x, or in the plane.
+ALONG_X = {"HalfCheetah": 3.2096, "Hopper": 0.7402, "Walker2d": 2.3415, "Swimmer": 0.2282}
+IN_PLANE = {"Ant": 2.6222, "Humanoid": 1.4149}
+MAZE = "SafetyPointMaze-v0"
+
+
+@pytest.fixture(scope="module")
+def safety():
+    return load_script("rde_sac_safety")
+
+
+def task(safety, env_id):
+    return safety.make_env(safety.Args(env_id=env_id))
+
+
+def robot_id(robot):
+    return f"Safety{robot}Velocity-v1"
+
+
+def random_action(env, rng):
+    return rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ velocities
+
+
+def cost_at(safety, robot, **velocities):
+    """The cost of a step at which the robot's own environment reports these velocities."""
+    cost = safety.make_task(robot_id(robot), None)
+    stub = types.SimpleNamespace(step=lambda action: (np.zeros(3), 1.5, False, False, dict(velocities)))
+    cost.env = stub
+    observation, reward, terminated, truncated, info = cost.step(np.zeros(3))
+    assert reward == 1.5 and not terminated and not truncated and not observation.any()
+    assert type(info["cost"]) is float
+    return info["cost"]
+
+
+@pytest.mark.parametrize("robot, limit", ALONG_X.items())
+def test_the_limit_along_x(safety, robot, limit):
+    at = lambda x, y=0.0: cost_at(safety, robot, x_velocity=np.float64(x), y_velocity=np.float64(y))
+    above, below = np.nextafter(limit, math.inf), np.nextafter(limit, 0)
+    assert [at(below), at(limit), at(above), at(10 * limit)] == [0, 0, 1, 1]
+    assert [at(-above), at(-10 * limit)] == [0, 0], "running backwards is free"
+    assert [at(0.9 * limit, y=limit), at(above, y=-limit), at(0, y=10 * limit)] == [0, 1, 0], "to the side, too"
+
+
+@pytest.mark.parametrize("robot, limit", IN_PLANE.items())
+def test_the_limit_in_the_plane(safety, robot, limit):
+    at = lambda x, y=0.0: cost_at(safety, robot, x_velocity=np.float64(x), y_velocity=np.float64(y))
+    above, below = np.nextafter(limit, math.inf), np.nextafter(limit, 0)
+    for sign in (1, -1):
+        assert [at(sign * below), at(sign * limit), at(sign * above)] == [0, 0, 1]
+        assert [at(0, sign * below), at(0, sign * limit), at(0, sign * above)] == [0, 0, 1]
+        assert [at(sign * 0.70 * limit, 0.70 * limit), at(sign * 0.71 * limit, 0.71 * limit)] == [0, 1]
+
+
+@pytest.mark.parametrize("robot", [*ALONG_X, *IN_PLANE])
+def test_a_robot_is_gymnasiums_robot(safety, robot):
+    """Observations, rewards and ends are those of the v4 robot that is driven directly; costs follow from its report."""
+    env = task(safety, robot_id(robot))
+    bare = gym.make(f"{robot}-v4", disable_env_checker=True)
+    rng, threshold, costs = np.random.default_rng(3), (ALONG_X | IN_PLANE)[robot], 0.0
+    observation, _ = env.reset(seed=5)
+    expected, _ = bare.reset(seed=env.episode_seed)
+    assert env.observation_space.shape == bare.observation_space.shape and observation.dtype == np.float32
+    np.testing.assert_array_equal(observation, expected.astype(np.float32))
+    for _ in range(60):
+        action = random_action(env, rng)
+        observation, reward, terminated, truncated, info = env.step(action)
+        expected, expected_reward, expected_end, _, report = bare.step(action * bare.action_space.high)
+        np.testing.assert_allclose(observation, expected.astype(np.float32), rtol=1e-5, atol=1e-5)
+        assert reward == pytest.approx(float(expected_reward), rel=1e-5, abs=1e-5) and terminated == expected_end
+        speed = report["x_velocity"] if robot in ALONG_X else math.sqrt(report["x_velocity"] ** 2 + report["y_velocity"] ** 2)
+        costs += speed > threshold
+        assert info["cost"] == float(speed > threshold)
+        if terminated:
+            break
+    assert robot != "Swimmer" or 0 < costs < 60  # it is fast, and slow, when it plays at random
+
+
+def test_a_thousand_steps_are_a_truncation(safety):
+    env, rng = task(safety, "SafetySwimmerVelocity-v1"), np.random.default_rng(0)
+    env.reset(seed=1)
+    rewards, costs = [], []
+    for step in range(1, 1_001):
+        _, reward, terminated, truncated, info = env.step(random_action(env, rng))
+        rewards.append(reward)
+        costs.append(info["cost"])
+        assert not terminated and truncated == (step == 1_000) and ("episode" in info) == truncated
+    assert 0 < sum(costs) < 1_000
+    assert info["episode"] == {"r": pytest.approx(sum(rewards)), "l": 1_000, "cost": sum(costs)}
+    env.reset()
+    *_, info = env.step(random_action(env, rng))
+    assert "episode" not in info and env.episodic_cost == info["cost"]
+
+
+def test_a_fall_is_an_end(safety):
+    env, rng = task(safety, "SafetyHopperVelocity-v1"), np.random.default_rng(0)
+    env.reset(seed=1)
+    terminated, length = False, 0
+    while not terminated:
+        *_, terminated, truncated, info = env.step(random_action(env, rng))
+        length += 1
+        assert not truncated
+    assert info["episode"]["l"] == length < 200
+
+
+# -------------------------------------------------------------------------------------------------------------- the maze
+
+
+@pytest.fixture(scope="module")
+def maze(safety):
+    return inner(task(safety, MAZE))
+
+
+def inner(env):
+    """The wrapper with the hazards."""
+    return env.env
+
+
+def lidar_by_hand(position, hazards):
+    """Sector by sector, with angles in degrees."""
+    lidar = []
+    for sector in range(16):
+        nearness = [0.0]
+        for x, y in hazards:
+            distance = math.hypot(x - position[0], y - position[1])
+            angle = math.degrees(math.atan2(y - position[1], x - position[0])) % 360
+            if sector * 22.5 <= angle < (sector + 1) * 22.5:
+                nearness.append(1 - distance / 3)
+        lidar.append(max(nearness))
+    return lidar
+
+
+def test_hazards_lie_in_the_field_and_apart(safety):
+    env, seen = task(safety, MAZE), set()
+    for seed in range(30):
+        observation, _ = env.reset(seed=seed)
+        position, goal = observation[:2].astype(float), (observation[:2] + observation[4:6]).astype(float)
+        hazards = inner(env).hazards
+        assert hazards.shape == (4, 2) and (np.abs(hazards) <= 2.5 - 0.3).all()
+        points = [position, goal, *hazards]
+        for i, hazard in enumerate(hazards):
+            others = [point for j, point in enumerate(points) if j != i + 2]
+            assert min(math.dist(hazard, other) for other in others) > 0.6 - 1e-6
+        seen.update(map(tuple, hazards))
+    assert len(seen) == 4 * 30
+    assert min(x for x, _ in seen) < -1.9 and max(y for _, y in seen) > 1.9  # all over the field
+
+
+def test_observation_and_cost_by_hand(safety):
+    """Of a robot that runs through hazards to goals: cost, lidar, reward, and the next goal, from positions alone."""
+    env, rng = task(safety, MAZE), np.random.default_rng(2)
+    env_ends = costs = goals = 0
+    observation, _ = env.reset(seed=11)
+    assert observation.shape == (22,) == env.observation_space.shape and observation.dtype == np.float32
+    for step in range(900):
+        hazards, goal = inner(env).hazards.copy(), env.env.unwrapped.goal.copy()
+        target = hazards[step // 40 % 4] if step % 300 < 160 else goal
+        action = np.clip(2 * (target - observation[:2]) - 0.4 * observation[2:4] + 0.2 * rng.normal(size=2), -1, 1)
+        observation, reward, terminated, truncated, info = env.step(action.astype(np.float32))
+        data = env.env.unwrapped.data  # of MuJoCo
+        position, velocity = data.qpos.copy(), data.qvel.copy()
+        inside = any((x - position[0]) ** 2 + (y - position[1]) ** 2 < 0.3**2 for x, y in hazards)
+        assert info["cost"] == float(inside)
+        assert reward == pytest.approx(math.exp(-math.dist(position, goal)))
+        reached = math.dist(position, goal) <= 0.45
+        new_goal = env.env.unwrapped.goal
+        assert reached == (not np.array_equal(new_goal, goal))
+        expected = [*position, *velocity, *(new_goal - position), *lidar_by_hand(position, hazards)]
+        np.testing.assert_allclose(observation, expected, atol=1e-6)
+        costs, goals = costs + inside, goals + reached
+        assert not terminated and truncated == (step % 300 == 299)
+        if truncated:
+            env_ends += 1
+            assert info["episode"]["l"] == 300
+            observation, _ = env.reset()
+            assert not np.array_equal(inner(env).hazards, hazards)
+    assert env_ends == 3 and 50 < costs < 850 and goals > 5
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, -1e-12, 22.5, 90.0, 179.9999, 180.0, -180.0, -90.0, 359.0])
+@pytest.mark.parametrize("distance", [0.1, 1.5, 2.999, 3.001, 6.0])
+def test_the_lidar_in_every_direction(maze, angle, distance):
+    maze.reset(seed=0)
+    position = np.array([0.25, -0.5])
+    maze.hazards = position + distance * np.array([[math.cos(math.radians(angle)), math.sin(math.radians(angle))]])
+    state = {"observation": np.zeros(4), "achieved_goal": position, "desired_goal": np.ones(2)}
+    lidar = maze.observe(state)[6:]
+    np.testing.assert_allclose(lidar, lidar_by_hand(position, maze.hazards), atol=1e-12)
+    assert np.count_nonzero(lidar) == (distance < 3)
+    # A farther hazard in the same direction changes nothing.
+    maze.hazards = np.concatenate([maze.hazards, position + 1.5 * (maze.hazards - position)])
+    np.testing.assert_array_equal(maze.observe(state)[6:], lidar)
+
+
+def test_the_package_leaves_no_file_behind(safety):
+    env = task(safety, MAZE)
+    assert not os.path.exists(env.env.unwrapped.tmp_xml_file_path)
+
+
+# ----------------------------------------------------------------------------------------------------- seeds, and resuming
+
+
+def play(env, num_steps, rng_seed=0):
+    """Everything that happens in so many steps of random play, episode after episode."""
+    rng, trace = np.random.default_rng(rng_seed), [np.zeros(0)]
+    for _ in range(num_steps):
+        observation, reward, terminated, truncated, info = env.step(random_action(env, rng))
+        trace += [observation, [reward, terminated, truncated, info["cost"]]]
+        if terminated or truncated:
+            trace += [env.reset()[0], list(info["episode"].values())]
+    return np.concatenate(trace)
+
+
+TASKS = [MAZE, "SafetyHopperVelocity-v1", "SafetySwimmerVelocity-v1"]
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_equal_seeds_are_equal_episodes(safety, env_id):
+    envs, traces = [task(safety, env_id) for _ in range(2)], []
+    for env, seed in [(envs[0], 1), (envs[1], 2), (envs[1], 1)]:  # the second one has played before
+        traces.append(np.concatenate([env.reset(seed=seed)[0], play(env, 350)]))
+    np.testing.assert_array_equal(traces[0], traces[2])
+    assert traces[0].shape != traces[1].shape or not np.array_equal(traces[0], traces[1])
+    starts = {tuple(envs[0].reset(seed=1)[0]), *(tuple(envs[0].reset()[0]) for _ in range(5))}
+    assert len(starts) == 6, "every episode is another one"
+
+
+def through_a_file(safety, part):
+    """What a checkpoint has of the part: written, and read without executing anything."""
+    file = io.BytesIO()
+    torch.save(safety.state_of(part), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("played", [0, 17, 333])
+def test_the_middle_of_an_episode_is_kept(safety, env_id, played):
+    """In a fresh environment, and in one that is somewhere else: the same to the last bit, over ends of episodes."""
+    env = task(safety, env_id)
+    env.reset(seed=3)
+    play(env, played)
+    state = through_a_file(safety, env)
+    expected = play(env, 1_050 if env_id != MAZE else 700, rng_seed=1)
+    for other in (task(safety, env_id), env):
+        safety.restored(other, state)
+        np.testing.assert_array_equal(play(other, 1_050 if env_id != MAZE else 700, rng_seed=1), expected)
+
+
+# ---------------------------------------------------------------------------------------------- environments of somebody else
+
+
+class Foreign(gym.Env):
+    """A walk on a line, of which each step costs the distance that was asked for. What it reports depends on its options."""
+
+    observation_space = gym.spaces.Dict({"place": gym.spaces.Box(-9, 9, (2, 1)), "side": gym.spaces.Discrete(2)})
+    action_space = gym.spaces.Box(np.array([[0.0], [-3.0]], np.float32), np.array([[4.0], [-1.0]], np.float32))
+
+    def __init__(self, values=5, cost=True, steps_with_cost=10**9, repeats=True, render_mode=None):
+        self.values, self.cost, self.steps_with_cost, self.repeats = values, cost, steps_with_cost, repeats
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        rng = self.np_random if self.repeats else np.random.default_rng()
+        self.place, self.num_steps = rng.normal(size=(2, 1)), 0
+        return self.observe(), {}
+
+    def observe(self):
+        return {"place": self.place, "side": int(self.place[0, 0] > 0)}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.asked, self.num_steps = action, self.num_steps + 1
+        self.place = 0.9 * self.place + 0.01 * action + 0.01 * self.np_random.normal(size=(2, 1))
+        info = {"cost": float(action[0, 0])} if self.cost and self.num_steps <= self.steps_with_cost else {}
+        cost = (float(action[0, 0]),) if self.values == 6 else ()
+        return (self.observe(), 1.0, *cost, False, False, info)
+
+
+def register(name, **options):
+    if name not in gym.registry:
+        gym.register(name, entry_point=lambda **more: Foreign(**options, **more), max_episode_steps=50)
+    return name
+
+
+@pytest.mark.parametrize("values, cost", [(5, True), (6, False)])
+def test_an_environment_of_somebody_else(safety, values, cost):
+    """With a dictionary of observations, its own bounds, a time limit, and a cost of either kind."""
+    env = task(safety, register(f"Foreign{values}-v0", values=values, cost=cost))
+    assert env.observation_space.shape == (4,) and env.action_space.shape == (2,)
+    observation, _ = env.reset(seed=1)
+    assert observation.dtype == np.float32 and sorted(observation[2:]) == [0, 1]
+    np.testing.assert_array_equal(observation[:2], env.env.unwrapped.place.ravel().astype(np.float32))
+    for action, asked in [([-1, -1], [0, -3]), ([0, 0], [2, -2]), ([1, 1], [4, -1]), ([-0.5, 0.5], [1, -1.5])]:
+        *_, info = env.step(np.array(action, np.float32))
+        np.testing.assert_allclose(env.env.unwrapped.asked, np.reshape(asked, (2, 1)))
+        assert info == {"cost": asked[0]}
+    for step in range(5, 51):
+        *_, terminated, truncated, info = env.step(np.zeros(2, np.float32))
+        assert not terminated and truncated == (step == 50)
+    assert info["episode"] == {"r": 50.0, "l": 50, "cost": 7 + 46 * 2}
+    env.reset(seed=2)
+    play(env, 33)
+    state = through_a_file(safety, env)
+    expected = play(env, 80)
+    other = task(safety, env.env_id)
+    safety.restored(other, state)
+    np.testing.assert_array_equal(play(other, 80), expected)
+
+
+def test_an_environment_that_does_not_repeat_itself(safety):
+    """It can be trained in, but a run that would not go on exactly is refused."""
+    env = task(safety, register("Unrepeatable-v0", repeats=False))
+    env.reset(seed=1)
+    play(env, 5)
+    with pytest.raises(safety.RunError, match="^Unrepeatable-v0 does not play the same episode again from its seed"):
+        safety.restored(task(safety, "Unrepeatable-v0"), through_a_file(safety, env))
+
+
+def test_a_cost_that_stops(safety):
+    env = task(safety, register("Forgetful-v0", steps_with_cost=3))
+    env.reset(seed=1)
+    play(env, 3)
+    with pytest.raises(safety.RunError, match="^Forgetful-v0 reports no cost"):
+        play(env, 1)
