@@ -285,7 +285,7 @@ class RandomNetworkDistillation:
 
     @staticmethod
     def convolutions() -> list[nn.Module]:
-        leaky_relu = lambda: nn.LeakyReLU(0.2)  # TensorFlow's slope, with which Burda et al. worked
+        leaky_relu = lambda: nn.LeakyReLU(0.2, inplace=True)  # TensorFlow's slope, with which Burda et al. worked
         return [
             nn.Conv2d(1, 32, 8, stride=4), leaky_relu(),
             nn.Conv2d(32, 64, 4, stride=2), leaky_relu(),
@@ -297,7 +297,7 @@ class RandomNetworkDistillation:
         """Frames (batch, 84, 84) uint8, normalized and clipped: (batch, 1, 84, 84) float32."""
         mean, deviation = self.frame_moments.mean.float(), self.frame_moments.deviation.float()
         # A pixel that has never changed is 0, and 5 deviations away as soon as it does.
-        return ((frames.float() - mean) / deviation.clamp_min(1e-4)).clamp_(-5, 5).unsqueeze(1)
+        return frames.float().sub_(mean).div_(deviation.clamp_min(1e-4)).clamp_(-5, 5).unsqueeze(1)
 
     def errors(self, inputs: torch.Tensor, target_features: torch.Tensor) -> torch.Tensor:
         """The mean of the squared errors over the 512 features, (batch,)."""
