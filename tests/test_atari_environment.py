@@ -47,13 +47,14 @@ def play_stable_baselines3(env_id, seed, actions, **kwargs):
         yield observations[0], rewards[0], bool(dones[0]), infos[0]["TimeLimit.truncated"], last, game
 
 
-# Breakout waits for FIRE; Freeway has no lives; Qbert stays at 0 lives before a game ends; the last two are cut.
+# Breakout waits for FIRE; Freeway has no lives; BankHeist plays its last life at 0 lives; the last two are cut.
 @pytest.mark.parametrize(
     "env_id, kwargs",
     [
         ("AlienNoFrameskip-v4", {}),
         ("BreakoutNoFrameskip-v4", {}),
         ("QbertNoFrameskip-v4", {}),
+        ("BankHeistNoFrameskip-v4", {}),
         ("FreewayNoFrameskip-v4", {}),
         ("MsPacmanNoFrameskip-v4", {}),
         ("PongNoFrameskip-v4", {"max_num_frames_per_episode": 2_001}),

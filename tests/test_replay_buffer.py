@@ -41,18 +41,27 @@ def all_transitions(buffer):
         return buffer.sample(buffer.size)
 
 
+def events(*kinds: str):
+    """Of up to 150 steps of 3 environments."""
+    return st.lists(st.lists(st.sampled_from(kinds), min_size=3, max_size=3), min_size=1, max_size=150)
+
+
 # continue, lose a life or the game (both terminal for learning), be cut
-EVENTS = st.sampled_from(["go on"] * 6 + ["terminated", "truncated"])
-
-
 @settings(max_examples=120, deadline=None)
-@given(
-    capacity=st.integers(10, 60),
-    num_envs=st.integers(1, 3),
-    events=st.lists(st.lists(EVENTS, min_size=3, max_size=3), min_size=1, max_size=150),
-    check_every=st.integers(1, 40),
-)
+@given(st.integers(10, 60), st.integers(1, 3), events(*["go on"] * 6, "terminated", "truncated"), st.integers(1, 40))
 def test_equal_to_a_naive_buffer(capacity, num_envs, events, check_every):
+    compare(capacity, num_envs, events, check_every)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_frames_of_very_many_truncations_cost_the_oldest_transitions_alone(num_envs):
+    """More than the ring has a reserve for: what is overwritten is not drawn any more, from the very frame on."""
+    rows = [["truncated" if (step + i) % 3 else "go on" for i in range(3)] for step in range(120)]
+    assert compare(60, num_envs, rows, check_every=1) < 60
+
+
+def compare(capacity, num_envs, events, check_every) -> int:
+    """Fills both buffers with the same transitions, and compares all that can be drawn. Returns how many these are at the end."""
     capacity = max(capacity, 5 * num_envs)
     buffer, naive = rde.ReplayBuffer(capacity, num_envs, CPU, torch.Generator()), NaiveBuffer(capacity)
     number, truncations = 0, deque(maxlen=capacity)
@@ -88,6 +97,7 @@ def test_equal_to_a_naive_buffer(capacity, num_envs, events, check_every):
                 assert (actions[k].item(), rewards[k].item(), terminated[k].item()) == (action, reward, float(end))
                 if not end:  # a truncation has its own last frame; a terminated transition looks at none
                     np.testing.assert_array_equal(frames[k, 1:].numpy(), np.stack(next_stack))
+    return buffer.size
 
 
 def filled_buffer(seed: int, size: int = 1_000):
