@@ -610,7 +610,7 @@ class AtariView(gym.Wrapper):
         screen, reward, terminated, truncated, info = self.env.step(action)
         self.game_is_over = terminated or truncated
         lives = self.game.ale.lives()
-        if 0 < lives < self.lives:  # Qbert stays at 0 lives for some frames before its game is over
+        if 0 < lives < self.lives:  # not at 0: BankHeist plays its last life there, and its end is the end of the game
             terminated = True
         self.lives = lives
         return screen, reward, terminated, truncated, info
