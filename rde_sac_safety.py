@@ -661,9 +661,11 @@ MAZE_TASK, MAZE_STEPS = "SafetyPointMaze-v0", 300
 
 
 def environment_versions() -> dict[str, str]:
-    """Of the packages that the task has loaded."""
-    names = ("mujoco", "gymnasium-robotics")
-    return {name: importlib.metadata.version(name) for name in names if name.replace("-", "_") in sys.modules}
+    versions = {}
+    for name in ("mujoco", "gymnasium-robotics"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs both
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
