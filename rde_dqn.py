@@ -37,7 +37,6 @@ Where is what:
 
 import atexit
 import contextlib
-import copy
 import csv
 import dataclasses
 import difflib
@@ -199,40 +198,67 @@ class Args:
 # ------------------------------------------------------------------------------------------------- network, selection
 
 
-class StackedMLP(nn.Module):
+class StackedMLP:
     """Several MLPs of one shape with ReLU, computed together: (num_networks, batch, inputs) to (num_networks, batch, outputs).
 
-    A matrix product for all networks at once fills a GPU that one network leaves half idle, and for small networks it saves
-    most of the time on a CPU, too. The weights are stacked, (num_networks, inputs, outputs) in every layer.
+    A matrix product for all networks at once fills a GPU that one network leaves half idle, and saves time on a CPU, too. All
+    values of a network are one row, (num_networks, num_values): for the optimizer and the clipping it is one tensor. A layer's
+    weights, (num_networks, outputs, inputs) as in `nn.Linear`, and biases, (num_networks, 1, outputs), are views of that.
     """
 
-    def __init__(self, num_networks: int, widths: list[int]):
-        super().__init__()
-        layers = list(zip(widths, widths[1:]))
-        self.weights = nn.ParameterList(torch.zeros(num_networks, fan_in, fan_out) for fan_in, fan_out in layers)
-        self.biases = nn.ParameterList(torch.zeros(num_networks, 1, fan_out) for _, fan_out in layers)
-        self.layers = list(zip(self.weights, self.biases))  # on a CPU ParameterLists cost 4 % of the training loop
+    KEPT = ("values",)
+
+    def __init__(self, num_networks: int, widths: list[int], device: torch.device):
+        sizes = [(fan_in, fan_out) for fan_in, fan_out in zip(widths, widths[1:])]
+        self.values = torch.zeros((num_networks, sum((fan_in + 1) * fan_out for fan_in, fan_out in sizes)), device=device)
+        parts = iter(self.values.split([size for fan_in, fan_out in sizes for size in (fan_in * fan_out, fan_out)], dim=1))
+        self.layers = [(next(parts).view(-1, fan_out, fan_in), next(parts).unsqueeze(1)) for fan_in, fan_out in sizes]
 
     @torch.no_grad()
     def initialise(self, network: int) -> None:
         """Gives one of the networks, in place, the values of freshly built `nn.Linear` layers."""
         for weight, bias in self.layers:
-            layer = nn.Linear(weight.shape[1], weight.shape[2])
-            weight[network] = layer.weight.T
+            layer = nn.Linear(weight.shape[2], weight.shape[1])
+            weight[network] = layer.weight
             bias[network, 0] = layer.bias
 
-    def forward(self, inputs: torch.Tensor, networks: torch.Tensor | None = None) -> torch.Tensor:
-        """All networks, or those whose numbers are given on the device."""
+    def forward(self, inputs: torch.Tensor, layer_inputs: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The outputs, float32; the inputs of all layers are appended to the list that `backward` wants, if there is one."""
         for depth, (weight, bias) in enumerate(self.layers):
-            if networks is not None:
-                weight, bias = weight.index_select(0, networks), bias.index_select(0, networks)
             if depth:
                 inputs = F.relu_(inputs)
-            if weight.shape[2] > 1:
-                inputs = torch.baddbmm(bias, inputs, weight)
-            else:  # the same, but on a CPU several times faster where the matrix is a single column
-                inputs = (inputs * weight.transpose(1, 2)).sum(dim=2, keepdim=True) + bias
-        return inputs
+            if layer_inputs is not None:
+                layer_inputs.append(inputs)
+            inputs = torch.baddbmm(bias, inputs, weight.transpose(1, 2))
+        return inputs.float()
+
+    def backward(self, output_gradient: torch.Tensor, layer_inputs: list[torch.Tensor], gradients: "StackedMLP") -> None:
+        """Backpropagation: the gradient of the outputs, (num_networks, batch, outputs), to those of all values, in place.
+
+        Written out, because autograd takes a quarter more time for a whole update of one agent, and a new tensor for every
+        gradient.
+        """
+        gradient = output_gradient
+        for depth in reversed(range(len(self.layers))):
+            weight_gradient, bias_gradient = gradients.layers[depth]
+            weight_gradient.copy_(torch.bmm(gradient.transpose(1, 2), layer_inputs[depth]))
+            bias_gradient.copy_(gradient.sum(dim=1, keepdim=True))
+            if depth:
+                gradient = torch.bmm(gradient, self.layers[depth][0]).mul_(layer_inputs[depth] > 0)
+
+    def state_dicts(self) -> list[dict[str, torch.Tensor]]:
+        """Of every network, on the CPU, as `nn.Sequential(nn.Linear, nn.ReLU, nn.Linear, ...)` has it."""
+        return [
+            {f"{2 * depth}.{name}": tensor[i].squeeze(0).cpu().clone()
+             for depth, layer in enumerate(self.layers) for name, tensor in zip(("weight", "bias"), layer)}
+            for i in range(len(self.values))
+        ]  # fmt: skip
+
+    def load_state_dicts(self, states: list[dict[str, torch.Tensor]]) -> None:
+        for i, state in enumerate(states):
+            for depth, (weight, bias) in enumerate(self.layers):
+                weight[i].copy_(state[f"{2 * depth}.weight"])
+                bias[i, 0].copy_(state[f"{2 * depth}.bias"])
 
 
 def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
@@ -258,9 +284,8 @@ class Agent:
         self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
     ):
         self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
-        self.q_networks = StackedMLP(args.num_agents, self.widths(args, observation_space, action_space)).to(device)
-        self.target_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
-        self.parameters, self.target_parameters = list(self.q_networks.parameters()), list(self.target_networks.parameters())
+        widths = self.widths(args, observation_space, action_space)
+        self.q_networks, self.target_networks, self.gradients = (StackedMLP(args.num_agents, widths, device) for _ in range(3))
         # PyTorch's global generator initialises networks and serves no other purpose.
         torch.manual_seed(derive_seed(args.seed, INITIALISATION))
         for index in range(args.num_agents):
@@ -287,7 +312,7 @@ class Agent:
     @property
     def num_parameters(self) -> int:
         """Of one agent's network."""
-        return sum(parameter.numel() for parameter in self.parameters) // self.args.num_agents
+        return self.q_networks.values.shape[1]
 
     @property
     def num_resets(self) -> int:
@@ -303,34 +328,28 @@ class Agent:
     def initialise(self, index: int) -> None:
         """A new network, and its exact copy as target, in the place of agent `index`'s, in place."""
         self.q_networks.initialise(index)
-        for target, parameter in zip(self.target_parameters, self.parameters):
-            target[index] = parameter[index]
+        self.target_networks.values[index] = self.q_networks.values[index]
 
     def make_optimizer(self) -> optim.Optimizer:
-        """An optimizer with a parameter group per agent, which holds the agent's slices of the stacked parameters.
+        """One optimizer, in which every agent's values are a parameter of its own.
 
-        Over the stacked parameters themselves Adam would have one step count for all agents, and after a reset the bias
-        correction of the new agent would be that of an old one. The slices share the memory of the parameters.
+        Over the stacked values Adam would have one step count for all agents, and after a reset the bias correction of the new
+        agent would be that of an old one. The parameters share the memory of the values, and their gradients that of
+        `gradients`.
         """
-        groups = [{"params": slices} for slices in self.slices_per_agent([parameter.detach() for parameter in self.parameters])]
+        self.parameters = list(self.q_networks.values)
+        for parameter, gradient in zip(self.parameters, self.gradients.values):
+            parameter.grad = gradient
         options = {"lr": self.args.learning_rate, "capturable": self.device.type == "cuda"}
         if self.args.optimizer == "rmsprop":
-            return optim.RMSprop(groups, foreach=True, **options)
-        return optim.Adam(groups, fused=True, **options)
-
-    def slices_per_agent(self, stacked: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-        """For every agent its slices of the stacked tensors, as views."""
-        return list(zip(*(tensor.chunk(self.args.num_agents) for tensor in stacked)))
-
-    def q_values(self, networks: StackedMLP, observations: torch.Tensor) -> torch.Tensor:
-        """Of every agent, (N, batch, actions), for observations (batch, observation_dim)."""
-        with self.autocast():
-            return networks(observations.expand(self.args.num_agents, -1, -1)).float()
+            return optim.RMSprop(self.parameters, foreach=True, **options)
+        return optim.Adam(self.parameters, fused=True, **options)
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, observation_dim)."""
-        q_values = self.q_values(self.q_networks, observations)  # (N, num_envs, actions)
+        with self.autocast():
+            q_values = self.q_networks.forward(self.for_all(observations))  # (N, num_envs, actions)
         proposals = q_values.argmax(dim=2).T  # (num_envs, N)
         if self.args.num_agents == 1:  # nothing to choose, and so nothing to judge
             return torch.stack([proposals[:, 0], torch.zeros_like(proposals[:, 0])])
@@ -341,46 +360,45 @@ class Agent:
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
+    @torch.no_grad()
     def update(self) -> None:
         """One gradient step of every agent on one mini-batch. The copies into the targets are not in it, see `train`."""
-        args = self.args
+        args, layer_inputs = self.args, []
         observations, actions, rewards, terminated, next_observations = self.buffer.sample(args.batch_size)
-        with torch.no_grad():
-            next_q_values = self.q_values(self.target_networks, next_observations).amax(dim=2)  # (N, batch_size)
-            td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (N, batch_size)
-        actions = actions.long().expand(args.num_agents, -1, -1)  # (N, batch_size, 1)
-        q_values = self.q_values(self.q_networks, observations).gather(2, actions).squeeze(2)  # (N, batch_size)
+        with self.autocast():
+            next_q_values = self.target_networks.forward(self.for_all(next_observations)).amax(dim=2)  # (N, batch_size)
+            outputs = self.q_networks.forward(self.for_all(observations), layer_inputs)  # (N, batch_size, actions)
+        td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (N, batch_size)
+        actions = self.for_all(actions.long())  # (N, batch_size, 1)
+        q_values = outputs.gather(2, actions).squeeze(2)  # (N, batch_size)
         losses = F.smooth_l1_loss(q_values, td_targets, reduction="none").mean(dim=1)  # (N,)
-        # The agents' losses are summed: none depends on another agent's parameters, so the gradients stay their own.
-        gradients = torch.autograd.grad(losses.sum(), self.parameters)
-        self.clip(gradients)
-        for group, slices in zip(self.optimizer.param_groups, self.slices_per_agent(gradients)):
-            for parameter, gradient in zip(group["params"], slices):
-                parameter.grad = gradient
+        # The loss's derivative is the error, clipped to [-1, 1] (DQN's paper writes it so), of the action that was taken.
+        errors = (q_values - td_targets).clamp_(-1, 1) / args.batch_size  # (N, batch_size)
+        output_gradient = torch.zeros_like(outputs).scatter_(2, actions, errors.unsqueeze(2))  # (N, batch_size, actions)
+        with self.autocast():
+            self.q_networks.backward(output_gradient, layer_inputs, self.gradients)
+
+        # Every agent's gradient is clipped for itself, as `nn.utils.clip_grad_norm_` does it.
+        norms = torch.linalg.vector_norm(self.gradients.values, dim=1, keepdim=True)  # (N, 1)
+        self.gradients.values.mul_((args.max_grad_norm / (norms + 1e-6)).clamp_(max=1))
         self.optimizer.step()
         if args.tau:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.target_parameters, self.parameters, args.tau)
-        self.metrics.copy_(torch.stack([losses.detach(), q_values.detach().mean(dim=1)]))
+            self.target_networks.values.lerp_(self.q_networks.values, args.tau)
+        self.metrics.copy_(torch.stack([losses, q_values.mean(dim=1)]))
 
-    def clip(self, gradients: tuple[torch.Tensor, ...]) -> None:
-        """Shortens every agent's gradient to --max-grad-norm, as `nn.utils.clip_grad_norm_` does it for one."""
-        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)  # (N,)
-        factors = (self.args.max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
-        for gradient in gradients:
-            gradient.mul_(factors)
-
-    @torch.no_grad()
     def copy_to_targets(self) -> None:
-        torch._foreach_copy_(self.target_parameters, self.parameters)
+        self.target_networks.values.copy_(self.q_networks.values)
+
+    def for_all(self, batch: torch.Tensor) -> torch.Tensor:
+        """The same batch for every agent, (batch, ...) to (N, batch, ...), without a copy."""
+        return batch.expand(self.args.num_agents, -1, -1)
 
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
         index = self.num_resets % self.args.num_agents
         self.initialise(index)
-        for parameter in self.optimizer.param_groups[index]["params"]:
-            for moment_or_step in self.optimizer.state[parameter].values():
-                moment_or_step.zero_()
+        for moment_or_step in self.optimizer.state[self.parameters[index]].values():
+            moment_or_step.zero_()
         self.num_resets += 1
         return index
 
@@ -405,13 +423,13 @@ class Agent:
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
         return {
-            "q_networks": copy.deepcopy(self.q_networks).cpu().state_dict(),
+            "q_networks": self.q_networks.state_dicts(),
             "oldest_agent": self.oldest.item(),
             "num_resets": self.num_resets,
         }
 
     def load_weights(self, weights: dict) -> None:
-        self.q_networks.load_state_dict(weights["q_networks"])
+        self.q_networks.load_state_dicts(weights["q_networks"])
         self.num_resets = weights["num_resets"]
 
 
@@ -435,7 +453,13 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 def gradient_steps_due(args: Args, global_step: int) -> int:
     """Gradient steps that belong to the first `global_step` environment steps; exact for fractions such as 0.29."""
-    return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
+    return math.floor(exact_fraction(args.replay_ratio) * max(0, global_step - args.learning_starts))
+
+
+@functools.cache
+def exact_fraction(number: float) -> Fraction:
+    """Of the decimal number that was typed. Remembered: where a step takes a millisecond, reading it anew would be felt."""
+    return Fraction(str(number))
 
 
 def resets_due(args: Args, gradient_steps: int) -> int:
