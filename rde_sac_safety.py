@@ -708,15 +708,17 @@ class VelocityCost(gym.Wrapper):
 class HazardMaze(gym.Wrapper):
     """A point robot, driven by forces, in a closed field of 5 x 5 m: it seeks goals, and a step inside a hazard costs 1.
 
-    The reward of a step is exp(-distance to the goal); within 0.45 m the goal is reached, and a new one is drawn. The hazards
-    are circles on the ground, drawn anew in every episode, apart from each other, from the start and from the first goal; a
-    later goal may lie in one, but can be reached from outside. The observation, (22,), is position, velocity, goal - position,
-    and a lidar: 16 sectors around the robot, each with the nearness of the nearest hazard's center, 1 here, 0 at 3 m. It is
-    WCSAC's StaticEnv on Gymnasium-Robotics' PointMaze.
+    The reward of a step is the way by which the goal came nearer, in m, and 1 for a goal that is reached, from 0.45 m; then a
+    new one is drawn. (That is the rule of Safety-Gymnasium's goals. With PointMaze's own reward for being near, robots learn
+    to wait beside the first goal, for ever.) The hazards are circles on the ground, drawn anew in every episode, apart from
+    each other, from the start and from the first goal; a later goal may lie in one, but can be reached from outside.
+
+    The observation, (22,), is position, velocity, goal - position, and a lidar: 16 sectors around the robot, each with the
+    nearness of the nearest hazard's center, 1 here, 0 at 3 m. It is WCSAC's StaticEnv on Gymnasium-Robotics' PointMaze.
     """
 
     MAP = [[1] * 7] + [[1, 0, 0, 0, 0, 0, 1]] * 5 + [[1] * 7]  # 1 is a wall, a cell is 1 x 1 m, the origin is the center
-    NUM_HAZARDS, RADIUS, NUM_SECTORS, RANGE = 4, 0.3, 16, 3.0
+    NUM_HAZARDS, RADIUS, NUM_SECTORS, RANGE = 8, 0.3, 16, 3.0
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -730,11 +732,15 @@ class HazardMaze(gym.Wrapper):
             if all(math.dist(hazard, other) > 2 * self.RADIUS for other in apart + hazards):
                 hazards.append(hazard)
         self.hazards = np.array(hazards)  # (NUM_HAZARDS, 2)
+        self.way = math.dist(state["achieved_goal"], self.unwrapped.goal)
         return self.observe(state), info
 
     def step(self, action: np.ndarray):
-        state, reward, terminated, truncated, info = self.env.step(action)
-        info["cost"] = float(self.distances(state["achieved_goal"]).min() < self.RADIUS)
+        state, _, terminated, truncated, info = self.env.step(action)
+        position = state["achieved_goal"]
+        reward = self.way - math.dist(position, state["desired_goal"]) + info["success"]
+        self.way = math.dist(position, self.unwrapped.goal)  # which is a new one after a success
+        info["cost"] = float(self.distances(position).min() < self.RADIUS)
         return self.observe(state), reward, terminated, truncated, info
 
     def distances(self, position: np.ndarray) -> np.ndarray:
@@ -780,7 +786,7 @@ def make_task(env_id: str, render_mode: str | None) -> gym.Env:
             import gymnasium_robotics
 
             gym.register_envs(gymnasium_robotics)
-            env = gym.make("PointMaze_Open-v3", maze_map=HazardMaze.MAP, reward_type="dense", reset_target=True, **options)
+            env = gym.make("PointMaze_Open-v3", maze_map=HazardMaze.MAP, reset_target=True, **options)
             os.remove(env.unwrapped.tmp_xml_file_path)  # which the package leaves behind
             return HazardMaze(env)
     finally:
