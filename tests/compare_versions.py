@@ -4,8 +4,9 @@
     python tests/compare_versions.py ../old .
     python tests/compare_versions.py ../old . --case rde "sac bf16"
 
-Both folders hold dqn_atari.py, sr_dqn_atari.py, rde_dqn_atari.py and rde_sac_dmc.py. Every case is run in one and then in the other, on
-the CPU. Compared are episodes.csv (but for its seconds), evaluations.csv, model.pt and the videos. Exit code 1 if anything differs.
+Both folders hold dqn_atari.py, sr_dqn_atari.py, rde_dqn_atari.py and rde_sac_dmc.py. Every case is run in one and then in the
+other, on the CPU. Compared are episodes.csv (but for its seconds), evaluations.csv, model.pt and the videos. The new model.pt
+may hold more. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -42,7 +43,8 @@ CASES = {
     "sr full qbert 2 environments": ("sr_dqn_atari", QBERT + "--reset-depth full --reset-interval 40 --num-envs 2", 1),
     "sr never": ("sr_dqn_atari", "--reset-interval 0 --gamma 0.9 --tau 0.1 --learning-rate 1e-3", 1),
     "rde": ("rde_dqn_atari", "--reset-depth last1 --reset-interval 120", 1),
-    "rde full alien": ("rde_dqn_atari", ALIEN + "--reset-depth full --reset-interval 120 --total-timesteps 900 --eval-episodes 1", 1),
+    "rde full alien": ("rde_dqn_atari", ALIEN + "--reset-depth full --reset-interval 120 --total-timesteps 900 "
+                       "--eval-episodes 1", 1),
     "rde 2 environments": ("rde_dqn_atari", "--reset-interval 120 --num-envs 2", 1),
     "rde 4 environments": ("rde_dqn_atari", "--reset-interval 120 --num-envs 4 --replay-ratio 0.29 --total-timesteps 900", 1),
     "rde ratio 2": ("rde_dqn_atari", "--reset-depth last2 --reset-interval 500 --replay-ratio 2 --total-timesteps 500", 1),
@@ -69,9 +71,10 @@ def run(folder: pathlib.Path, case: str, runs_dir: str) -> tuple[pathlib.Path | 
     """The run's folder, or None and what went wrong."""
     script, arguments, num_threads = CASES[case]
     arguments = (SAC if script == "rde_sac_dmc" else ATARI) + arguments
+    environment = {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, folder / f"{script}.py", *arguments.split(), "--runs-dir", runs_dir], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}, check=False,
+        [sys.executable, folder / f"{script}.py", *arguments.split(), "--runs-dir", runs_dir],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if result.returncode:
         words = [line.strip("│╭╮╰╯─ ") for line in result.stderr.splitlines()]  # tyro puts its messages in a frame
@@ -115,7 +118,10 @@ def difference_of_values(old, new, name: str) -> str:
 
 
 def difference_of_videos(old: pathlib.Path, new: pathlib.Path) -> str:
-    old_videos, new_videos = ({path.name: path.read_bytes() for path in folder.glob("videos/*.mp4")} for folder in (old, new))
+    """By their step and phase; how the recorder numbers the episodes of a process does not matter."""
+    old_videos, new_videos = (
+        {path.name.split("-episode")[0]: path.read_bytes() for path in folder.glob("videos/*.mp4")} for folder in (old, new)
+    )
     if old_videos.keys() != new_videos.keys():
         return f"missing {sorted(old_videos.keys() - new_videos)}, added {sorted(new_videos.keys() - old_videos)}"
     return next((f"{name} shows something else" for name, video in sorted(old_videos.items()) if video != new_videos[name]), "")
@@ -136,8 +142,9 @@ def compare(old_folder: pathlib.Path, new_folder: pathlib.Path, case: str) -> tu
         models = (torch.load(path / "model.pt", weights_only=True) for path in (old, new))
         differences["model.pt"] = difference_of_values(*models, "model")
         if "--capture-video" in CASES[case][1]:
-            differences["videos"] = difference_of_videos(old, new) or ("" if any(old.glob("videos/*.mp4")) else "there are none")
-            counts.append(f"{len(list(old.glob('videos/*.mp4')))} videos")
+            num_videos = len(list(old.glob("videos/*.mp4")))
+            differences["videos"] = difference_of_videos(old, new) if num_videos else "there are none"
+            counts.append(f"{num_videos} videos")
     return {name: difference for name, difference in differences.items() if difference}, ", ".join(counts)
 
 
@@ -152,7 +159,8 @@ def main() -> None:
         started = time.monotonic()
         differences, counts = compare(args.old_folder.resolve(), args.new_folder.resolve(), case)
         num_different += bool(differences)
-        print(f"{case:30} {'DIFFERENT' if differences else 'equal':10} {time.monotonic() - started:5.0f} s  {counts}", flush=True)
+        seconds, verdict = time.monotonic() - started, "DIFFERENT" if differences else "equal"
+        print(f"{case:30} {verdict:10} {seconds:5.0f} s  {counts}", flush=True)
         for name, difference in differences.items():
             print(f"    {name} {difference}", flush=True)
     print(f"{len(args.case) - num_different} of {len(args.case)} cases are equal")
