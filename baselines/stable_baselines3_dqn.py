@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import VecFrameStack
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import dqn_atari as dqn
 
-WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic",
-                  "cuda_graphs", "bf16")  # fmt: skip
+WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda",
+                  "torch_deterministic", "cuda_graphs", "bf16")  # fmt: skip
 
 
 class Logs(BaseCallback):

@@ -2,9 +2,9 @@
 
     python baselines/stable_baselines3_sac.py --env-id cheetah-run --seed 1 --replay-ratio 4 --total-timesteps 50000
 
-The arguments are those of rde_sac_dmc.py that have an effect; the environment and the evaluations are its own, too, at the same
-steps, from the same starts. It trains on the CPU. What comes out is a run folder as rde_sac_dmc.py's, without checkpoints: a run
-that was stopped cannot be continued.
+The arguments are those of rde_sac_dmc.py that have an effect; the environment and the evaluations are its own, too, at the
+same steps, from the same starts. It trains on the CPU. What comes out is a run folder as rde_sac_dmc.py's, without checkpoints:
+a run that was stopped cannot be continued.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import rde_sac_dmc as sac
 
 DEFAULTS = sac.Args(num_agents=1, reset_interval=0)
-WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic",
-                  "cuda_graphs", "bf16", "beta")  # fmt: skip
+WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda",
+                  "torch_deterministic", "cuda_graphs", "bf16", "beta")  # fmt: skip
 
 
 class Logs(BaseCallback):

@@ -1,4 +1,4 @@
-"""The DQN agents in numbers: gradient step, selection, reset. RDE+DQN, and where DQN and SR+DQN have a text of their own, these."""
+"""The DQN agents in numbers: gradient step, selection, reset. DQN and SR+DQN where they have a text of their own."""
 
 import copy
 

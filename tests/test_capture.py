@@ -1,4 +1,4 @@
-"""What a CUDA graph asks of `act` and `update`, looked at on the CPU, operation by operation: so it is tested without a GPU, too.
+"""What a CUDA graph asks of `act` and `update`, looked at on the CPU, operation by operation: tested without a GPU, too.
 
 A captured function may not read a number back to the host (the GPU would have to be waited for), may not bring one from
 there (a replay would bring the old one), and may not make tensors whose sizes depend on values.

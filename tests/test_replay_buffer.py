@@ -61,7 +61,7 @@ def test_frames_of_very_many_truncations_cost_the_oldest_transitions_alone(num_e
 
 
 def compare(capacity, num_envs, events, check_every) -> int:
-    """Fills both buffers with the same transitions, and compares all that can be drawn. Returns how many these are at the end."""
+    """Fills both buffers alike, compares all that can be drawn, and returns how many transitions these are at the end."""
     capacity = max(capacity, 5 * num_envs)
     buffer, naive = rde.ReplayBuffer(capacity, num_envs, CPU, torch.Generator()), NaiveBuffer(capacity)
     number, truncations = 0, deque(maxlen=capacity)

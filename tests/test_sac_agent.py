@@ -397,7 +397,7 @@ def test_the_bytes_of_the_agents_are_those_that_are_taken(sac):
 
 
 def test_layers_are_the_parameters_also_of_a_copy_that_is_moved(sac):
-    """The list of layers beside the ParameterLists holds the very same parameters, or a network would learn what it does not use."""
+    """The list of layers beside the ParameterLists holds the very same ones, or a network would learn what it does not use."""
     networks = sac.StackedMLP(2, [3, 4, 1])
     for stack in (networks, copy.deepcopy(networks), copy.deepcopy(networks).double(), copy.deepcopy(networks).cpu()):
         assert all(weight is stack.weights[i] and bias is stack.biases[i] for i, (weight, bias) in enumerate(stack.layers))

@@ -105,8 +105,8 @@ def test_actions_are_rescaled(sac):
 
 @pytest.mark.parametrize(
     "env_id",
-    ["hopper-hop", "quadruped-run", "reacher-hard", "finger-turn_hard", "cartpole-balance", "fish-swim", "manipulator-insert_peg",
-     "point_mass-hard", "swimmer-swimmer6"],
+    ["hopper-hop", "quadruped-run", "reacher-hard", "finger-turn_hard", "cartpole-balance", "fish-swim",
+     "manipulator-insert_peg", "point_mass-hard", "swimmer-swimmer6"],
 )  # fmt: skip
 def test_an_environment_goes_on_in_a_fresh_one(sac, env_id):
     """Saved in the middle of its second episode: the next 300 steps, over the episode's end, are the same bytes."""
