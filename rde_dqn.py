@@ -124,7 +124,7 @@ class Args:
     actions: Literal["all", "move"] = "all"
     """MiniGrid: all seven actions, or left, right and forward alone, where they suffice (not in GoToDoor)"""
     max_episode_steps: Annotated[int, "[-1, inf)"] = -1
-    """steps after which an episode is cut off; 0 = the task's own, -1 = 100 in MiniGrid (the paper's) and elsewhere the task's own"""
+    """steps after which an episode is cut off; 0 = the task's own limit, -1 = 100 in MiniGrid (the paper's), elsewhere as 0"""
     total_timesteps: Annotated[int, "[1, inf)"] = 100_000
     """environment steps of the whole run"""
     num_envs: Annotated[int, "[1, inf)"] = 1
@@ -481,8 +481,8 @@ def check_schedules(args: Args) -> None:
     if gradient_steps_due(args, args.total_timesteps) == 0:
         fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
     if bool(args.target_update_interval) == bool(args.tau):
-        fail(f"--target-update-interval {args.target_update_interval} and --tau {args.tau:g}: the target network follows by one "
-             "of the two, and the other one has to be 0")  # fmt: skip
+        fail(f"--target-update-interval {args.target_update_interval} and --tau {args.tau:g}: the target network follows by "
+             "one of the two, and the other one has to be 0")  # fmt: skip
     shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
     if 0 < args.reset_interval < shortest:
         fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
@@ -695,8 +695,8 @@ class Task(gym.Wrapper):
         for action in state["actions"]:
             self.step(action)
         if not np.array_equal(self.observation, state["observation"].numpy(), equal_nan=True):
-            raise RunError(f"the episode of the checkpoint went another way when its {len(self.actions)} steps were played again: "
-                           "this environment, or this computer, does not repeat itself")  # fmt: skip
+            raise RunError(f"the episode of the checkpoint went another way when its {len(self.actions)} steps were played "
+                           "again: this environment does not repeat itself, or not on this computer")  # fmt: skip
 
 
 def make_env(args: Args, video_folder: str | None = None) -> gym.Env:
@@ -743,8 +743,11 @@ def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
         fail(f"{given} is not registered with Gymnasium; {hint}")
     try:
         env = make_bare_env(args, "rgb_array" if args.capture_video else None)
-    except Exception as error:  # a package is missing, an argument is not taken, ...: every environment has its own
-        fail(f"{given} cannot be made: {' '.join(str(error).split()) or repr(error)}")
+        env.reset(seed=0)
+        if args.capture_video:
+            env.render()
+    except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
+        fail(f"{given} does not work here: {' '.join(str(error).split()) or repr(error)}")
     observation_space, action_space = env.observation_space, env.action_space
     if not is_minigrid(env_id) and not isinstance(observation_space, gym.spaces.Discrete):
         shape = getattr(observation_space, "shape", None)
@@ -752,8 +755,8 @@ def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
             fail(f"{given} has pictures as observations, of shape {shape}, and this script takes vectors or single numbers; "
                  "for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
         if not isinstance(observation_space, gym.spaces.Box) or len(shape) != 1:
-            fail(f"{given} has observations in {observation_space}, and this script takes vectors (a flat Box) or single numbers "
-                 "(Discrete)")  # fmt: skip
+            fail(f"{given} has observations in {observation_space}, and this script takes vectors (a flat Box) or single "
+                 "numbers (Discrete)")  # fmt: skip
     if not isinstance(action_space, gym.spaces.Discrete):
         kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
         fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")

@@ -1,0 +1,273 @@
+"""rde_dqn.py's environments: what the agent sees of MiniGrid, rewards and ends, and episodes that are played again."""
+
+import io
+import itertools
+import subprocess
+import sys
+
+import gymnasium as gym
+import minigrid  # noqa: F401  (registers its environments)
+import numpy as np
+import pytest
+import torch
+from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
+from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, Wall
+
+from conftest import ROOT, environment, load_script
+
+COLOURS = ["blue", "green", "grey", "purple", "red", "yellow"]  # in the order of the one-hot vector
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("rde_dqn")
+
+
+def make(script, env_id, **arguments):
+    return script.make_env(script.Args(env_id=env_id, **arguments))
+
+
+# -------------------------------------------------------------------------------------------------------------- encoding
+
+
+def test_every_object_colour_and_state_has_its_number(script):
+    """A view made by hand: each of the 11 x 6 x 3 cells that there can be, in views of 49."""
+    cells = list(itertools.product(range(11), range(6), range(3)))
+    assert len(OBJECT_TO_IDX) == 11 and len(COLOR_TO_IDX) == 6  # MiniGrid has no more of them
+    for start in range(0, len(cells), 49):
+        part = cells[start : start + 49]
+        image = np.zeros((49, 3), np.uint8)
+        image[: len(part)] = part
+        encoded = script.MiniGridView.encode({"image": image.reshape(7, 7, 3), "mission": ""})
+        assert encoded.shape == (153,) and encoded.dtype == np.float32
+        for i, (kind, colour, state) in enumerate(part):
+            expected = np.array([kind / 10, colour / 5, state / 2], np.float32)
+            assert (encoded[3 * i : 3 * i + 3] == expected).all()
+        assert not encoded[3 * len(part) :].any()
+
+
+def test_the_view_of_a_grid_made_by_hand(script):
+    """What lies where in front of the agent, which stands in the middle of the view's last row and looks up."""
+    env = make(script, "MiniGrid-Empty-16x16-v0")
+    env.reset(seed=1)
+    world = env.unwrapped
+    world.agent_pos, world.agent_dir = np.array((8, 10)), 3  # up
+    things = {
+        (8, 9): (Key("red"), "key", "red", 0), (7, 9): (Ball("green"), "ball", "green", 0),
+        (9, 9): (Box("purple"), "box", "purple", 0), (5, 8): (Goal(), "goal", "green", 0), (6, 8): (Lava(), "lava", "red", 0),
+        (7, 8): (Wall("grey"), "wall", "grey", 0), (8, 8): (Door("blue", is_open=True), "door", "blue", 0),
+        (10, 9): (Door("yellow", is_open=False), "door", "yellow", 1),
+        (11, 9): (Door("grey", is_locked=True), "door", "grey", 2),
+        (6, 9): (Floor("blue"), "floor", "blue", 0),
+    }  # fmt: skip
+    for position, (thing, *_) in things.items():
+        world.grid.set(*position, thing)
+    world.carrying = Ball("yellow")
+    observation = env.step(6)[0]  # "done": nothing moves
+    view = observation[:147].reshape(7, 7, 3)  # (column, row, channel)
+    for (x, y), (_, kind, colour, state) in things.items():
+        cell = view[x - 8 + 3, y - 10 + 6]
+        expected = np.array([OBJECT_TO_IDX[kind] / 10, COLOR_TO_IDX[colour] / 5, state / 2], np.float32)
+        assert (cell == expected).all(), (x, y)
+    assert (view[3, 6] == np.array([OBJECT_TO_IDX["ball"] / 10, COLOR_TO_IDX["yellow"] / 5, 0], np.float32)).all()
+    assert (observation[147:] == [0, 1, 0, 0, 0, 0]).all()  # "get to the green goal square"
+
+
+@pytest.mark.parametrize("index, colour", enumerate(COLOURS))
+def test_the_colour_of_the_mission(script, index, colour):
+    expected = np.eye(6, dtype=np.float32)[index]
+    missions = [f"go to the {colour} door", f"pick up the {colour} ball, now", f"open the {colour} door then the red door",
+                f"{colour}"]  # fmt: skip
+    for mission in missions:
+        encoded = script.MiniGridView.encode({"image": np.zeros((7, 7, 3), np.uint8), "mission": mission})
+        assert not encoded[:147].any() and (encoded[147:] == expected).all(), mission
+
+
+@pytest.mark.parametrize("mission", ["", "reach the goal", "go through the unlocked, numbered doors"])
+def test_a_mission_without_a_colour(script, mission):
+    assert not script.mission_colour(mission).any()
+
+
+def test_the_colour_follows_the_mission_from_episode_to_episode(script):
+    env, seen = make(script, "MiniGrid-GoToDoor-5x5-v0"), set()
+    observation, _ = env.reset(seed=0)
+    for _ in range(40):
+        colour = env.unwrapped.mission.split()[3]
+        assert (observation[147:] == np.eye(6)[COLOURS.index(colour)]).all()
+        assert (env.step(0)[0][147:] == observation[147:]).all()
+        seen.add(colour)
+        observation, _ = env.reset()
+    assert len(seen) == 6
+
+
+# ------------------------------------------------------------------------------------------- rewards, ends, limits, actions
+
+
+@pytest.mark.parametrize(
+    "env_id, options",
+    [
+        ("MiniGrid-LavaGapS5-v0", {"max_steps": 100}), ("MiniGrid-GoToDoor-5x5-v0", {"max_steps": 100}),
+        ("MiniGrid-Dynamic-Obstacles-5x5-v0", {"max_steps": 100}), ("LunarLander-v3", {}), ("CartPole-v1", {}),
+        ("FrozenLake-v1", {}),
+    ],
+)  # fmt: skip
+def test_rewards_and_ends_are_those_of_the_bare_environment(script, env_id, options):
+    ours, bare, rng = make(script, env_id), gym.make(env_id, **options), np.random.default_rng(3)
+    ours.reset(seed=7), bare.reset(seed=7)
+    episodic_return, length, num_episodes, successes = 0.0, 0, 0, []
+    for _ in range(3_000):
+        action = rng.integers(bare.action_space.n)
+        observation, reward, terminated, truncated, info = ours.step(action)
+        bare_observation, bare_reward, *bare_end, _ = bare.step(int(action))
+        assert (reward, terminated, truncated) == (bare_reward, *bare_end)
+        episodic_return, length = episodic_return + bare_reward, length + 1
+        if isinstance(bare_observation, dict):
+            assert (observation == script.MiniGridView.encode(bare_observation)).all()
+        elif env_id == "FrozenLake-v1":
+            assert (observation == np.eye(16)[bare_observation]).all()
+        else:
+            assert (observation == bare_observation).all()
+        assert observation.dtype == np.float32 and ours.observation_space.contains(observation)
+        assert ("episode" in info) == (terminated or truncated)
+        if terminated or truncated:
+            success = {"success": int(bare_reward > 0)} if "MiniGrid" in env_id else {}
+            assert info["episode"] == {"r": episodic_return, "l": length} | success
+            successes.append(bare_reward > 0)
+            episodic_return, length, num_episodes = 0.0, 0, num_episodes + 1
+            ours.reset(), bare.reset()
+    assert num_episodes > 5 and (env_id != "MiniGrid-GoToDoor-5x5-v0" or 0 < sum(successes) < len(successes))
+
+
+@pytest.mark.parametrize(
+    "env_id, argument, expected",
+    [
+        ("MiniGrid-LavaGapS7-v0", -1, 100), ("MiniGrid-LavaGapS7-v0", 0, 196), ("MiniGrid-LavaGapS7-v0", 30, 30),
+        ("MiniGrid-SimpleCrossingS9N1-v0", -1, 100), ("MiniGrid-SimpleCrossingS9N1-v0", 0, 324),
+        ("MountainCar-v0", -1, 200), ("MountainCar-v0", 0, 200), ("MountainCar-v0", 30, 30),
+    ],
+)  # fmt: skip
+def test_an_episode_is_cut_off_at_its_limit(script, env_id, argument, expected):
+    """Turning left, or doing nothing, ends nothing by itself."""
+    env = make(script, env_id, max_episode_steps=argument)
+    env.reset(seed=1)
+    for step in range(1, expected + 1):
+        _, _, terminated, truncated, info = env.step(0)
+        assert not terminated and truncated == (step == expected)
+    assert info["episode"]["l"] == expected
+
+
+@pytest.mark.parametrize("argument, limit", [(-1, 100), (0, 100), (40, 40)])
+def test_the_reward_of_minigrid_is_a_part_of_the_limit(script, argument, limit):
+    """1 - 0.9 * steps / limit, which a limit from outside would leave as it is."""
+    env = make(script, "MiniGrid-Empty-5x5-v0", max_episode_steps=argument)
+    env.reset(seed=1)
+    for action in (2, 2, 1, 2, 2):  # forward twice, to the right, forward twice: the goal
+        _, reward, terminated, truncated, info = env.step(action)
+    assert terminated and not truncated and reward == pytest.approx(1 - 0.9 * 5 / limit)
+    assert info["episode"] == {"r": reward, "l": 5, "success": 1}
+
+
+def test_lava_terminates_without_success(script):
+    env = make(script, "MiniGrid-LavaGapS5-v0", actions="move")
+    assert env.action_space.n == 3
+    env.reset(seed=0)
+    world = env.unwrapped
+    world.grid.set(*world.front_pos, Lava())
+    _, reward, terminated, truncated, info = env.step(2)
+    assert (reward, terminated, truncated) == (0.0, True, False) and info["episode"] == {"r": 0.0, "l": 1, "success": 0}
+
+
+def test_actions_that_move(script):
+    """Left, right, forward: the first three, and only those."""
+    env = make(script, "MiniGrid-Empty-8x8-v0", actions="move")
+    env.reset(seed=0)
+    world = env.unwrapped
+    states = [(world.agent_dir, *map(int, world.agent_pos))]
+    for action in (0, 1, 2):
+        env.step(action)
+        states.append((world.agent_dir, *map(int, world.agent_pos)))
+    assert states == [(0, 1, 1), (3, 1, 1), (0, 1, 1), (0, 2, 1)]
+    assert make(script, "MiniGrid-Empty-8x8-v0").action_space.n == 7
+
+
+def test_actions_and_numbers_that_do_not_begin_at_0(script):
+    class Shifted(gym.Env):
+        observation_space, action_space = gym.spaces.Discrete(3, start=5), gym.spaces.Discrete(2, start=-1)
+
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            return 5, {}
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            return 6 + action, 1.0, False, False, {}
+
+    env = script.Task(Shifted())
+    assert (env.reset()[0] == [1, 0, 0]).all() and env.action_space == gym.spaces.Discrete(2)
+    assert (env.step(0)[0] == [1, 0, 0]).all() and (env.step(np.int64(1))[0] == [0, 1, 0]).all()
+
+
+# --------------------------------------------------------------------------------------------- episodes that go on elsewhere
+
+IDS = ["LunarLander-v3", "MiniGrid-LavaGapS5-v0", "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-DoorKey-5x5-v0",
+       "MiniGrid-Dynamic-Obstacles-6x6-v0", "CartPole-v1", "Acrobot-v1", "Taxi-v4", "FrozenLake-v1"]  # fmt: skip
+
+
+def play(env, rng, num_steps) -> bytes:
+    """Random steps over the ends of episodes; all that happened."""
+    happened = io.BytesIO()
+    for _ in range(num_steps):
+        observation, reward, terminated, truncated, info = env.step(rng.integers(env.action_space.n))
+        happened.write(observation.tobytes() + repr((reward, terminated, truncated, info.get("episode"))).encode())
+        if terminated or truncated:
+            happened.write(env.reset()[0].tobytes())
+    return happened.getvalue()
+
+
+def restored_and_played(script, states: dict) -> dict:
+    """In this test's process or another one: fresh environments go on from the states."""
+    outcomes = {}
+    for (env_id, steps), state in states.items():
+        env = make(script, env_id)
+        script.restored(env, state)
+        outcomes[env_id, steps] = play(env, np.random.default_rng(steps), 400)
+    return outcomes
+
+
+def test_an_episode_goes_on_in_another_process(script, tmp_path):
+    """Stopped in the middle of the first episode (which began from a seed) and of a later one: the next 400 steps are equal."""
+    states, expected = {}, {}
+    for env_id in IDS:
+        for steps in (5, 777):
+            env, rng = make(script, env_id), np.random.default_rng(0)
+            env.reset(seed=steps)
+            play(env, rng, steps)
+            while not env.actions:
+                play(env, rng, 1)
+            states[env_id, steps] = script.state_of(env)
+            assert isinstance(states[env_id, steps]["episode"]["start"], int) or len(env.actions) < steps
+            torch.save(states, tmp_path / "states.pt")  # as it is now: the environment plays on
+            states = torch.load(tmp_path / "states.pt", weights_only=True)
+            expected[env_id, steps] = play(env, np.random.default_rng(steps), 400)
+    code = (
+        "import sys, torch, test_minigrid as here\n"
+        "states = torch.load(sys.argv[1] + '/states.pt', weights_only=True)\n"
+        "torch.save(here.restored_and_played(here.load_script('rde_dqn'), states), sys.argv[1] + '/outcomes.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT / "tests", env=environment(), check=True)
+    outcomes = torch.load(tmp_path / "outcomes.pt", weights_only=True)
+    assert len(outcomes) == 2 * len(IDS)
+    for key, outcome in outcomes.items():
+        assert outcome == expected[key], key
+
+
+def test_an_environment_that_does_not_repeat_itself_is_noticed(script):
+    env = make(script, "CartPole-v1")
+    env.reset(seed=1)
+    for action in (0, 1, 1):
+        env.step(action)
+    state = script.state_of(env)
+    fresh = make(script, "CartPole-v1")
+    fresh.unwrapped.gravity = 9.9
+    with pytest.raises(script.RunError, match="its 3 steps were played again"):
+        script.restored(fresh, state)
