@@ -1,8 +1,18 @@
+"""What several test files need: the scripts as modules and as commands, small runs of them, and what runs leave behind."""
+
+import contextlib
+import csv
+import fcntl
 import importlib.util
+import io
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 
@@ -11,19 +21,50 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: two
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ATARI_SCRIPTS = ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari"]
 
-# Breakout's games are short as long as nobody plays well; the mini-batches are small for the sake of time.
+# Breakout's games are short as long as nobody plays well; the mini-batches are small, and few, for the sake of time.
 QUICK = (
-    "--env-id BreakoutNoFrameskip-v4 --total-timesteps 700 --learning-starts 200 --replay-ratio 0.25 --batch-size 4 "
+    "--env-id BreakoutNoFrameskip-v4 --total-timesteps 600 --learning-starts 200 --replay-ratio 0.1 --batch-size 4 "
     "--buffer-size 300 --eval-interval 300 --eval-episodes 2"
 ).split()
+# Two environments, a reset between two evaluations at step 1,300, and the ends of two episodes at step 2,000.
+QUICK_SAC = (
+    "--env-id reacher-hard --total-timesteps 2050 --learning-starts 100 --replay-ratio 0.25 --num-envs 2 --batch-size 16 "
+    "--hidden-dim 8 --buffer-size 1500 --eval-interval 1400 --eval-episodes 1"
+).split()
+
+# Whole runs that tests look at, by their names: the script, and its arguments. Gradient steps begin after 200 steps, one
+# every 10 steps: SR is reset at 460, and RDE's two agents at 380 and 560.
+SR, RDE = "--reset-interval 26 --eval-episodes 1", "--reset-interval 36 --num-envs 2 --eval-episodes 1"
+RUNS = {
+    "dqn": ("dqn_atari", QUICK),
+    "sr": ("sr_dqn_atari", [*QUICK, *f"{SR} --reset-depth last2".split()]),
+    "sr never": ("sr_dqn_atari", [*QUICK, "--reset-interval", "0"]),
+    "rde": ("rde_dqn_atari", [*QUICK, *RDE.split()]),
+    "rde other seed": ("rde_dqn_atari", [*QUICK, *f"{RDE} --seed 2".split()]),
+    "rde of one": ("rde_dqn_atari", [*QUICK, *f"{SR} --num-agents 1 --reset-depth last2".split()]),
+    "rde never": ("rde_dqn_atari", [*QUICK, *"--num-agents 1 --reset-interval 0".split()]),
+    "rde qbert": ("rde_dqn_atari", [*QUICK, *f"{RDE} --env-id QbertNoFrameskip-v4".split()]),
+    "sac": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600"]),
+    "sac other seed": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--seed", "2"]),
+}
+# Runs that are stopped on their way keep checkpoints at these steps as well. A checkpoint changes nothing.
+CHECKPOINTS = {"dqn_atari": "90", "sr_dqn_atari": "90", "rde_dqn_atari": "90", "rde_sac_dmc": "250"}
 
 
-def load_script(name: str):
-    """The script as a module. Scripts stand in the repository's root, which is no package."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+# ---------------------------------------------------------------------------------------------- scripts, and their commands
+
+
+def load_script(name: str, path: pathlib.Path | None = None):
+    """The script as a module. Scripts stand in the repository's root, which is no package. With a path: another copy of it."""
+    if path is not None:
+        return load_module(f"{name}_{len(sys.modules)}", path)
+    return sys.modules[name] if name in sys.modules else load_module(name, ROOT / f"{name}.py")
+
+
+def load_module(name: str, path: pathlib.Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
@@ -51,6 +92,51 @@ def run_script(script: str, *arguments, timeout: float = 300) -> subprocess.Comp
     )
 
 
+@contextlib.contextmanager
+def restored_signal_handlers():
+    """Runs in the process of the tests take SIGTERM and SIGINT for themselves."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_main(script, *arguments) -> subprocess.CompletedProcess:
+    """As `run_script`, but in this process, without the seconds of the imports: `main` of a script's module."""
+    out, err, code, folders_before = io.StringIO(), io.StringIO(), 0, open_folders()
+    with pytest.MonkeyPatch.context() as monkeypatch, restored_signal_handlers():
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                script.main()
+            except SystemExit as end:
+                code = end.code
+                if isinstance(code, str):  # as the interpreter does it
+                    print(code, file=sys.stderr)
+                    code = 1
+            finally:
+                for folder in open_folders() - folders_before:  # the locks, which a process gives back when it ends
+                    os.close(folder)
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+
+
+def open_folders() -> set[int]:
+    """The descriptors of this process that are folders."""
+    return {
+        int(number) for number in os.listdir("/proc/self/fd")
+        if os.path.exists(path := f"/proc/self/fd/{number}") and os.path.isdir(path)
+    }  # fmt: skip
+
+
+def error_line(result: subprocess.CompletedProcess, code: int = 1) -> str:
+    """The one line of a command that failed for a reason that it explains."""
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    return line
+
+
 @pytest.fixture(scope="session")
 def rde():
     return load_script("rde_dqn_atari")
@@ -59,3 +145,186 @@ def rde():
 @pytest.fixture(scope="session")
 def sac():
     return load_script("rde_sac_dmc")
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves behind
+
+
+def only_run(runs_dir: pathlib.Path) -> pathlib.Path:
+    (path,) = runs_dir.iterdir()
+    return path
+
+
+def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows(path: pathlib.Path, name: str) -> list[tuple]:
+    """The rows of a CSV file of a run, wall-clock times left out."""
+    return [tuple(value for key, value in row.items() if key != "wall_seconds") for row in read_csv(path / name)]
+
+
+def scalars(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard was told, as (step, value), the speed left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag != "charts/SPS"
+    }
+
+
+def model(path: pathlib.Path, name: str = "model.pt") -> dict:
+    import torch
+
+    return torch.load(path / name, weights_only=True)
+
+
+def equal(ours, theirs) -> bool:
+    """Of two models, or parts of them, to the bit."""
+    import torch
+
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, torch.Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and equal(list(ours.values()), list(theirs.values()))
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return ours == theirs
+
+
+def assert_same_end(path: pathlib.Path, undisturbed: pathlib.Path) -> None:
+    """That a finished run is what another one is: games, evaluations, curves, weights."""
+    for name in ("episodes.csv", "evaluations.csv"):
+        assert rows(path, name) == rows(undisturbed, name)
+    assert scalars(path) == scalars(undisturbed)
+    assert equal(model(path), model(undisturbed))
+    assert not (path / "checkpoint.pt").exists() and not list(path.glob("**/*.tmp"))
+
+
+def snapshot(path: pathlib.Path) -> dict[str, bytes]:
+    """Everything in a folder: to see that nothing was changed, made or removed."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+# -------------------------------------------------------------------------------------------------- runs that tests share
+
+
+def shared_folder(tmp_path_factory) -> pathlib.Path:
+    """Of all workers of this test session."""
+    path = tmp_path_factory.getbasetemp()
+    path = (path.parent if "PYTEST_XDIST_WORKER" in os.environ else path) / "shared"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def made_once(path: pathlib.Path):
+    """Yields whether the folder has to be made by the caller; other workers wait meanwhile."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = pathlib.Path(f"{path}.done")
+        if to_be_made := not done.exists():
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        yield to_be_made
+        done.touch()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Gives a finished run of RUNS that nobody stopped: its script, folder and what it printed. Made when it is asked for."""
+
+    def get(name: str) -> types.SimpleNamespace:
+        path = shared_folder(tmp_path_factory) / name.replace(" ", "-")
+        script, arguments = RUNS[name]
+        with made_once(path) as to_be_made:
+            if to_be_made:
+                result = run_main(load_script(script), *arguments, "--runs-dir", path / "runs")
+                assert result.returncode == 0, result.stderr
+                (path / "printed.txt").write_text(result.stdout + result.stderr)
+        printed = (path / "printed.txt").read_text().replace("\r", "\n")
+        return types.SimpleNamespace(script=script, path=only_run(path / "runs"), printed=printed)
+
+    return get
+
+
+def stop_when(condition, script, *arguments, number: int = signal.SIGTERM) -> subprocess.CompletedProcess:
+    """A run in this process that gets a signal before the first turn of its loop at which the condition on the `Run` holds."""
+    goes_on = script.Run.goes_on
+
+    def signalled(run):
+        if condition(run) and not run.stop.received:
+            os.kill(os.getpid(), number)
+        return goes_on(run)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(script.Run, "goes_on", signalled)
+        return run_main(script, *arguments)
+
+
+STOPS = {"dqn": 250, "sr": 470, "rde": 470, "sac": 1340}  # in the middle of games and between two points of the curves
+
+
+@pytest.fixture(scope="session")
+def stopped_runs(tmp_path_factory):
+    """Gives the folder of a run of RUNS that was stopped by SIGTERM at the step of STOPS. Made when it is asked for."""
+
+    def get(name: str) -> pathlib.Path:
+        path = shared_folder(tmp_path_factory) / f"{name}-stopped"
+        script, arguments = RUNS[name]
+        with made_once(path) as to_be_made:
+            if to_be_made:
+                arguments = [*arguments, "--checkpoint-interval", CHECKPOINTS[script], "--runs-dir", path / "runs"]
+                result = stop_when(lambda run: run.global_step >= STOPS[name], load_script(script), *arguments)
+                assert result.returncode == 143 and f"stopped at step {STOPS[name]};" in result.stderr, result.stderr
+        return only_run(path / "runs")
+
+    return get
+
+
+@pytest.fixture
+def copy_of_stopped_run(stopped_runs, tmp_path, request):
+    """Of RDE+SAC (the smallest), or of the run that the test's parameter names."""
+    path = stopped_runs(getattr(request, "param", "sac"))
+    return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
+
+
+def refused(script, path: pathlib.Path, *arguments, code: int = 1) -> str:
+    """The one line of a resume that must be refused, and leave all files as they are."""
+    before = snapshot(path)
+    line = error_line(run_main(script, "--resume", path, *arguments), code)
+    assert snapshot(path) == before
+    return line
+
+
+class Started:
+    """A process that trains, to be killed when something has happened."""
+
+    def __init__(self, script: str, *arguments, log: pathlib.Path):
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                command(script, *arguments), env=environment(), stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def wait_for(self, condition, seconds: float = 120) -> None:
+        """Until the condition holds, or the process has ended."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and not condition():
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.005)
+
+    def printed(self) -> str:
+        return self.log.read_text().replace("\r", "\n")
+
+    def end(self, number: int | None = None) -> int:
+        """The exit code, after a signal if one is given."""
+        if number is not None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=120)

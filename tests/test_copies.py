@@ -1,75 +1,86 @@
-"""What the scripts share is copied, to the letter; what differs is named here."""
+"""What the scripts share is copied, to the byte (tests/copies.py); and a script stands alone."""
 
 import ast
-import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
+import copies
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path for path in ROOT.glob("*_*.py") if path.stem.startswith(("dqn", "sr", "rde", "rnd")))
+from conftest import ROOT
 
-# The algorithm itself. Everything else that two scripts both define must be the same.
-MAY_DIFFER = {"Args", "check_args", "Agent", "train", "resets_due", "agenda_due"}
-# Of environments other than Atari, too.
-MAY_DIFFER_BETWEEN_SUITES = MAY_DIFFER | {
-    "ReplayBuffer", "make_env", "environment_state", "restore_environment", "evaluate", "WRAPPER_STATE", "RESET_LAYERS",
-    "network_input", "package_versions", "__docstring__",
-    "RunFolder.log_evaluation",  # human-normalized scores
-    "check_finite", "resume_args",  # arguments that SAC has not got: the norm of gradients, the decay of epsilon
-    "load_checkpoint",  # the shape of the replay buffer
-}  # fmt: skip
+SCRIPTS = copies.scripts()
+FOUR = {"dqn_atari", "sr_dqn_atari", "rde_dqn_atari", "rde_sac_dmc"}
 
 
-def definitions(path: pathlib.Path) -> dict[str, str]:
-    """The source of every class, function and constant at the top level, comments and decorators included."""
-    source = path.read_text()
-    lines, found, previous_end = source.splitlines(), {}, 0
-    for node in ast.parse(source).body:
-        start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-        while start - 1 > previous_end and lines[start - 2].startswith("#") and "-----" not in lines[start - 2]:
-            start -= 1  # the comment above belongs to it
-        text = "\n".join(lines[start - 1 : node.end_lineno])
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            if isinstance(node, ast.ClassDef) and node.name == "RunFolder":  # one of its methods may differ
-                (method,) = [part for part in node.body if getattr(part, "name", None) == "log_evaluation"]
-                found["RunFolder.log_evaluation"] = "\n".join(lines[method.lineno - 1 : method.end_lineno])
-                text = text.replace(found["RunFolder.log_evaluation"], "")
-            found[node.name] = text
-        elif isinstance(node, ast.Assign):
-            for target in ast.walk(node.targets[0]):
-                if isinstance(target, ast.Name):
-                    found[target.id] = text
-        previous_end = node.end_lineno
-    return found
+def test_what_the_scripts_share_is_equal():
+    """All below the second line, those of a suite its environments, those of a kind of replay buffer that, too."""
+    assert FOUR <= {path.stem for path in SCRIPTS}
+    for source in SCRIPTS:
+        assert [path.name for path in SCRIPTS if copies.with_copies(path, source) != path.read_text()] == []
 
 
-def suite(path: pathlib.Path) -> str:
-    return path.stem.split("_")[-1]
+def test_every_script_is_one_of_these():
+    """What trains has the two lines, in their order: so nothing is left out of the comparison."""
+    trains = [path for path in sorted(ROOT.glob("*.py")) if re.search(r"^def train\(", path.read_text(), re.MULTILINE)]
+    assert trains == SCRIPTS
+    for path in SCRIPTS:
+        headings = [match[0].split()[-2:] for match in copies.HEADINGS.finditer(path.read_text())]
+        assert headings == [["the", "line"], ["replay", "buffer"], ["second", "line"]]
+        assert "".join(copies.parts(path)) == path.read_text()
 
 
-PAIRS = [(a, b) for i, a in enumerate(SCRIPTS) for b in SCRIPTS[i + 1 :]]
+def names(node) -> list[str]:
+    """What a statement at the top level defines."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [name.id for target in targets if target is not None for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-@pytest.mark.parametrize("first, second", PAIRS, ids=lambda path: path.stem)
-def test_shared_definitions_are_identical(first, second):
-    ours, theirs = definitions(first), definitions(second)
-    may_differ = MAY_DIFFER if suite(first) == suite(second) else MAY_DIFFER_BETWEEN_SUITES
-    shared = (ours.keys() & theirs.keys()) - may_differ
-    assert len(shared) > 15
-    assert [name for name in sorted(shared) if ours[name] != theirs[name]] == []
+def definitions(text: str) -> list[str]:
+    return [name for node in ast.parse(text).body for name in names(node)]
 
 
-def test_the_atari_scripts_are_found_and_define_the_same_but_for_the_idea():
-    names = {path.stem: definitions(path).keys() for path in SCRIPTS if suite(path) == "atari"}
-    assert {"dqn_atari", "sr_dqn_atari", "rde_dqn_atari"} <= names.keys()
-    assert names["sr_dqn_atari"] - names["dqn_atari"] == {"RESET_LAYERS", "resets_due"}
-    assert names["rde_dqn_atari"] - names["sr_dqn_atari"] == {"selection_probabilities"}
-    assert names["dqn_atari"] <= names["sr_dqn_atari"] <= names["rde_dqn_atari"]
+def test_the_atari_scripts_define_the_same_but_for_the_idea():
+    above = {name: set(definitions(copies.parts(ROOT / f"{name}.py")[0])) for name in FOUR}
+    assert above["sr_dqn_atari"] - above["dqn_atari"] == {"RESET_LAYERS", "resets_due"}
+    assert above["rde_dqn_atari"] - above["sr_dqn_atari"] == {"selection_probabilities"}
+    assert above["dqn_atari"] <= above["sr_dqn_atari"] <= above["rde_dqn_atari"]
+    # What the ensembles of two suites have in common above the line is the same text.
+    atari, dmc = ((ROOT / f"rde_{name}.py").read_text() for name in ("dqn_atari", "sac_dmc"))
+    for name in ("selection_probabilities", "gradient_steps_due", "resets_due", "events_due", "check_schedules"):
+        assert source_of(atari, name) == source_of(dmc, name), name
+
+
+def source_of(text: str, name: str) -> str:
+    (node,) = [node for node in ast.parse(text).body if name in names(node)]
+    return ast.get_source_segment(text, node)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_map_of_a_script_names_what_is_there_in_its_order(script):
+    text = script.read_text()
+    rows = re.findall(r"^    (\S.*)$", ast.get_docstring(ast.parse(text)).split("Where is what:\n")[1], re.MULTILINE)
+    defined = {name: node.lineno for node in ast.parse(text).body for name in names(node)}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if heading := re.match("# =+ (the line|the second line)$", line):
+            defined[f"-- {heading[1]} --"] = number
+    positions = []
+    for row in rows:
+        heading = re.match(r"-- [\w ]+ --", row)
+        words = [heading[0]] if heading else re.match(r"(?:\w+(?:, )?)+", row.split("  ")[0])[0].split(", ")
+        words = [word.split()[0] if not heading else word for word in words if word]
+        assert words and all(word in defined for word in words), row
+        positions += [defined[word] for word in words]
+    assert positions == sorted(positions) and len(positions) >= 10
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_imports_no_other_file_of_the_repository(script):
-    siblings = {path.stem for path in ROOT.glob("*.py")}
+    siblings = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Import):
             assert not siblings & {alias.name.split(".")[0] for alias in node.names}
@@ -77,10 +88,52 @@ def test_a_script_imports_no_other_file_of_the_repository(script):
             assert (node.module or "").split(".")[0] not in siblings and node.level == 0
 
 
-def test_the_comparison_notices_a_changed_comment(tmp_path):
-    """The check itself: a copy that drifts by one word in one comment is found."""
-    original = ROOT / "sr_dqn_atari.py"
-    drifted = tmp_path / "drifted.py"
-    drifted.write_text(original.read_text().replace("Qbert stays at 0 lives", "Qbert keeps 0 lives"))
-    ours, theirs = definitions(original), definitions(drifted)
-    assert [name for name in ours if ours[name] != theirs[name]] == ["EpisodicLife"]
+def run_copies(folder, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, folder / "tests" / "copies.py", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "script, old, new, part, reached",
+    [
+        # a word of a comment in the environments of a suite; in its replay buffer; below the second line
+        (
+            "sr_dqn_atari",
+            "without it Qbert goes on wrongly",
+            "without it Qbert plays on wrongly",
+            1,
+            {"dqn_atari", "rde_dqn_atari"},
+        ),
+        ("dqn_atari", "in one copy: the places", "in a single copy: the places", 2, {"sr_dqn_atari", "rde_dqn_atari"}),
+        ("rde_sac_dmc", "# too many for one step", "# far too many for one step", 3, FOUR - {"rde_sac_dmc"}),
+        ("rde_dqn_atari", "# the judge, and the next to be reset", "# the judge", 0, set()),
+    ],
+)
+def test_a_copy_that_drifts_is_noticed_and_copied(script, old, new, part, reached, tmp_path):
+    """The check itself, on copies of the four scripts: what is different, and that above the line nothing is touched."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "copies.py", tmp_path / "tests")
+    for name in FOUR:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    path = tmp_path / f"{script}.py"
+    assert old in copies.parts(path)[part]
+    path.write_text(path.read_text().replace(old, new))
+    before = {name: (tmp_path / f"{name}.py").read_text() for name in FOUR}
+    expected = " ".join(f"{name}.py" for name in sorted(reached)) or "none"
+    result = run_copies(tmp_path, path.name, "--check")
+    assert (result.returncode, result.stdout) == (int(bool(reached)), f"different: {expected}\n")
+    assert before == {name: (tmp_path / f"{name}.py").read_text() for name in FOUR}
+    result = run_copies(tmp_path, path.name)
+    assert (result.returncode, result.stdout) == (0, f"changed: {expected}\n")
+    for name in FOUR:
+        text = (tmp_path / f"{name}.py").read_text()
+        assert text == (before[name].replace(old, new) if name in reached else before[name])
+    assert run_copies(tmp_path, path.name, "--check").returncode == 0
+
+
+def test_a_source_that_is_no_script(tmp_path):
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "copies.py", "plot_benchmark.py"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "plot_benchmark.py is not one of the scripts" in result.stderr
