@@ -759,9 +759,9 @@ class HazardMaze(gym.Wrapper):
         import mujoco  # late, as in `make_task`
 
         viewer = self.unwrapped.point_env.mujoco_renderer._get_viewer(self.render_mode)
-        for hazard in self.hazards:  # the picture forgets them; a cylinder has a radius, twice, and half its height
-            viewer.add_marker(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=np.array([self.RADIUS, self.RADIUS, 0.01]),
-                              pos=np.array([*hazard, 0.0]), rgba=np.array([0.9, 0.2, 0.1, 0.6]), label="")  # fmt: skip
+        for hazard in self.hazards:  # the next picture shows them, and forgets them; of a cylinder, radius and half its height
+            viewer.add_marker(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=np.array([self.RADIUS, 0.01, 0.0]),
+                              pos=np.array([*hazard, 0.0]), rgba=np.array([0.9, 0.6, 0.1, 1.0]), label="")  # fmt: skip
         return self.env.render()
 
 

@@ -315,13 +315,14 @@ def through_a_file(safety, part):
 @pytest.mark.parametrize("resumed_after", [None, 0, 1, 4, 7, 30, len(SERIES) - 1])
 def test_the_multiplier_over_a_series_of_costs(safety, resumed_after):
     multiplier = safety.LagrangeMultiplier(safety.Args(), CPU)
+    address = multiplier.value.data_ptr()
     for number, (cost, expected) in enumerate(SERIES):
         if number == resumed_after:
             state, multiplier = through_a_file(safety, multiplier), safety.LagrangeMultiplier(safety.Args(), CPU)
             address = multiplier.value.data_ptr()
             safety.restored(multiplier, state)
-            assert multiplier.value.data_ptr() == address, "a captured CUDA graph reads it there"
         multiplier.update(float(cost))
+        assert multiplier.value.data_ptr() == address, "a captured CUDA graph reads it there"
         assert multiplier.value.item() == pytest.approx(expected, abs=1e-6), number
         assert multiplier.integral >= 0 and multiplier.value.dtype == torch.float32 and multiplier.value.shape == ()
 
