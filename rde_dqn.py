@@ -573,7 +573,7 @@ def train(args: Args, path: str | None = None) -> None:
 
 # ------------------------------------------------------------------------------------------------------- environments
 
-ENVIRONMENT_BYTES = 1_000_000  # what an environment adds to the memory of the process, about
+ENVIRONMENT_BYTES = 100_000  # what an environment adds to the memory of the process (LunarLander; the others less)
 
 
 def environment_versions() -> dict[str, str]:
