@@ -18,8 +18,12 @@ def test_an_evaluation_depends_on_policy_seed_and_step_alone():
     make_envs = lambda: [rde.make_env(args, max_num_frames_per_episode=2_400) for _ in range(2)]
 
     def play(envs, seed, global_step):
-        generator = torch.Generator().manual_seed(3)
-        policy = lambda observations: torch.randint(7, (len(observations),), generator=generator)
+        generator, calls = torch.Generator().manual_seed(3), iter(range(1_000))
+
+        def policy(observations):
+            next(calls)  # the games are cut after 600 steps: an evaluation without an end fails here
+            return torch.randint(7, (len(observations),), generator=generator)
+
         return rde.evaluate(policy, envs, seed, global_step, CPU, types.SimpleNamespace(received=0))
 
     envs = make_envs()
@@ -61,6 +65,7 @@ def test_every_environment_plays_one_whole_episode_beside_the_others():
 
     def policy(observations):
         batches.append(observations[:, 0].tolist())
+        assert len(batches) < 20
         return observations[:, 0] + 1  # so the return is 1 + 2 + ... + length
 
     episodes = rde.evaluate(policy, envs, 7, 300, CPU, types.SimpleNamespace(received=0))

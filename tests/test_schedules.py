@@ -75,6 +75,15 @@ def test_events_of_the_default_run():
     assert events[-1] == (100_000, 90_000, ["final"])
 
 
+def test_at_the_end_there_is_no_reset():
+    """Nothing would learn from it; also where one is due at that very step."""
+    arguments = dict(learning_starts=1_000, reset_interval=2_000, total_timesteps=4_000, eval_interval=500)
+    for script, num_before in ((rde, 2), (sr, 1)):
+        events = simulate(script, **arguments)
+        assert len(resets(events)) == num_before and events[-1] == (4_000, 3_000, ["final"])
+        assert script.resets_due(script.Args(**arguments), 3_000) == num_before + (script is rde)
+
+
 def test_events_of_the_official_setting():
     official = dict(num_envs=4, replay_ratio=0.25, reset_interval=20_000, learning_starts=2_000)
     assert resets(simulate(rde, **official)) == [(42_000, 10_000), (82_000, 20_000)]
