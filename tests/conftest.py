@@ -45,6 +45,7 @@ RUNS = {
     "rde never": ("rde_dqn_atari", [*QUICK, *"--num-agents 1 --reset-interval 0".split()]),
     "rde qbert": ("rde_dqn_atari", [*QUICK, *f"{RDE} --env-id QbertNoFrameskip-v4".split()]),
     "sac": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600"]),
+    "sac kept": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--keep-models", "4"]),
     "sac other seed": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--seed", "2"]),
 }
 # Runs that are stopped on their way keep checkpoints at these steps as well. A checkpoint changes nothing.
@@ -105,9 +106,10 @@ def restored_signal_handlers():
 
 def run_main(script, *arguments) -> subprocess.CompletedProcess:
     """As `run_script`, but in this process, without the seconds of the imports: `main` of a script's module."""
-    out, err, code, folders_before = io.StringIO(), io.StringIO(), 0, open_folders()
+    out, err, code, folders_before, at_exit = io.StringIO(), io.StringIO(), 0, open_folders(), []
     with pytest.MonkeyPatch.context() as monkeypatch, restored_signal_handlers():
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        monkeypatch.setattr(script, "atexit", types.SimpleNamespace(register=at_exit.append))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 script.main()
@@ -117,6 +119,8 @@ def run_main(script, *arguments) -> subprocess.CompletedProcess:
                     print(code, file=sys.stderr)
                     code = 1
             finally:
+                for function in at_exit:
+                    function()
                 for folder in open_folders() - folders_before:  # the locks, which a process gives back when it ends
                     os.close(folder)
     return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
