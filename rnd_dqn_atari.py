@@ -6,7 +6,7 @@ Q-values of their own, in two dueling heads on one network, and the agent follow
 
     python rnd_dqn_atari.py --env-id GravitarNoFrameskip-v4
 
-About 40 minutes on a core instead of days on a GPU (the machinery works, the score does not move yet):
+20 minutes of a CPU core, in which the machinery can be seen at work, but no score can be expected:
 
     python rnd_dqn_atari.py --total-timesteps 100000 --eval-interval 50000
 
@@ -133,8 +133,8 @@ class Args:
     replay_ratio: Annotated[float, "(0, inf)"] = 0.25
     """gradient steps per environment step; fractions are allowed (sensible: 0.25, and 1 on a GPU)"""
     learning_starts: Annotated[int, "[0, inf)"] = 20_000
-    """environment steps before the first gradient step; in the first half of them the statistics of the frames begin, in the
-    second half those of the bonus"""
+    """environment steps before the first gradient step of the Q-network; after half of them the predictor begins to learn, after
+    three quarters the bonus' statistics"""
     buffer_size: Annotated[int, "[1, inf)"] = 100_000
     """transitions in the replay buffer (Dopamine: 1,000,000, of 7 GB)"""
     batch_size: Annotated[int, "[1, inf)"] = 32
@@ -258,6 +258,11 @@ class RandomNetworkDistillation:
     adapt to its inputs, and of raw pixels says nearly the same everywhere. The bonus is divided by the running deviation of
     the discounted sum of what the acting agent comes by, so that its size means the same in every game, and it is never
     centred: a bonus below zero would punish what is known. float32 throughout: a small error is a difference of large numbers.
+
+    Before learning starts it gets ready in three phases, on random play: half of the time frames are counted; then the predictor
+    learns, at the pace of later; the last quarter the sums are counted, too. A predictor that has learned nothing errs a hundred
+    times as much as a few dozen steps later, and a deviation in which that is counted makes the bonus tiny for good (Burda et
+    al. have thousands of times as many frames to forget it in).
     """
 
     KEPT = ("predictor", "target", "optimizer", "frame_moments", "returns", "return_moments", "metrics")
@@ -309,15 +314,16 @@ class RandomNetworkDistillation:
         self.frame_moments.add(observations[:, -1])
 
     @torch.no_grad()
-    def follow(self, observations: torch.Tensor) -> None:
-        """`count_frames`, and counts the bonus of these frames, too: each environment's discounted sum over all its past.
+    def follow(self, observations: torch.Tensor, count_returns: bool) -> None:
+        """`count_frames`, and adds the bonus of these frames to the discounted sum over each environment's past.
 
         As in Burda et al. it ends at no terminal, and each sum is one value of the stream whose deviation is wanted.
         """
         self.count_frames(observations)
         inputs = self.network_input(observations[:, -1])
         self.returns.mul_(self.gamma).add_(self.errors(inputs, self.target(inputs)))
-        self.return_moments.add(self.returns)
+        if count_returns:
+            self.return_moments.add(self.returns)
 
     def learn(self, frames: torch.Tensor) -> torch.Tensor:
         """The bonus of frames (batch, 84, 84) uint8, (batch,), before the predictor's gradient step on the first part of them.
@@ -438,6 +444,10 @@ class Agent:
             torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), args.tau)
         self.metrics.copy_(torch.cat([losses.detach(), q_values.detach().mean(dim=1)]))
 
+    def prepare(self) -> None:
+        """A gradient step of the predictor alone, on one mini-batch."""
+        self.bonus(self.buffer.sample(self.args.batch_size, self.args.n_step, self.args.gamma))
+
     def rewards(self, batch: "NStepBatch") -> tuple[torch.Tensor, torch.Tensor]:
         """What each head sums over the n steps, and whether it bootstraps after them, 1 or 0: (num_heads, batch_size) both.
 
@@ -447,16 +457,22 @@ class Agent:
         goes_on = 1 - batch.terminated
         if self.rnd is None:
             return batch.returns.unsqueeze(0), goes_on.unsqueeze(0)
-        # The bonus of all n steps would cost n times as much. That of one of them, drawn for each transition, times their number
-        # is the same on average.
-        draws = torch.rand(len(goes_on), dtype=torch.float64, device=self.device, generator=self.buffer.generator)
-        steps = (draws * batch.num_steps).long()  # (batch_size,), 0 = the first
-        bonus = self.rnd.learn(self.buffer.next_frames(batch.positions, steps))  # (batch_size,)
-        bonus = bonus * batch.num_steps * self.args.gamma**steps
+        bonus = self.bonus(batch)  # (batch_size,)
         if self.num_heads(self.args) == 1:
             total = self.args.extrinsic_coef * batch.returns + self.args.intrinsic_coef * bonus
             return total.unsqueeze(0), goes_on.unsqueeze(0)
         return torch.stack([batch.returns, bonus]), torch.stack([goes_on, torch.ones_like(goes_on)])
+
+    def bonus(self, batch: "NStepBatch") -> torch.Tensor:
+        """The discounted sum of the bonus over the n steps, (batch_size,); and the predictor learns.
+
+        The bonus of all n steps would cost n times as much. That of one of them, drawn for each transition, times their number
+        is the same on average.
+        """
+        draws = torch.rand(len(batch.actions), dtype=torch.float64, device=self.device, generator=self.buffer.generator)
+        steps = (draws * batch.num_steps).long()  # (batch_size,), 0 = the first
+        frames = self.buffer.next_frames(batch.positions, steps)  # (batch_size, 84, 84)
+        return self.rnd.learn(frames) * batch.num_steps * self.args.gamma**steps
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if not self.args.bf16:
@@ -500,6 +516,14 @@ def gradient_steps_due(args: Args, global_step: int) -> int:
     return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
 
 
+def preparations_due(args: Args, global_step: int) -> int:
+    """Gradient steps of the predictor alone in the loop step that begins at `global_step`: in the second half of the warm-up."""
+    if global_step >= args.learning_starts:
+        return 0
+    earlier = dataclasses.replace(args, learning_starts=args.learning_starts // 2)
+    return gradient_steps_due(earlier, global_step + args.num_envs) - gradient_steps_due(earlier, global_step)
+
+
 def events_due(args: Args, global_step: int) -> list[str]:
     """The evaluation (by its phase) that follows the loop step that ends at `global_step`, if any."""
     if global_step >= args.total_timesteps:
@@ -511,9 +535,9 @@ def check_schedules(args: Args) -> None:
     """Refuses schedules that cannot work."""
     if gradient_steps_due(args, args.total_timesteps) == 0:
         fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
-    if (args.n_step - 1) * args.num_envs >= (stored := min(args.learning_starts, args.buffer_size)):
+    if (args.n_step - 1) * args.num_envs >= (stored := min(args.learning_starts // 2, args.buffer_size)):
         fail(f"--n-step {args.n_step} in {args.num_envs} environment(s) leaves nothing to draw of the {stored} transitions that are "
-             "stored when learning starts; lower it, or raise --learning-starts or --buffer-size")  # fmt: skip
+             "stored when half of --learning-starts is over; lower it, or raise --learning-starts or --buffer-size")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- training loop
@@ -534,7 +558,9 @@ def train(args: Args, path: str | None = None) -> None:
     act = CudaGraph(lambda: agent.act(device_observations), None, run.captures)
     update = CudaGraph(agent.update, mini_batches, run.captures)
     count_frames = CudaGraph(lambda: agent.rnd.count_frames(device_observations), None, run.captures)
-    follow = CudaGraph(lambda: agent.rnd.follow(device_observations), None, run.captures)
+    follow = CudaGraph(lambda: agent.rnd.follow(device_observations, count_returns=False), None, run.captures)
+    follow_and_count = CudaGraph(lambda: agent.rnd.follow(device_observations, count_returns=True), None, run.captures)
+    prepare = CudaGraph(agent.prepare, mini_batches, run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
              "mini_batches": mini_batches}  # fmt: skip
@@ -550,10 +576,13 @@ def train(args: Args, path: str | None = None) -> None:
             run.attend(agent)
             continue
 
-        # Look at what the environments show: the statistics of the frames, and when these are good enough, of the bonus.
+        # Look at what the environments show, and before learning starts, get the bonus ready.
         if agent.rnd is not None:
             upload(observations, device_observations)
-            count_frames() if run.global_step < args.learning_starts // 2 else follow()
+            phase = run.global_step / args.learning_starts
+            (count_frames if phase < 0.5 else follow if phase < 0.75 else follow_and_count)()
+            for _ in range(preparations_due(args, run.global_step)):
+                prepare()
 
         # Act: greedy actions, and on top, per environment, random ones with probability epsilon.
         steps_of_decay = max(0, run.global_step - args.learning_starts)

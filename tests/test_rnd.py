@@ -47,7 +47,7 @@ def make_agent(seed: int = 1, num_frames: int = 20, **arguments):
             buffer.start_episode(0, next(frames))
     agent = rnd.Agent(args, None, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
     for observations in pictures(seed + 100, num_frames, args.num_envs, 4) if agent.rnd is not None else ():
-        agent.rnd.follow(observations)
+        agent.rnd.follow(observations, count_returns=True)
     return agent
 
 
@@ -237,7 +237,7 @@ def test_statistics_are_of_the_last_frames_and_of_sums_that_never_end():
     stream = pictures(7, 12, 2, 4)
     agent = make_agent(num_envs=2, num_frames=0, gamma=0.9)
     for step, observations in enumerate(stream):
-        agent.rnd.count_frames(observations) if step < 5 else agent.rnd.follow(observations)
+        agent.rnd.count_frames(observations) if step < 5 else agent.rnd.follow(observations, count_returns=step >= 8)
     frames = stream[:, :, -1].reshape(-1, 84, 84).double().numpy()
     np.testing.assert_allclose(agent.rnd.frame_moments.mean.numpy(), frames.mean(0), rtol=1e-12)
     np.testing.assert_allclose(agent.rnd.frame_moments.deviation.numpy(), frames.std(0), rtol=1e-9, atol=1e-9)
@@ -245,9 +245,9 @@ def test_statistics_are_of_the_last_frames_and_of_sums_that_never_end():
     for step in range(5, 12):
         seen = stream[: step + 1, :, -1].reshape(-1, 84, 84).numpy()
         total = 0.9 * total + reference_errors(agent.rnd, stream[step, :, -1], seen).numpy()
-        totals.append(total)
+        totals += [total] if step >= 8 else []
     np.testing.assert_allclose(agent.rnd.returns.numpy(), total, rtol=1e-5)
-    assert agent.rnd.return_moments.count.item() == 14
+    assert agent.rnd.return_moments.count.item() == 8
     assert agent.rnd.return_moments.deviation.item() == pytest.approx(np.std(totals), rel=1e-4)
 
 
@@ -359,7 +359,7 @@ def test_with_coefficient_0_it_is_dueling_dqn_to_the_bit(monkeypatch):
     monkeypatch.delattr(rnd, "RunningMoments")
     agent = make_agent(intrinsic_coef=0.0, extrinsic_coef=7.0, update_proportion=0.9)
     plain = DuelingDQN(agent.args, copy.deepcopy(agent.buffer))
-    plain.buffer.generator = torch.Generator().set_state(agent.buffer.generator.get_state())
+    plain.buffer.generator = torch.Generator().manual_seed(1)  # nothing has been drawn from the agent's either
     for _ in range(5):
         agent.update()
         assert agent.metrics[0].item() == pytest.approx(plain.update(), rel=1e-6)
@@ -382,12 +382,13 @@ def whole_run(tmp_path, **arguments):
     calls = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("count_frames", "follow") if hasattr(rnd, "RandomNetworkDistillation") else ():
-            real = getattr(rnd.RandomNetworkDistillation, name)
-            patch.setattr(
-                rnd.RandomNetworkDistillation, name,
-                lambda self, observations, name=name, real=real: calls.append((name, observations.numpy().copy())) or real(self, observations),
-            )  # fmt: skip
+        for name in ("count_frames", "follow", "learn") if hasattr(rnd, "RandomNetworkDistillation") else ():
+
+            def noted(self, seen, name=name, real=getattr(rnd.RandomNetworkDistillation, name), **flags):
+                calls.append((name, *flags.values(), seen.numpy().copy()))
+                return real(self, seen, **flags)
+
+            patch.setattr(rnd.RandomNetworkDistillation, name, noted)
         try:
             rnd.train(
                 rnd.Args(
@@ -412,22 +413,33 @@ def test_a_run_with_coefficient_0_is_one_in_which_the_bonus_does_not_exist(tmp_p
     assert same(with_arguments[2]["q_network"].values(), without[2]["q_network"].values())
 
 
-def test_a_run_counts_every_observation_once_and_the_bonus_from_half_the_warm_up_on(tmp_path):
+def test_a_run_counts_every_observation_once_and_gets_the_bonus_ready_in_three_phases(tmp_path):
+    """100 steps before learning, 2 a loop step: 25 loop steps, then 13 and 12. Then the predictor learns at the pace of later."""
     path, calls, weights = whole_run(tmp_path / "runs")
-    assert [name for name, _ in calls] == ["count_frames"] * 25 + [
-        "follow",
-        "count_frames",
-    ] * 55  # of 2 steps each; 100 before learning
+    following = [call[:-1] for call in calls if call[0] == "follow"]
+    assert following == [("follow", False)] * 13 + [("follow", True)] * 42
+    counted = [number for number, call in enumerate(calls) if call[0] == "count_frames"]
+    assert len(counted) == 80 and all(calls[number - 1][0] == "follow" for number in counted[25:])
+    learned = [number for number, call in enumerate(calls) if call[0] == "learn"]
+    steps = [2 * (sum(number > other for other in counted) - 1) for number in learned]  # at which a loop step began
+    every_fourth = lambda first, last: [
+        step + 2 for step in range(first, last - 3, 4)
+    ]  # where 0.25 a step comes to a whole number
+    assert steps == every_fourth(50, 100) + every_fourth(100, 160)
     moments = weights["rnd"]["frame_moments"]
-    frames = (
-        np.stack([observations[:, -1] for name, observations in calls if name == "count_frames"])
-        .reshape(-1, 84, 84)
-        .astype(np.float64)
-    )
-    assert moments["count"] == 160 and weights["rnd"]["return_moments"]["count"] == 110
+    frames = np.concatenate([calls[number][-1][:, -1] for number in counted]).astype(np.float64)  # (160, 84, 84)
+    assert moments["count"] == 160 and weights["rnd"]["return_moments"]["count"] == 84
     np.testing.assert_allclose(moments["mean"].numpy(), frames.mean(0), rtol=1e-9)
     np.testing.assert_allclose((moments["squares"] / 160).sqrt().numpy(), frames.std(0), rtol=1e-6, atol=1e-6)
     assert len({frame.tobytes() for frame in frames}) > 40  # and not the same one again and again
+
+
+def test_what_comes_before_learning_leaves_the_q_network_alone():
+    agent = make_agent(num_frames=20)
+    before = parameters(agent.q_network), parameters(agent.target_network), parameters(agent.rnd.predictor)
+    agent.prepare()
+    assert same(parameters(agent.q_network), before[0]) and same(parameters(agent.target_network), before[1])
+    assert not same(parameters(agent.rnd.predictor), before[2]) and not agent.optimizer.state
 
 
 # ---------------------------------------------------------------------------------------- kept, captured, read and written
@@ -451,7 +463,7 @@ def test_an_agent_goes_on_from_its_state(arguments):
         for observations in pictures(50, 3, 1, 4):
             one.update()
             if one.rnd is not None:
-                one.rnd.follow(observations)
+                one.rnd.follow(observations, count_returns=True)
         results.append(one)
     assert same(parameters(agent.q_network), parameters(fresh.q_network)) and torch.equal(agent.metrics, fresh.metrics)
     if agent.rnd is not None:
@@ -528,7 +540,13 @@ def test_what_is_captured_reads_nothing_back(arguments, bf16):
     observations = pictures(0, 1, 4)
     watches = [watched(lambda: agent.act(observations))]
     if agent.rnd is not None:
-        watches += [watched(lambda: agent.rnd.count_frames(observations)), watched(lambda: agent.rnd.follow(observations))]
+        watches += [
+            watched(lambda: agent.rnd.count_frames(observations)),
+            watched(lambda: agent.rnd.follow(observations, count_returns=True)),
+        ]
+        watches += [watched(lambda: agent.rnd.follow(observations, count_returns=False))]
+        prepared = watched(agent.prepare, agent.buffer.generator)
+        assert prepared.cannot_be_captured == [] and prepared.num_draws == 2
     assert [watch.cannot_be_captured for watch in watches] == [[]] * len(watches)
     assert [watch.num_draws for watch in watches] == [0] * len(watches)
 
@@ -550,7 +568,7 @@ def test_num_bytes_is_what_an_agent_takes(arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"n_step": 100, "num_envs": 2, "learning_starts": 198, "buffer_size": 300}, "--n-step 100 in 2 environment(s) leaves"),
+        ({"n_step": 100, "num_envs": 2, "learning_starts": 396, "buffer_size": 300}, "--n-step 100 in 2 environment(s) leaves"),
         ({"n_step": 31, "learning_starts": 100, "buffer_size": 30, "batch_size": 8}, "of the 30 transitions"),
         ({"n_step": 0}, "--n-step is 0, but must lie in [1, inf)"),
         ({"num_heads": 3}, "--num-heads is 3, but must lie in [1, 2]"),
@@ -568,4 +586,4 @@ def test_refused_arguments_have_a_line(arguments, message, capsys):
 
 
 def test_the_largest_n_that_is_left_is_accepted():
-    rnd.check_args(rnd.Args(n_step=100, num_envs=2, learning_starts=199, buffer_size=300))
+    rnd.check_args(rnd.Args(n_step=100, num_envs=2, learning_starts=398, buffer_size=300))
