@@ -708,10 +708,11 @@ class VelocityCost(gym.Wrapper):
 class HazardMaze(gym.Wrapper):
     """A point robot, driven by forces, in a closed field of 5 x 5 m: it seeks goals, and a step inside a hazard costs 1.
 
-    The reward of a step is the way by which the goal came nearer, in m, and 1 for a goal that is reached, from 0.45 m; then a
-    new one is drawn. (That is the rule of Safety-Gymnasium's goals. With PointMaze's own reward for being near, robots learn
-    to wait beside the first goal, for ever.) The hazards are circles on the ground, drawn anew in every episode, apart from
-    each other, from the start and from the first goal; a later goal may lie in one, but can be reached from outside.
+    The reward of a step is 10 for each m by which the goal came nearer, and 10 for a goal that is reached, from 0.45 m; then a
+    new one is drawn. (That is the rule of Safety-Gymnasium's goals, ten times as much: SAC's entropy coefficient begins at 1,
+    and a step is 5 cm at most. With PointMaze's own reward for being near, robots learn to wait beside the first goal.) The
+    hazards are circles on the ground, drawn anew in every episode, apart from each other, from the start and from the first
+    goal; a later goal may lie in one, but can be reached from outside.
 
     The observation, (22,), is position, velocity, goal - position, and a lidar: 16 sectors around the robot, each with the
     nearness of the nearest hazard's center, 1 here, 0 at 3 m. It is WCSAC's StaticEnv on Gymnasium-Robotics' PointMaze.
@@ -738,7 +739,7 @@ class HazardMaze(gym.Wrapper):
     def step(self, action: np.ndarray):
         state, _, terminated, truncated, info = self.env.step(action)
         position = state["achieved_goal"]
-        reward = self.way - math.dist(position, state["desired_goal"]) + info["success"]
+        reward = 10 * (self.way - math.dist(position, state["desired_goal"]) + info["success"])
         self.way = math.dist(position, self.unwrapped.goal)  # which is a new one after a success
         info["cost"] = float(self.distances(position).min() < self.RADIUS)
         return self.observe(state), reward, terminated, truncated, info

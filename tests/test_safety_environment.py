@@ -178,7 +178,7 @@ def test_observation_and_cost_by_hand(safety):
         inside = any((x - position[0]) ** 2 + (y - position[1]) ** 2 < 0.3**2 for x, y in hazards)
         assert info["cost"] == float(inside)
         reached = math.dist(position, goal) <= 0.45
-        assert reward == pytest.approx(math.dist(start, goal) - math.dist(position, goal) + reached, abs=1e-6)
+        assert reward == pytest.approx(10 * (math.dist(start, goal) - math.dist(position, goal) + reached), abs=1e-5)
         new_goal = env.env.unwrapped.goal
         assert reached == (not np.array_equal(new_goal, goal))
         expected = [*position, *velocity, *(new_goal - position), *lidar_by_hand(position, hazards)]
