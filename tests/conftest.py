@@ -28,7 +28,7 @@ QUICK = (
 ).split()
 # Two environments, a reset between two evaluations at step 1,300, and the ends of two episodes at step 2,000.
 QUICK_SAC = (
-    "--env-id reacher-hard --total-timesteps 2050 --learning-starts 100 --replay-ratio 0.25 --num-envs 2 --batch-size 16 "
+    "--env-id fish-swim --total-timesteps 2050 --learning-starts 100 --replay-ratio 0.25 --num-envs 2 --batch-size 16 "
     "--hidden-dim 8 --buffer-size 1500 --eval-interval 1400 --eval-episodes 1"
 ).split()
 

@@ -335,7 +335,7 @@ def test_memory_that_is_out_is_one_line(what, tmp_path):
     if what == "--batch-size":
         arguments += "--batch-size 400 --hidden-dim 64 --num-hidden-layers 500".split()
     else:
-        arguments += ["--buffer-size", "50000000"]  # 3.2 GB
+        arguments += ["--buffer-size", "5000000"]  # 1.1 GB
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(), check=False
     )

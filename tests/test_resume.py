@@ -212,12 +212,22 @@ def test_a_signal_while_environments_are_made(tmp_path):
     assert started.printed() == line and [file.name for file in path.iterdir()] == ["args.json"]
 
 
-def test_stopped_before_the_first_step_and_in_the_final_evaluation(sac, runs, tmp_path):
+def test_stopped_before_the_first_step_and_in_the_final_evaluation(sac, runs, tmp_path, monkeypatch):
     """With an empty replay buffer, and at the end, which is postponed then: it is evaluated as any other step."""
     result = stop_when(lambda run: True, sac, *arguments_of("sac"), "--runs-dir", tmp_path)
     assert result.returncode == 143 and "stopped at step 0; to continue" in result.stderr
     path = only_run(tmp_path)
-    result = stop_when(lambda run: run.global_step == 2_050 and run.agenda == ["final"], sac, "--resume", path)
+
+    real = sac.evaluate
+
+    def evaluate(policy, envs, seed, global_step, *rest):
+        if global_step == 2_050:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(policy, envs, seed, global_step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sac, "evaluate", evaluate)
+        result = run_main(sac, "--resume", path)
     assert result.returncode == 143 and "stopped at step 2050; to continue" in result.stderr
     assert not (path / "model.pt").exists()
     result = run_main(sac, "--resume", path, "--total-timesteps", 2_100)
