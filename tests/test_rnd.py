@@ -431,7 +431,7 @@ def test_a_run_counts_every_observation_once_and_gets_the_bonus_ready_in_three_p
     assert moments["count"] == 160 and weights["rnd"]["return_moments"]["count"] == 84
     np.testing.assert_allclose(moments["mean"].numpy(), frames.mean(0), rtol=1e-9)
     np.testing.assert_allclose((moments["squares"] / 160).sqrt().numpy(), frames.std(0), rtol=1e-6, atol=1e-6)
-    assert len({frame.tobytes() for frame in frames}) > 40  # and not the same one again and again
+    assert len({frame.tobytes() for frame in frames[:100]}) > 40  # and not the same one again and again
 
 
 def test_what_comes_before_learning_leaves_the_q_network_alone():
