@@ -779,8 +779,7 @@ def make_task(env_id: str, render_mode: str | None) -> gym.Env:
     warn = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)  # HalfCheetah's file has an attribute that MuJoCo will drop
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # "v4 is out of date"
+        with contextlib.redirect_stderr(io.StringIO()):  # "v4 is out of date", and news of the maze's package
             if env_id in VELOCITY_TASKS:
                 robot, limit = VELOCITY_TASKS[env_id]
                 return VelocityCost(gym.make(robot, **options), limit)
