@@ -321,7 +321,9 @@ class Started:
         """Until the condition holds, or the process has ended."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and not condition():
-            assert time.monotonic() < deadline, self.printed()
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise TimeoutError(self.printed())
             time.sleep(0.005)
 
     def printed(self) -> str:
@@ -331,4 +333,7 @@ class Started:
         """The exit code, after a signal if one is given."""
         if number is not None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=120)
+        try:
+            return self.process.wait(timeout=120)
+        finally:
+            self.process.kill()  # what hangs, too
