@@ -1,0 +1,362 @@
+"""Plays what a run has learned: its scores, a video, or a window.
+
+    python play.py runs/LunarLander-v3__rde_dqn__1__20260101-120000 --episodes 5
+    python play.py runs/LunarLander-v3__rde_dqn__1__20260101-120000 --video videos --show-choice
+
+Environment, network and policy come from the script that args.json names; nothing of the run is changed. Of an ensemble one
+member can play alone (--agent 0), or each in turn beside the ensemble (--agent all): what the composition is worth.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+
+# Threads that wait for each other by spinning are 26 times slower as soon as another process competes for a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+
+@dataclass
+class Options:
+    run_folder: tyro.conf.Positional[str]
+    """the folder of a run"""
+    episodes: int = 1
+    """whole episodes to play"""
+    seed: int = 0
+    """seed of the episodes: episode i is the same however many there are, and for every --agent begins the same"""
+    checkpoint: str = "final"
+    """final = model.pt; newest = the newest weights, also of a run that goes on; or the step of a file in models/"""
+    video: str = ""
+    """a folder, in which every episode becomes a video"""
+    window: bool = False
+    """show the episodes in a window; closing it ends the program"""
+    epsilon: float | None = None
+    """play a random action with this probability (discrete actions only); without it: the run's --eval-epsilon"""
+    agent: str = "ensemble"
+    """who plays: the ensemble; the number of one of its members; or all = the ensemble and each member alone, in a table"""
+    show_choice: bool = False
+    """write under the picture who acts, and what the judge thinks of each proposal (ensembles only)"""
+    like_evaluation: bool = False
+    """play the run's own evaluation at the step of the weights again (its seeds, its --eval-episodes): scores only"""
+    scripts_dir: str = os.path.dirname(os.path.abspath(__file__))
+    """the folder in which the script of the run lies"""
+
+
+def fail(message: str) -> None:
+    """Ends the program because of a wrong argument or run folder: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------ run and weights
+
+API = ("Agent", "check_environment", "derive_seed", "evaluate", "make_env", "read_args", "record_video")
+
+
+def import_script(folder: str, scripts_dir: str):
+    """The script that the run was made by, as a module."""
+    if not os.path.isdir(folder):
+        fail(f"{folder} is not a folder")
+    file = os.path.join(folder, "args.json")
+    try:
+        content = json.loads(pathlib.Path(file).read_text())
+        name, sha256 = content["script"], content["script_sha256"]
+    except OSError as error:
+        fail(f"{folder} is not the folder of a run: args.json: {error.strerror}")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fail(f"{folder} is not the folder of a run: its args.json does not fit")
+    if not re.fullmatch(r"\w[\w.-]*\.py", str(name)) or not os.path.isfile(path := os.path.join(scripts_dir, name)):
+        fail(f"the run's script {name} is not in {scripts_dir}; say with --scripts-dir where it is")
+    spec = importlib.util.spec_from_file_location(f"played_{name[: -len('.py')]}", path)
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(script)
+    except Exception as error:  # a package is missing, a sentence of Python is not finished, ...
+        fail(f"{path} cannot be imported: {one_line(error)}")
+    if missing := [part for part in API if not hasattr(script, part)]:
+        fail(f"{path} is not a script that can be played: it has no {', '.join(missing)}")
+    if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
+        print(f"warning: {name} has been changed since it made the run; it is played as it is now", file=sys.stderr)
+    return script
+
+
+def find_weights(folder: str, checkpoint: str) -> tuple[str, int | None]:
+    """The file that --checkpoint means, and its step (None: the end of the run)."""
+    kept = sorted(int(path.stem[5:]) for path in pathlib.Path(folder, "models").glob("step_*.pt") if path.stem[5:].isdigit())
+    file_of_step = lambda step: os.path.join(folder, "models", f"step_{step:08d}.pt")
+    final = os.path.join(folder, "model.pt")
+    if checkpoint == "newest" and not os.path.isfile(final) and kept:
+        return file_of_step(kept[-1]), kept[-1]
+    if checkpoint in ("final", "newest"):
+        if os.path.isfile(final):
+            return final, None
+        fail(f"the run in {folder} is not finished, there is no model.pt"
+             + (f"; --checkpoint newest plays the weights of step {kept[-1]}" if kept else
+                ", and no weights were kept on the way (--keep-models)"))  # fmt: skip
+    if not checkpoint.isdecimal() or int(checkpoint) not in kept:
+        steps = f"of the steps {', '.join(map(str, kept))}" if kept else "of no step (--keep-models)"
+        fail(f"--checkpoint {checkpoint} is neither final nor newest, and in {folder}/models are weights {steps}")
+    return file_of_step(int(checkpoint)), int(checkpoint)
+
+
+def load_weights(agent, file: str) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:  # PyTorch does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        weights = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception:  # a flipped bit can have any consequence
+        fail(f"{file} is damaged, cut off, or holds more than weights")
+    try:
+        agent.load_weights(weights)
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"the weights in {file} are not those of this script's agent: {one_line(error)[:200]}")
+
+
+# -------------------------------------------------------------------------------------------------- who acts, the picture
+
+
+class Composition:
+    """How the ensemble comes to its action while it is played: made visible, and on demand replaced by one member alone.
+
+    All scripts choose by a function that makes probabilities, (batch, N), of what the judge thinks of the N proposals. It is
+    replaced by one that asks it, remembers its answer and, if a member plays alone, returns 1 for that member.
+    """
+
+    def __init__(self, script, agent):
+        self.agent, self.member, self.acting = agent, None, None
+        self.num_agents = getattr(agent.args, "num_agents", 1)
+        if self.num_agents == 1:
+            return
+        safe = hasattr(script, "safe_selection_probabilities")
+        name = "safe_selection_probabilities" if safe else "selection_probabilities"
+        select, act = getattr(script, name), agent.act
+
+        def selected(*judgements_and_betas):
+            probabilities = select(*judgements_and_betas)
+            if self.member is not None:
+                alone = torch.full(probabilities.shape[:1], self.member, device=probabilities.device)
+                probabilities = F.one_hot(alone, self.num_agents).to(probabilities.dtype)
+            self.values = {"Q": judgements_and_betas[0][0].tolist()}
+            self.values |= {"cost": judgements_and_betas[1][0].tolist()} if safe else {}
+            self.values["p"] = probabilities[0].tolist()
+            return probabilities
+
+        def acted(*arguments, **options):
+            result = act(*arguments, **options)  # discrete actions: (2, batch); continuous: (batch, action_dim + 1)
+            self.acting = int(result[0, -1] if result.is_floating_point() else result[1, 0])
+            return result
+
+        setattr(script, name, selected)
+        agent.act = acted
+
+    def lines(self) -> list[str]:
+        """What stands under the picture: every member's proposal in the judge's eyes, and whose was taken."""
+        if self.acting is None:
+            return []
+        judge, lines = self.agent.oldest.item(), []
+        for i in range(self.num_agents):
+            values = "".join(f"  {name} {of_all[i]:.3g}" for name, of_all in self.values.items())
+            lines.append(f"agent {i}:{values}{'  judges' if i == judge else ''}{'  acts' if i == self.acting else ''}")
+        return lines
+
+
+class Picture(gym.Wrapper):
+    """The environment with larger pictures and, below them, what the composition says."""
+
+    def __init__(self, env: gym.Env, composition: Composition | None, fps: int | None):
+        super().__init__(env)
+        self.composition = composition
+        self.metadata = {"render_fps": 30} | env.metadata | ({"render_fps": fps} if fps else {})
+
+    def render(self) -> np.ndarray:
+        frame = self.env.render()  # (height, width, 3) uint8
+        factor = max(1, -(-400 // frame.shape[0]))
+        frame = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+        if self.composition is None:
+            return frame
+        text = np.zeros((20 * self.composition.num_agents + 8, frame.shape[1], 3), np.uint8)
+        for i, line in enumerate(self.composition.lines()):
+            cv2.putText(text, line, (6, 20 * i + 17), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+        return np.concatenate([frame, text])
+
+
+def make_visible_env(script, args, options: Options, composition: Composition) -> gym.Env:
+    """The script's environment. Where it would record a video of itself, it is recorded or shown as the options ask."""
+    record = script.record_video
+
+    def recorded_or_shown(env: gym.Env, folder: str, fps: int | None = None) -> gym.Env:
+        env = Picture(env, composition if options.show_choice else None, fps)
+        return gym.wrappers.HumanRendering(env) if options.window else record(env, folder, fps)
+
+    script.record_video = recorded_or_shown
+    try:
+        return script.make_env(args, options.video or "a window")
+    finally:
+        script.record_video = record
+
+
+# ----------------------------------------------------------------------------------------------------------------- play
+
+
+def play(script, policy, generator: torch.Generator, envs: list[gym.Env], seed: int, step: int, stop) -> list[dict]:
+    """As the script plays an evaluation at a step: one episode in each environment, side by side; their `info["episode"]`."""
+    generator.manual_seed(script.derive_seed(seed, script.EVALUATION, step))
+    episodes = script.evaluate(policy, envs, seed, step, torch.device("cpu"), stop)
+    if episodes is None:
+        sys.exit(128 + stop.received)
+    return episodes
+
+
+def play_in_turn(script, policy, generator: torch.Generator, env: gym.Env, options: Options, composition, name: str, stop):
+    """The episodes of --episodes one after another, each of its own seed, recorded if it is to be; their `info["episode"]`."""
+    episodes = []
+    for i in range(options.episodes):
+        composition.acting = None
+        if options.video:
+            env.set_wrapper_attr("name_prefix", name)
+            env.set_wrapper_attr("episode_id", i - 1)
+        episodes += play(script, policy, generator, [env], options.seed, i, stop)
+        if options.video:
+            env.get_wrapper_attr("stop_recording")()
+    return episodes
+
+
+def until_window_is_closed(policy):
+    import pygame
+
+    def watched(observations: torch.Tensor) -> torch.Tensor:
+        if pygame.event.peek(pygame.QUIT):
+            sys.exit(0)
+        return policy(observations)
+
+    return watched
+
+
+def last_step(folder: str) -> int:
+    """The step of the run's final evaluation."""
+    try:
+        with open(os.path.join(folder, "evaluations.csv"), newline="") as file:
+            return [int(row["global_step"]) for row in csv.DictReader(file) if row["phase"] == "final"][-1]
+    except (OSError, ValueError, KeyError, IndexError):
+        fail(f"--like-evaluation finds no final evaluation in {folder}/evaluations.csv")
+
+
+def summary(episodes: list[dict]) -> dict[str, str]:
+    """Of everything that the episodes tell: the mean and the standard deviation (of a sample), or of one episode the value."""
+    columns = {}
+    for key in episodes[0]:
+        values = [episode[key] for episode in episodes]
+        many = len(values) > 1
+        text = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if many else f"{values[0]:.6g}"
+        columns[{"r": "return", "l": "length"}.get(key, key)] = text
+    return columns
+
+
+def check_options(options: Options) -> None:
+    if options.video and options.window:
+        fail("--video and --window exclude each other")
+    if options.episodes < 1 or options.seed < 0:
+        fail(f"--episodes {options.episodes} --seed {options.seed}: there must be at least 1 episode, and no negative seed")
+    if options.epsilon is not None and not 0 <= options.epsilon <= 1:
+        fail(f"--epsilon is {options.epsilon}, but must lie in [0, 1]")
+    if options.show_choice and not (options.video or options.window):
+        fail("--show-choice writes into the picture; add --video FOLDER or --window")
+    if options.like_evaluation and (options.video or options.window):
+        fail("--like-evaluation plays many episodes side by side and shows none; leave out --video and --window")
+    if options.video and importlib.util.find_spec("moviepy") is None:
+        fail("--video needs the package moviepy: pip install moviepy")
+    if options.window:
+        try:
+            import pygame
+
+            pygame.display.init()
+        except ImportError:
+            fail("--window needs the package pygame: pip install pygame-ce")
+        except pygame.error as error:
+            fail(f"--window finds no display ({one_line(error)}); --video FOLDER needs none")
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    check_options(options)
+    folder, visible = options.run_folder, bool(options.video or options.window)
+    script = import_script(folder, options.scripts_dir)
+    try:
+        args = script.read_args(folder, allow_changed_script=True)
+    except script.RunError as error:
+        fail(str(error))
+    file, step = find_weights(folder, options.checkpoint)
+    num_agents = getattr(args, "num_agents", 1)
+    members = [str(i) for i in range(num_agents)] if num_agents > 1 else []
+    if options.agent not in ("ensemble", *(["all"] if members else []), *members):
+        fail(f"--agent is {options.agent}, but must be one of ensemble, all, {', '.join(members)}" if members else
+             f"--agent is {options.agent}, but the run has one agent alone")  # fmt: skip
+    if options.show_choice and not members:
+        fail("--show-choice: the run has one agent alone, and nothing is chosen")
+    spaces = script.check_environment(dataclasses.replace(args, capture_video=visible))
+    if options.epsilon is not None:
+        if not isinstance(spaces[1], gym.spaces.Discrete) or not hasattr(args, "eval_epsilon"):
+            fail(f"--epsilon is for discrete actions, and {script.SCRIPT} has none")
+        args = dataclasses.replace(args, eval_epsilon=options.epsilon)
+    agent = script.Agent(args, *spaces, None, torch.device("cpu"))
+    load_weights(agent, file)
+    if options.like_evaluation:
+        step = last_step(folder) if step is None else step
+        envs = [script.make_env(args) for _ in range(args.eval_episodes)]
+    composition, generator, stop = Composition(script, agent), torch.Generator(), script.StopSignal()
+    policy = agent.evaluation_policy(generator)
+    try:
+        env = make_visible_env(script, args, options, composition) if visible else script.make_env(args)
+    except OSError as error:
+        fail(f"--video {options.video}: {error.strerror}")
+    if options.window:
+        policy = until_window_is_closed(policy)
+
+    epsilon = f", epsilon {args.eval_epsilon:g}" if hasattr(args, "eval_epsilon") else ""
+    judge = f"; agent {agent.oldest.item()} of {num_agents} judges" if members else ""
+    print(f"{args.env_id}, {script.SCRIPT}, {os.path.relpath(file, folder)}{epsilon}{judge}")
+    table = {}
+    for player in ["ensemble", *members] if options.agent == "all" else [options.agent]:
+        composition.member = int(player) if player in members else None
+        who = f"__agent{player}" if player in members else ""
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}{who}__seed{options.seed}"
+        try:
+            if options.like_evaluation:
+                episodes = play(script, policy, generator, envs, args.seed, step, stop)
+            else:
+                episodes = play_in_turn(script, policy, generator, env, options, composition, name, stop)
+        except (script.RunError, OSError) as error:  # an emulator that fails, a full disk
+            sys.exit(f"error: {one_line(error)}")
+        player = f"agent {player}" if player in members else player
+        for i, episode in enumerate(episodes):
+            columns = ", ".join(f"{name} {value}" for name, value in summary([episode]).items())
+            print(f"{player + ', ' if members else ''}episode {i}: {columns}")
+        table[player] = summary(episodes)
+    if len(episodes) > 1 or len(table) > 1:
+        print("".join(f"{title:<22}" for title in (f"{len(episodes)} episode(s)", *summary(episodes))).rstrip())
+        for player, columns in table.items():
+            print("".join(f"{value:<22}" for value in (player if members else "mean", *columns.values())).rstrip())
+    env.close()
+
+
+if __name__ == "__main__":
+    main()

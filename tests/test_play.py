@@ -1,0 +1,359 @@
+"""play.py: the scores are those of `evaluate`, members play alone, videos and a window show it, and what cannot work is refused."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment, equal, load_module, load_script, made_once, model, only_run, read_csv, run_main
+from conftest import shared_folder, snapshot  # isort: skip
+
+TINY = "--eval-interval 0 --batch-size 16 --learning-starts 100 --hidden-dim 8 --replay-ratio 0.25"
+# Whole runs with two resets each, so that the agents differ and the choice is not uniform.
+RUNS = {
+    "minigrid": ("rde_dqn", f"{TINY} --env-id MiniGrid-LavaGapS5-v0 --total-timesteps 600 --reset-interval 80 "
+                 "--buffer-size 500 --eval-episodes 3 --keep-models 3 --num-agents 3 --eval-epsilon 0.3"),
+    "cartpole": ("rde_dqn", f"{TINY} --env-id CartPole-v1 --total-timesteps 500 --reset-interval 80 --buffer-size 500 "
+                 "--eval-episodes 2 --eval-epsilon 0 --num-agents 1"),
+    "safety": ("rde_sac_safety", f"{TINY} --env-id SafetyPointMaze-v0 --total-timesteps 400 --reset-interval 60 "
+               "--buffer-size 500 --eval-episodes 2"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def play():
+    return load_module("play", ROOT / "play.py")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Gives the folder of a finished run of RUNS. Made when it is asked for."""
+
+    def get(name: str) -> pathlib.Path:
+        path = shared_folder(tmp_path_factory) / f"play-{name}"
+        script, arguments = RUNS[name]
+        with made_once(path) as to_be_made:
+            if to_be_made:
+                result = run_main(load_script(script), *arguments.split(), "--runs-dir", path / "runs")
+                assert result.returncode == 0, result.stderr
+        return only_run(path / "runs")
+
+    return get
+
+
+def run(play, *arguments) -> types.SimpleNamespace:
+    """`main` of play.py in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        monkeypatch.setattr(sys, "argv", ["play.py", *map(str, arguments)])
+        code = 0
+        try:
+            play.main()
+        except SystemExit as end:
+            code = end.code
+    return types.SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def played(play, *arguments) -> list[str]:
+    result = run(play, *arguments)
+    assert result.code == 0 and not result.err, result.err
+    return result.out.splitlines()
+
+
+def scores(lines: list[str], player: str = "") -> list[tuple[str, ...]]:
+    """Of the episodes' lines of a player: the values, in the order in which they stand."""
+    lines = [line for line in lines if line.startswith(player) and "episode " in line and ": " in line]
+    return [tuple(part.split()[-1] for part in line.split(": ")[1].split(", ")) for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("name", ["minigrid", "safety", "cartpole"])
+def test_scores_of_the_final_evaluation(play, folder, name):
+    """With its seeds and its generator play.py's own functions give the very rows that the run left."""
+    path = folder(name)
+    script = play.import_script(str(path), str(ROOT))
+    args = script.read_args(str(path))
+    assert play.last_step(str(path)) == args.total_timesteps
+    envs = [script.make_env(args) for _ in range(args.eval_episodes)]
+    agent = script.Agent(args, envs[0].observation_space, envs[0].action_space, None, torch.device("cpu"))
+    play.load_weights(agent, str(path / "model.pt"))
+    play.Composition(script, agent)  # which must change nothing as long as the ensemble plays
+    generator, stop = torch.Generator(), types.SimpleNamespace(received=0)
+    policy = agent.evaluation_policy(generator)
+    episodes = play.play(script, policy, generator, envs, args.seed, args.total_timesteps, stop)
+    final = [row for row in read_csv(path / "evaluations.csv") if row["phase"] == "final"]
+    for key, column in {"r": "episodic_return", "success": "success", "cost": "cost"}.items():
+        if column in final[0]:
+            assert [episode[key] for episode in episodes] == [float(row[column]) for row in final]
+    # And so it is from the command line.
+    lines = scores(played(play, path, "--like-evaluation"))
+    assert [float(line[0]) for line in lines] == pytest.approx([float(row["episodic_return"]) for row in final], rel=1e-5)
+
+
+def test_weights_that_were_kept_on_the_way(play, folder):
+    """--checkpoint takes the weights that were kept at that step, and --like-evaluation its step."""
+    path = folder("minigrid")
+    by_step = {}
+    for step in (200, 400, 600):
+        agent = types.SimpleNamespace(load_weights=lambda weights: by_step.__setitem__(step, weights))
+        file, found = play.find_weights(str(path), str(step))
+        assert found == step
+        play.load_weights(agent, file)
+        assert equal(by_step[step], model(path, f"models/step_{step:08d}.pt"))
+    assert not equal(by_step[200], by_step[400]) and equal(by_step[600], model(path))
+    assert play.find_weights(str(path), "final") == play.find_weights(str(path), "newest") == (str(path / "model.pt"), None)
+    lines = played(play, path, "--checkpoint", 600, "--like-evaluation")
+    assert scores(lines) == scores(played(play, path, "--like-evaluation")) and len(scores(lines)) == 3
+    assert "models/step_00000600.pt, epsilon 0.3; agent" in lines[0]
+
+
+def test_an_episode_is_the_same_however_many_there_are(play, folder):
+    path = folder("minigrid")
+    before = snapshot(path)
+    three = scores(played(play, path, "--episodes", 3))
+    assert len(three) == 3 and three[:1] == scores(played(play, path))
+    assert scores(played(play, path, "--episodes", 3, "--seed", 1)) != three
+    assert snapshot(path) == before
+
+
+def test_mean_and_deviation(play):
+    episodes = [{"r": 1.0, "l": 10, "cost": 0.0}, {"r": 2.0, "l": 30, "cost": 0.0}]
+    assert play.summary(episodes) == {"return": "1.50 ± 0.71", "length": "20.00 ± 14.14", "cost": "0.00 ± 0.00"}
+    assert play.summary(episodes[:1]) == {"return": "1", "length": "10", "cost": "0"}
+
+
+def test_epsilon(play, folder):
+    """In CartPole one step is one random number: with epsilon 1 the actions are those of the generator alone."""
+    path = folder("cartpole")
+    script = play.import_script(str(path), str(ROOT))
+    seed = script.derive_seed(0, script.EVALUATION, 0)
+    generator = torch.Generator().manual_seed(seed)
+    env = script.make_env(script.read_args(str(path)))
+    env.reset(seed=script.derive_seed(0, script.EVALUATION, 0, 0))
+    done, length = False, 0
+    while not done:
+        torch.rand(1, generator=generator)
+        action = torch.randint(2, (1,), generator=generator).item()
+        _, _, terminated, truncated, _ = env.step(action)
+        done, length = terminated or truncated, length + 1
+    assert scores(played(play, path, "--epsilon", 1)) == [(str(length), str(length))]
+    assert scores(played(play, path, "--epsilon", 0)) == scores(played(play, path))  # the run's own is 0
+
+
+# --------------------------------------------------------------------------------------------------------------- members
+
+
+@pytest.mark.parametrize("name", ["minigrid", "safety"])
+def test_a_member_alone(play, folder, name):
+    """Its proposals are taken always, and the actions are those of an agent all of whose members are that one."""
+    path = folder(name)
+    script = play.import_script(str(path), str(ROOT))
+    args = script.read_args(str(path))
+    args = dataclasses.replace(args, **({"eval_epsilon": 0.0} if name == "minigrid" else {}))
+    spaces = script.check_environment(args)
+    agent, alone = (script.Agent(args, *spaces, None, torch.device("cpu")) for _ in range(2))
+    play.load_weights(agent, str(path / "model.pt"))
+    observations = torch.from_numpy(np.random.default_rng(0).normal(size=(64, *spaces[0].shape)).astype(np.float32))
+    generator = torch.Generator()
+    together = agent.evaluation_policy(generator)(observations)
+    composition = play.Composition(script, agent)
+    different = 0
+    for member in range(args.num_agents):
+        weights = torch.load(path / "model.pt", weights_only=True)
+        for key, states in weights.items():  # every member gets this member's network
+            if isinstance(states, list):
+                weights[key] = [states[member]] * args.num_agents
+            elif key in ("actors", "critics", "q_networks"):
+                for name_of_tensor, tensor in states.items():
+                    each = len(tensor) // args.num_agents
+                    states[name_of_tensor] = tensor[each * member : each * (member + 1)].repeat(
+                        args.num_agents, *[1] * (tensor.ndim - 1)
+                    )
+        alone.load_weights(weights)
+        composition.member = member
+        actions = agent.evaluation_policy(generator)(observations)
+        torch.testing.assert_close(actions, alone.evaluation_policy(generator)(observations))
+        assert composition.acting == member and composition.values["p"][member] == 1.0 == sum(composition.values["p"])
+        different += not torch.allclose(actions.float(), together.float())
+    assert different  # else the members were alike
+
+
+def test_all_of_them_in_a_table(play, folder):
+    path = folder("minigrid")
+    lines = played(play, path, "--agent", "all", "--episodes", 2)
+    assert scores(lines, "ensemble") == scores(played(play, path, "--episodes", 2))
+    assert scores(lines, "agent 1") == scores(played(play, path, "--agent", 1, "--episodes", 2))
+    assert [line[:10].rstrip() for line in lines[-5:]] == ["2 episode(", "ensemble", "agent 0", "agent 1", "agent 2"]
+    assert lines[-5].split()[2:] == ["return", "length", "success"]
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_video(play, folder, tmp_path):
+    """One per episode, of as many pictures as there are steps and the beginning, with a text below; and the same scores."""
+    path, videos = folder("minigrid"), tmp_path / "videos"
+    arguments = (path, "--episodes", 2, "--agent", 1)
+    lines = played(play, *arguments, "--video", videos, "--show-choice")
+    assert scores(lines) == scores(played(play, *arguments))
+    files = [f"MiniGrid-LavaGapS5-v0__rde_dqn__agent1__seed0-episode-{i}.mp4" for i in range(2)]
+    assert sorted(os.listdir(videos)) == files
+    import cv2
+
+    for file, score in zip(files, scores(lines)):
+        video = cv2.VideoCapture(str(videos / file))
+        frames = []
+        while (frame := video.read())[0]:
+            frames.append(frame[1])
+        assert len(frames) in (int(score[1]), int(score[1]) + 1)  # MoviePy's rounding can lose the last one
+        assert frames[0].shape[0] >= 400 + 20 * 3
+        text = [frame[-60:].max() for frame in frames]
+        assert text[0] < 60 and min(text[1:]) > 150  # nothing was chosen before the first step
+
+
+def test_what_stands_under_a_picture(play):
+    composition = play.Composition.__new__(play.Composition)
+    composition.agent, composition.num_agents = types.SimpleNamespace(oldest=torch.tensor([1])), 2
+    composition.values, composition.acting = {"Q": [1.23456, -2.0], "cost": [0.5, 0.0], "p": [1.0, 0.0]}, 0
+    assert composition.lines() == ["agent 0:  Q 1.23  cost 0.5  p 1  acts", "agent 1:  Q -2  cost 0  p 0  judges"]
+    composition.acting = None
+    assert composition.lines() == []
+
+
+def run_command(*arguments, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "play.py", *map(str, arguments)]
+    variables = {name: value for name, value in (environment() | variables).items() if value or name not in ("DISPLAY",)}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")
+def test_window(play, folder):
+    path = folder("cartpole")
+    reader, writer = os.pipe()
+    display = subprocess.Popen(["Xvfb", "-displayfd", str(writer)], pass_fds=[writer], stderr=subprocess.DEVNULL)
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as file:
+            number = file.readline().strip()
+        result = run_command(path, "--window", DISPLAY=f":{number}", SDL_VIDEODRIVER="x11")
+    finally:
+        display.terminate()
+        display.wait()
+    assert result.returncode == 0, result.stderr
+    assert scores(result.stdout.splitlines()) == scores(played(play, path))
+
+
+def test_closing_the_window_ends_it(play, monkeypatch):
+    import pygame
+
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    pygame.display.init()
+    try:
+        policy = play.until_window_is_closed(lambda observations: observations + 1)
+        assert policy(1) == 2
+        pygame.event.post(pygame.event.Event(pygame.QUIT))
+        with pytest.raises(SystemExit) as end:
+            policy(1)
+        assert end.value.code == 0
+    finally:
+        pygame.display.quit()
+
+
+def test_no_display(folder):
+    result = run_command(folder("cartpole"), "--window", DISPLAY="", WAYLAND_DISPLAY="", SDL_VIDEODRIVER="x11")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: --window finds no display ("), result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(play, *arguments) -> str:
+    result = run(play, *arguments)
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and line.startswith("error: ") and not result.out
+    return line.removeprefix("error: ")
+
+
+def test_wrong_arguments(play, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, single, safety = folder("minigrid"), folder("cartpole"), folder("safety")
+    video = ("--video", "videos")
+    assert refused(play, path, *video, "--window") == "--video and --window exclude each other"
+    for epsilon in ("-0.1", "1.1", "nan"):
+        assert "must lie in [0, 1]" in refused(play, path, *video, "--epsilon", epsilon)
+    assert "is for discrete actions" in refused(play, safety, *video, "--epsilon", "0.1")
+    assert refused(play, path, *video, "--agent", "3") == "--agent is 3, but must be one of ensemble, all, 0, 1, 2"
+    for who in ("0", "all"):
+        assert refused(play, single, *video, "--agent", who) == f"--agent is {who}, but the run has one agent alone"
+    assert "nothing is chosen" in refused(play, single, *video, "--show-choice")
+    assert "add --video FOLDER or --window" in refused(play, path, "--show-choice")
+    for step in ("300", "x", "-1"):
+        assert refused(play, path, *video, "--checkpoint", step).endswith("are weights of the steps 200, 400, 600")
+    assert refused(play, single, *video, "--checkpoint", "5").endswith("are weights of no step (--keep-models)")
+    assert "at least 1 episode" in refused(play, path, *video, "--episodes", "0")
+    assert "no negative seed" in refused(play, path, *video, "--seed", "-1")
+    assert "side by side" in refused(play, path, *video, "--like-evaluation")
+    assert not os.listdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert refused(play, path, "--video", tmp_path / "file") == f"--video {tmp_path / 'file'}: File exists"
+
+
+def test_wrong_folders(play, folder, tmp_path):
+    assert refused(play, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a folder"
+    assert "args.json: No such file" in refused(play, tmp_path)
+    path = pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "run"))
+    weights, content = (path / "model.pt").read_bytes(), json.loads((path / "args.json").read_text())
+
+    (path / "model.pt").write_bytes(weights[: len(weights) // 2])
+    assert refused(play, path) == f"{path / 'model.pt'} is damaged, cut off, or holds more than weights"
+    middle = len(weights) // 2
+    (path / "model.pt").write_bytes(weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :])
+    assert "is damaged" in refused(play, path)
+    shutil.copy(folder("cartpole") / "model.pt", path / "model.pt")
+    assert "are not those of this script's agent" in refused(play, path)
+    torch.save({"epsilon": 1}, path / "model.pt")
+    assert "are not those of this script's agent" in refused(play, path)
+
+    (path / "model.pt").unlink()
+    assert refused(play, path).endswith(
+        "is not finished, there is no model.pt; --checkpoint newest plays the weights of step 600"
+    )
+    assert "step_00000600.pt" in played(play, path, "--checkpoint", "newest")[0]
+    shutil.rmtree(path / "models")
+    assert refused(play, path, "--checkpoint", "newest").endswith("no weights were kept on the way (--keep-models)")
+
+    for script in ("nobody.py", "../rde_dqn.py", "/etc/passwd", 7):
+        (path / "args.json").write_text(json.dumps(content | {"script": script}))
+        assert refused(play, path).startswith(f"the run's script {script} is not in {ROOT}; say with --scripts-dir")
+    for text in ("", "[]", "{}"):
+        (path / "args.json").write_text(text)
+        assert refused(play, path).endswith("its args.json does not fit")
+    (path / "args.json").write_text(json.dumps(content | {"args": {"seed": 1}}))
+    assert "its args.json does not fit" in refused(play, path)
+
+
+def test_other_scripts(play, folder, tmp_path):
+    """A changed script is warned about and played; what is no script of runs is refused."""
+    path, scripts = folder("cartpole"), tmp_path / "scripts"
+    scripts.mkdir()
+    source = (ROOT / "rde_dqn.py").read_text()
+    (scripts / "rde_dqn.py").write_text(source + "\n# changed\n")
+    result = run(play, path, "--scripts-dir", scripts)
+    assert result.code == 0 and scores(result.out.splitlines()) == scores(played(play, path))
+    assert result.err == "warning: rde_dqn.py has been changed since it made the run; it is played as it is now\n"
+    (scripts / "rde_dqn.py").write_text("def evaluate(): pass")
+    assert "it has no Agent, check_environment," in refused(play, path, "--scripts-dir", scripts)
+    (scripts / "rde_dqn.py").write_text("import no_such_package")
+    assert "cannot be imported: No module named" in refused(play, path, "--scripts-dir", scripts)
