@@ -2,39 +2,35 @@
 
     python plot_benchmark.py --runs-dir runs/benchmark
 
-writes into --out-dir the numbers (table.md, results.csv with a row for every evaluation, training_games.csv) and the pictures:
-learning_curves_<game> (evaluations), training_games_<game>, aggregate_curves and performance_profiles (interquartile means over
-games, final scores), collapse and collapse_training_games (what a reset costs); where runs log it success_curves_<game> and
-cost_curves_<game>; with --references aggregate_training_games. A triangle is the score right after a reset.
+writes into --out-dir table.md, results.csv (a row for every evaluation), training_games.csv, and the pictures: of every game
+learning_curves (evaluations), training_games and, where logged, success_curves and cost_curves; over games (interquartile
+means) aggregate_curves, aggregate_training_games, performance_profiles; of resets collapse and collapse_training_games.
 
-Only finished runs count (model.pt is there, and a complete "final" evaluation); every other folder is named, with the reason.
-Everything is computed from one table with a row for every game that was played (read_games). The statistics are those of
-Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files,
-to the byte.
+Only finished runs count (they have model.pt and a complete "final" evaluation); every other folder is named, with the reason.
+All is computed from one table with a row for every game that was played (read_games). The statistics are those of Agarwal et
+al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files.
 """
 
-import csv
-import errno
+import io
 import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import tyro
 from rliable import library, metrics
+from scipy import stats
 
 
 @dataclass
@@ -49,8 +45,6 @@ class Args:
     """take the runs of a method as one, even if different versions of its script made them"""
     reset_window: int = 2_000
     """environment steps before and after a reset whose training games are compared"""
-    picture_format: Literal["png", "pdf", "svg"] = "png"
-    """format of the pictures"""
     bootstrap_samples: int = 2_000
     """samples of the stratified bootstrap behind every interval, at most 100,000"""
     seed: int = 0
@@ -76,17 +70,19 @@ RANDOM_AND_HUMAN_SCORES = {
     "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
 }  # fmt: skip
 
+# Suites: scores are averaged over games only within one, on its own scale.
+ATARI, DMC = "Atari, human-normalized score", "DeepMind Control, score / 1,000"
 
-# Scores are averaged over games only within a suite, on the suite's own scale.
-ATARI, DMC = "Atari", "DeepMind Control"
-SCORE_NAMES = {ATARI: "human-normalized score", DMC: "score / 1,000"}
+
+def game_name(env_id: str) -> str:
+    return env_id.removesuffix("NoFrameskip-v4")
 
 
 def suite_of(env_id: str) -> str | None:
     """Atari-100k, DeepMind Control (domain-task, without a version), or None: no common scale."""
     if game_name(env_id) in RANDOM_AND_HUMAN_SCORES:
         return ATARI
-    return DMC if re.fullmatch(r"[a-z0-9_]+-[a-z0-9_]+", env_id) and not re.search(r"-v\d+$", env_id) else None
+    return DMC if re.fullmatch(r"[a-z0-9_]+-[a-z0-9_]+(?<!-v\d)", env_id) else None
 
 
 def normalized_score(env_id: str, score):
@@ -95,33 +91,26 @@ def normalized_score(env_id: str, score):
     return (score - random_score) / (human_score - random_score)
 
 
-def game_name(env_id: str) -> str:
-    return env_id.removesuffix("NoFrameskip-v4")
-
-
-def names_of(env_id: str, replay_ratio: float, method: str) -> tuple[str, str, str]:
-    return game_name(env_id), f"{replay_ratio:g}", method
-
-
 # ------------------------------------------------------------------------------------------------- from folders to games
 
 GROUP = ["env_id", "replay_ratio", "method"]  # the columns that the seeds of a method share
 RUN = [*GROUP, "seed", "run"]
-BASES = {
-    "dqn_atari": "DQN", "sr_dqn_atari": "DQN", "rde_dqn_atari": "DQN", "rde_dqn_minigrid": "DQN", "rde_sac_dmc": "SAC",
-    "rde_sac_safety": "Safe SAC", "rnd_dqn_atari": "RND-DQN",
-}  # fmt: skip
 RUN_FOLDER = re.compile(r".+__.+__-?\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
+# Scripts and methods of benchmark.sh. A method with options of its own has an --exp-name that goes on with them.
+BASES = {"dqn": "DQN", "dqn_atari": "DQN", "dqn_minigrid": "DQN", "sac": "SAC", "sac_dmc": "SAC", "sac_lag": "SAC-Lag",
+         "sac_safety": "SAC-Lag", "rnd_dqn": "RND-DQN", "rnd_dqn_atari": "RND-DQN"}  # fmt: skip
+PREFIXES = ["", "SR", "Ensemble", "RDE"]  # in the order of the tables
 # What may differ between the seeds of a method: it does not change what is computed.
-INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "checkpoint_interval", "keep_models", "cuda", "cuda_graphs",
-              "torch_deterministic", "track", "wandb_project_name", "wandb_entity", "capture_video"}  # fmt: skip
-KINDS = {"env_id": str, "exp_name": str, "seed": int, "replay_ratio": (int, float), "total_timesteps": int,
-         "eval_episodes": int, "reset_interval": int, "num_agents": int, "cost_limit": (int, float)}  # fmt: skip
-OPTIONAL = ("reset_interval", "num_agents", "cost_limit")  # not every method has them
-
-
-class RunError(Exception):
-    """Why a run folder is left out."""
+INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "allow_changed_script", "check_only", "checkpoint_interval",
+              "keep_models", "cuda", "cuda_graphs", "torch_deterministic", "track", "wandb_project_name", "wandb_entity",
+              "capture_video"}  # fmt: skip
+KINDS = {"env_id": [str], "exp_name": [str], "seed": [int], "replay_ratio": [int, float], "total_timesteps": [int],
+         "eval_episodes": [int], "reset_interval": [int], "num_agents": [int], "cost_limit": [int, float]}  # fmt: skip
+OPTIONAL = {"reset_interval": 0, "num_agents": 1, "cost_limit": math.inf}  # not every method has them
+EPISODE_COLUMNS = ["global_step", "episodic_return", "episodic_length", "wall_seconds"]
+KINDS_OF_COLUMNS = {"global_step": int, "episode": int, "episodic_return": float, "episodic_length": int, "wall_seconds": float,
+                    "phase": pd.CategoricalDtype(["scheduled", "before_reset", "after_reset", "final"]),
+                    "success": pd.CategoricalDtype([0.0, 1.0]), "cost": float}  # fmt: skip
 
 
 def clean(text: str) -> str:
@@ -130,192 +119,138 @@ def clean(text: str) -> str:
 
 
 def method_label(args: dict) -> str:
-    """DQN, SR+DQN, RDE+DQN, SAC, ...: by what the arguments do. Any other --exp-name is a method of that name."""
-    if args["exp_name"] not in BASES:
+    """DQN, SR+DQN, RDE+SAC-Lag kappa 1: by what the arguments do. Any other --exp-name is a method of that name."""
+    name = re.sub("^(sr|rde)_", "", args["exp_name"])
+    base = max((base for base in BASES if f"{name}_".startswith(f"{base}_")), key=len, default=None)
+    if base is None:
         return args["exp_name"]
-    prefix = "SR+" if args.get("reset_interval") else ""
-    if args.get("num_agents", 1) > 1:
-        prefix = "RDE+" if args.get("reset_interval") else "Ensemble+"
-    return prefix + BASES[args["exp_name"]]
+    prefix = ("RDE+" if args["num_agents"] > 1 else "SR+") if args["reset_interval"] else "Ensemble+" * (args["num_agents"] > 1)
+    return prefix + BASES[base] + name.removeprefix(base).replace("_", " ")
 
 
-def method_order(label: str) -> tuple:
-    """Baseline, then SR, then RDE, then the rest; the versions of a method (after the @) beside one another."""
-    method = label.partition("@")[0]
-    prefix = method.partition("+")[0] if "+" in method else ""
-    return {"": 0, "SR": 1, "Ensemble": 2, "RDE": 3}.get(prefix, 4) + 5 * (method not in COLORS), label
+def rank_of(label: str) -> int:
+    """Place of a method's prefix in PREFIXES; the methods that are not those of the scripts as they are come last."""
+    prefix, _, base = label.partition("@")[0].rpartition("+")  # a version of the script stands after the @
+    return PREFIXES.index(prefix) if base in BASES.values() and prefix in PREFIXES else len(PREFIXES)
 
 
 def methods_of(rows: pd.DataFrame) -> list[str]:
-    return sorted(rows.method.unique(), key=method_order)
+    return sorted(rows.method.unique(), key=lambda label: (rank_of(label), label))
 
 
-# Kind of a column, and what is allowed in it. Of larger numbers sums would overflow or be wrong.
-WHOLE, REAL = (int, lambda value: 0 <= value <= 1e15), (float, lambda value: abs(value) <= 1e15)
-PHASE = (str, ("scheduled", "before_reset", "after_reset", "final").__contains__)
-EVALUATION_COLUMNS = {"global_step": WHOLE, "phase": PHASE, "episode": WHOLE, "episodic_return": REAL}
-EPISODE_COLUMNS = {"global_step": WHOLE, "episodic_return": REAL, "episodic_length": WHOLE, "wall_seconds": REAL}
-EXTRA_COLUMNS = {"success": (float, (0, 1).__contains__), "cost": REAL}  # at the end, of some scripts
-
-
-def read_text(folder: str, name: str) -> str:
-    path = os.path.join(folder, name)
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise RunError(f"{name} is not a regular file")
+def read(folder: str, name: str, parse):
+    """`parse` of a file's text. Why a run folder is left out is a ValueError, here and in the functions below."""
+    path = pathlib.Path(folder, name)
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{name} is missing, or not a regular file")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise RunError(f"{name} is missing") from None
-    except (OSError, ValueError):
-        raise RunError(f"{name} is not a readable text") from None
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged: {clean(str(error))[:200]}") from None
 
 
-def read_args(folder: str) -> tuple[dict, str, str]:
+def parse_args(text: str) -> tuple[dict, str, str]:
     """The arguments of a run, those of them that its seeds must have in common, and the version of its script."""
-    text = read_text(folder, "args.json")
-    try:
-        content = json.loads(text)
-        args, version = content["args"], content.get("script_sha256") or "unknown"
-        args = args if isinstance(args, dict) else {}
-        settings = {name: str(value) for name, value in args.items() if name not in INCIDENTAL}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise RunError('args.json is not readable as JSON with a part "args"') from None
-    for name, kind in KINDS.items():
-        value = args.get(name)
-        if name in OPTIONAL and name not in args or name == "cost_limit" and value in (None, math.inf):
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool) or not isinstance(value, str) and not abs(value) <= 1e18:
-            raise RunError(f"args.json has no {name}, or one of a wrong kind")
-    if not args.get("reset_interval"):  # without resets their depth says nothing, for one agent nothing is chosen
-        settings.pop("reset_depth", None)
-    if args.get("num_agents", 1) == 1:
-        settings.pop("beta", None)
-    settings = {"reset_interval": "0", "num_agents": "1"} | settings
-    return args, json.dumps(settings, sort_keys=True), clean(str(version))[:7]
+    content = json.loads(text)
+    args = OPTIONAL | {name: value for name, value in content["args"].items() if value is not None}
+    version = clean(str(content.get("script_sha256") or "unknown"))[:7]
+    for name, kinds in KINDS.items():
+        value, most = args.get(name), math.inf if name == "cost_limit" else 1e18
+        if type(value) not in kinds or kinds != [str] and not abs(value) <= most:
+            raise ValueError(f"no {name}, or one of a wrong kind")
+    # Without resets their depth says nothing, for one agent nothing is chosen.
+    idle = {"reset_depth"} if not args["reset_interval"] else set(), {"beta"} if args["num_agents"] == 1 else set()
+    settings = {name: str(value) for name, value in args.items() if name not in INCIDENTAL.union(*idle)}
+    return args, json.dumps(settings, sort_keys=True), version
 
 
-def read_rows(folder: str, name: str, columns: dict) -> pd.DataFrame:
-    """A CSV file, each value as its column's kind; success and cost are NaN where the file does not have them."""
-    text = read_text(folder, name)
-    try:
-        heading, *rows = list(csv.reader(text.splitlines())) or [[]]
-    except csv.Error as error:
-        raise RunError(f"{name} is not readable as CSV: {error}") from None
-    kinds = columns | {column: EXTRA_COLUMNS[column] for column in EXTRA_COLUMNS if column in heading}
-    if heading != list(kinds):
-        raise RunError(f"{name} does not begin with {','.join(columns)}")
-    values = []
-    for line, row in enumerate(rows, start=2):
-        try:
-            values.append([kind(cell) for (kind, _), cell in zip(kinds.values(), row, strict=True)])
-            allowed = all(is_allowed(value) for (_, is_allowed), value in zip(kinds.values(), values[-1]))
-            if not allowed or line == len(rows) + 1 and not text.endswith("\n"):
-                raise ValueError
-        except ValueError:
-            row = clean(",".join(row)[:60])
-            raise RunError(f'{name}, line {line}: "{row}" is not a row, or is cut off, or holds a number beyond 1e15') from None
-    return pd.DataFrame(values, columns=heading).reindex(columns=[*columns, *EXTRA_COLUMNS])
+def parse_rows(text: str, columns: list[str]) -> pd.DataFrame:
+    """success and cost are NaN where the file does not have them."""
+    rows = pd.read_csv(io.StringIO(text), dtype=KINDS_OF_COLUMNS)
+    if [*rows] != [*columns, *rows.columns.intersection(["success", "cost"])] or rows.index.nlevels > 1:
+        raise ValueError(f"it does not begin with {','.join(columns)}")
+    too_large = (rows.select_dtypes("number").abs() > 1e15).any(axis=1)  # sums would overflow
+    wrong = (
+        rows.isna().any(axis=1) | too_large | (rows.global_step < 0) | (rows.index == len(rows) - 1) & (not text.endswith("\n"))
+    )
+    if wrong.any():
+        raise ValueError(f"line {wrong.argmax() + 2} is cut off, or a value in it is not allowed")
+    return rows.reindex(columns=[*columns, "success", "cost"]).astype({"success": float})
 
 
-def read_evaluations(folder: str, num_episodes: int) -> pd.DataFrame:
+def parse_evaluations(text: str, num_episodes: int) -> pd.DataFrame:
     """A row for every game of evaluations.csv; `evaluation` counts the evaluations."""
-    rows = read_rows(folder, "evaluations.csv", EVALUATION_COLUMNS)
-    step, phase, episode = rows.global_step, rows.phase, rows.episode
-    goes_on = (step == step.shift()) & (phase == phase.shift()) & (episode == episode.shift() + 1)
-    for i in rows.index[np.where(episode == 0, step < step.shift(), ~goes_on)]:
-        where = f"evaluations.csv, line {i + 2}: step {step[i]}"
-        if episode[i] == 0:
-            raise RunError(f"{where} comes after step {step[i - 1]}")
-        raise RunError(f"{where}, {phase[i]}: episode {episode[i]} is doubled or out of order")
-    rows["evaluation"] = (episode == 0).cumsum() - 1
-    before = None
-    for (_, *this), size in rows.groupby(["evaluation", "global_step", "phase"]).size().items():
-        where = f"evaluations.csv: step {this[0]}"
-        if size != num_episodes:
-            raise RunError(f"{where}, {this[1]}, has {size} of {num_episodes} episodes")
-        if this[1] == "after_reset" and before != [this[0], "before_reset"]:
-            raise RunError(f"{where}: the reset has no evaluation before it")
-        if this == before:
-            raise RunError(f"{where}, {this[1]}, is there twice")
-        before = this
+    rows = parse_rows(text, ["global_step", "phase", "episode", "episodic_return"]).astype({"phase": str})
+    whole, own = len(rows) // num_episodes, rows[["global_step", "phase"]]
+    rows["evaluation"], place = np.divmod(np.arange(len(rows)), num_episodes)
+    first = own.groupby(rows.evaluation).transform("first")
+    before = first.shift(num_episodes)  # of the evaluation before
+    has_before = (first.global_step == before.global_step) & (before.phase == "before_reset")
+    wrong = (own != first).any(axis=1) | (rows.episode != place) | (first == before).all(axis=1)
+    wrong |= (first.global_step < before.global_step) | (first.phase == "after_reset") & ~has_before
+    wrong |= rows.evaluation == whole  # that is there only if it is incomplete
+    if wrong.any():
+        raise ValueError(
+            f"line {wrong.argmax() + 2}: an evaluation is incomplete, doubled, out of order, or misses before_reset"
+        )
     return rows
 
 
 def read_run(folder: str, name: str) -> dict:
     """A finished run: the columns RUN, its settings and version, and its games as a table."""
-    args, settings, version = read_args(folder)
-    finished = os.path.isfile(os.path.join(folder, "model.pt"))  # what the training scripts call finished
-    try:
-        evaluations = read_evaluations(folder, args["eval_episodes"])
-    except RunError as error:
-        raise RunError(error if finished else f"not finished: {error}") from None
-    step, phase = (0, "") if evaluations.empty else evaluations[["global_step", "phase"]].iloc[-1]
-    if not finished:
-        raise RunError(f"not finished: the last evaluation is of step {step} of {args['total_timesteps']}")
-    num_final = evaluations[evaluations.phase == "final"].evaluation.nunique()
-    if not num_final:
-        raise RunError(f"damaged: there is a model.pt, but the last evaluation is of step {step}, and none is final")
-    if num_final > 1 or phase != "final" or step < args["total_timesteps"]:
-        raise RunError("evaluations.csv: the final evaluation is not the one of the last step")
-    episodes = read_rows(folder, "episodes.csv", EPISODE_COLUMNS).assign(phase="training", evaluation=-1)
+    args, settings, version = read(folder, "args.json", parse_args)
+    if not os.path.isfile(os.path.join(folder, "model.pt")):  # what the training scripts call finished
+        raise ValueError("not finished: there is no model.pt")
+    evaluations = read(folder, "evaluations.csv", lambda text: parse_evaluations(text, args["eval_episodes"]))
+    final = evaluations[evaluations.phase == "final"]
+    if set(final.evaluation) != {evaluations.evaluation.max()} or final.global_step.max() < args["total_timesteps"]:
+        raise ValueError("damaged: there is a model.pt, but no final evaluation at the end")
+    episodes = read(folder, "episodes.csv", lambda text: parse_rows(text, EPISODE_COLUMNS))
+    episodes = episodes.assign(phase="training", evaluation=-1)
     games = pd.concat([rows for rows in (evaluations, episodes) if len(rows)], join="inner", ignore_index=True)
     games = games.rename(columns={"global_step": "step", "episodic_return": "score"})
-    limit = math.inf if args.get("cost_limit") is None else float(args["cost_limit"])
-    games = games.assign(total_timesteps=args["total_timesteps"], cost_limit=limit)
+    games = games.assign(total_timesteps=args["total_timesteps"], cost_limit=float(args["cost_limit"]))
     identity = (clean(args["env_id"]), float(args["replay_ratio"]), clean(method_label(args)), args["seed"], name)
     return dict(zip(RUN, identity)) | {"settings": settings, "version": version, "games": games}
 
 
-def find_run_folders(runs_dir: str) -> Iterator[str]:
-    """Every run folder once, also one that only a link leads to."""
-    seen = set()
+def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The study as one table with a row for every game, a line for every folder that is left out, and notes.
+
+    Columns: RUN; total_timesteps, cost_limit; phase (of the evaluation, or "training"), evaluation (its number; -1: training),
+    step (in training: at the game's end), score, normalized (on its suite's scale), success, cost (NaN: not logged).
+    """
+    runs, left_out, notes, seen = [], [], [], set()  # seen: folders, as links may lead in circles
     for folder, subfolders, files in os.walk(runs_dir, followlinks=True):
         subfolders.sort()
-        known = (place := os.path.realpath(folder)) in seen
+        name, place = clean(os.path.relpath(folder, runs_dir)), os.path.realpath(folder)
         is_run = {"args.json", "evaluations.csv"} & set(files) or RUN_FOLDER.fullmatch(os.path.basename(folder))
-        seen.add(place)
-        if is_run or known:
+        if is_run or place in seen:
             subfolders.clear()
-        if is_run and not known:
-            yield folder
-
-
-def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """The study as one table, a line for every folder that is left out, and notes.
-
-    A row is a game. Its columns: RUN; total_timesteps and cost_limit of the run; phase (of the evaluation, or "training"),
-    evaluation (its number, -1 in training), step (in training: at the game's end), score, normalized (the score on its suite's
-    scale), success, cost (NaN where they are not logged). The runs are sorted as they are listed everywhere.
-    """
-    runs, left_out = [], []
-    for folder in find_run_folders(runs_dir):
-        name = clean(os.path.relpath(folder, runs_dir))
-        try:
-            runs.append(read_run(folder, name))
-        except RunError as error:
-            left_out.append(f"{name}: {error}")
+        if is_run and place not in seen:
+            try:
+                runs.append(read_run(folder, name))
+            except ValueError as error:
+                left_out.append(f"{name}: {error}")
+        seen.add(place)
     if not runs:
         return pd.DataFrame(), sorted(left_out), []
-    runs, notes = pd.DataFrame(runs), []
-    for method, versions in sorted(runs.groupby("method").version.unique().items()):
+    runs = pd.DataFrame(runs)
+    for method, versions in runs.groupby("method").version.unique().items():
         if len(versions) > 1 and not merge_versions:
             runs.loc[runs.method == method, "method"] += "@" + runs.version
-            labels = ", ".join(f"{method}@{version}" for version in sorted(versions))
-            notes.append(f"{method}: its runs were made by different versions of the script and count as {labels}")
+            notes.append(f"{method} is of different versions of the script: {', '.join(f'@{one}' for one in sorted(versions))}")
     # The seeds of a method must have the same arguments. Of several sets of them the one with most runs is kept.
-    usual = runs.groupby(GROUP).settings.transform(lambda all: Counter(all).most_common(1)[0][0])
-    for i, run in runs[runs.settings != usual].iterrows():
-        own, most = json.loads(run.settings), json.loads(usual[i])
+    usual = runs.groupby(GROUP).settings.transform(lambda settings: Counter(settings).most_common(1)[0][0])
+    for run, settings in zip(runs[runs.settings != usual].itertuples(), usual[runs.settings != usual]):
+        own, most = json.loads(run.settings), json.loads(settings)
         names = [name for name in sorted(own | most) if own.get(name) != most.get(name)]
         differences = ", ".join(f"{name} {str(own.get(name))[:60]} instead of {str(most.get(name))[:60]}" for name in names)
-        group = "{2} on {0}, replay ratio {1}".format(*names_of(*run[GROUP]))
-        left_out.append(f"{run.run}: other arguments than most runs of {group}: {clean(differences)}")
-    runs = runs[runs.settings == usual]
-    first = runs.groupby([*GROUP, "seed"]).run.transform("min")
-    left_out += [f"{run}: the same as {other}, which counts" for run, other in zip(runs.run, first) if run != other]
-    runs = runs[runs.run == first]
-    runs = runs.sort_values(RUN, key=lambda column: column.map(method_order) if column.name == "method" else column)
+        left_out.append(f"{run.run}: other arguments than most runs of {run.method} there: {clean(differences)}")
+    runs = runs[runs.settings == usual].sort_values("run")
+    left_out += [f"{run}: another run of the same seed counts" for run in runs.run[runs.duplicated([*GROUP, "seed"])]]
+    runs = runs.drop_duplicates([*GROUP, "seed"]).assign(rank=runs.method.map(rank_of))
+    runs = runs.sort_values(["env_id", "replay_ratio", "rank", "method", "seed"])
     games = pd.concat([run.games.assign(**run[RUN]) for _, run in runs.iterrows()], ignore_index=True)
     games["normalized"] = [normalized_score(env_id, score) for env_id, score in zip(games.env_id, games.score)]
     return games, sorted(left_out), notes
@@ -323,13 +258,11 @@ def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFram
 
 # ------------------------------------------------------------------------------------------------ from games to numbers
 
+EVALUATIONS, TRAINING = "evaluations", "training games"
+
 
 def evaluations_of(games: pd.DataFrame) -> pd.DataFrame:
-    """A row for every evaluation: the means over its games, and over its different games (of equal scores one counts).
-
-    A policy without exploration plays the same game again and again in an emulator without chance. Where success is logged,
-    the tasks are drawn anew, and equal scores are not one game.
-    """
+    """The means over the games. `different`: equal scores are one game played again, unless success is logged (new tasks)."""
     games = games[games.phase != "training"]
     same = games.duplicated(["run", "evaluation", "score"]) & games.success.isna()
     games = games.assign(different=games.score.mask(same))
@@ -338,12 +271,23 @@ def evaluations_of(games: pd.DataFrame) -> pd.DataFrame:
     return means.assign(episodes=by_evaluation.size()).reset_index()
 
 
+def points_of(games: pd.DataFrame, source: str) -> pd.DataFrame:
+    """What curves are made of: evaluations, or at the twentieths of a run the means over the last tenth's training games."""
+    if source == EVALUATIONS:
+        return evaluations_of(games)
+    runs, training = games[[*RUN, "phase", "total_timesteps"]].drop_duplicates("run"), games[games.phase == "training"]
+    twentieth = np.ceil(20 * training.step / training.total_timesteps)
+    windows = pd.concat([training.assign(twentieth=twentieth), training.assign(twentieth=twentieth + 1)])
+    means = windows.groupby(["run", "twentieth"])[["score", "normalized", "success", "cost"]].mean()
+    points = runs.merge(pd.DataFrame({"twentieth": np.arange(1.0, 21)}), how="cross").join(means, on=["run", "twentieth"])
+    return points.assign(phase="training", step=points.twentieth * points.total_timesteps / 20)
+
+
 def runs_of(games: pd.DataFrame) -> pd.DataFrame:
     """A row for every run: its scores, its success, its cost."""
     evaluations, training = evaluations_of(games), games[games.phase == "training"]
     curve = evaluations[evaluations.phase != "after_reset"].groupby(RUN, sort=False)
-    runs = curve[["score", "normalized", "success"]].last()  # checked while reading: the final one
-    runs["best"] = curve.score.max()
+    runs = curve[["score", "normalized", "success"]].last().assign(best=curve.score.max())  # the last is the final one
     # The last fifth of training, played with its exploration.
     last = training[training.step > 0.8 * training.total_timesteps].groupby(RUN)
     runs = runs.assign(training=last.score.mean(), normalized_training=last.normalized.mean(), num_training=last.size())
@@ -354,93 +298,70 @@ def runs_of(games: pd.DataFrame) -> pd.DataFrame:
 
 
 def resets_of(games: pd.DataFrame, window: int) -> pd.DataFrame:
-    """A row for every reset: what was played right before and right after it.
+    """A row for every reset: the mean scores right before and right after it, in columns with _before and _after.
 
-    Of its two evaluations: score, different, cost; of the training games that ended at most `window` steps away:
-    training, training_cost; each with _before and _after. (So a training game that a reset interrupts counts as after it.)
+    different: of its two evaluations; training: of the training games that ended at most `window` steps away.
     """
     evaluations, training = evaluations_of(games), games[games.phase == "training"]
-    after = evaluations[evaluations.phase == "after_reset"]
-    resets, columns = after[[*RUN, "step"]].reset_index(drop=True), ["score", "different", "cost"]
-    for side, rows in (("before", evaluations.loc[after.index - 1]), ("after", after)):
-        resets[[f"{column}_{side}" for column in columns]] = rows[columns].to_numpy()
-        means = []
-        for run, step in zip(resets.run, resets.step):
-            first, last = (step - window, step) if side == "before" else (step, step + window)
-            near = training[(training.run == run) & (first < training.step) & (training.step <= last)]
-            means.append((near.score.mean(), near.cost.mean()))
-        resets[[f"training_{side}", f"training_cost_{side}"]] = np.reshape(means, (-1, 2))
+    resets = evaluations.assign(different_before=evaluations.different.shift(), different_after=evaluations.different)
+    resets = resets[evaluations.phase == "after_reset"]
+    near = resets[["run", "step"]].drop_duplicates().merge(training, on="run", suffixes=("", "_of_game"))
+    distance = near.step_of_game - near.step
+    for side, inside in (("before", distance.between(1 - window, 0)), ("after", distance.between(1, window))):
+        scores = near[inside].groupby(["run", "step"]).score.mean()
+        resets = resets.join(scores.rename(f"training_{side}"), on=["run", "step"])
     return resets
 
 
 def collapses_of(resets: pd.DataFrame, args: Args) -> pd.DataFrame:
-    """By the different games of the evaluations, and by the training games; a row for every game, replay ratio and method.
+    """Mean scores before and after the resets of all seeds, by the evaluations and by the training games, and their ratio.
 
-    Mean score before and after the resets of all seeds, their ratio (NaN where the score before is not positive), the ratios of
-    the seeds, and the interval by the bootstrap over seeds (NaN without one). Means first, then their ratio: single ratios are
-    noise where a score before is close to 0.
+    Of means, as single ratios are noise; NaN where the score before is not positive. With those of the seeds, and an interval.
     """
-    ratio_of = lambda sums: np.where(sums[..., 0] > 0, sums[..., 1] / np.where(sums[..., 0] > 0, sums[..., 0], 1), math.nan)
+    ratio_of = lambda sums: np.where(sums[..., 0] > 0, sums[..., 1], math.nan) / sums[..., 0]
     rows = []
-    for source, column in (("evaluations", "different"), ("training games", "training")):
+    for source, column in ((EVALUATIONS, "different"), (TRAINING, "training")):
         sides = [f"{column}_before", f"{column}_after"]
         for group, of_group in resets.dropna(subset=sides).groupby(GROUP, sort=False):
             sums, seeds = of_group.groupby("seed")[sides].sum().to_numpy(), np.arange(of_group.seed.nunique())[:, np.newaxis]
-            interval = bootstrap(lambda drawn: ratio_of(sums[drawn.ravel()].sum(axis=0)[np.newaxis]), seeds, args)[1]
-            means = sums.sum(axis=0) / len(of_group)
-            rows.append((*group, source, len(of_group), *means, float(ratio_of(means)), ratio_of(sums), interval))
-    return pd.DataFrame(rows, columns=[*GROUP, "source", "resets", "before", "after", "ratio", "of_seeds", "interval"])
+            ratio, interval = bootstrap(lambda drawn: ratio_of(sums[drawn.ravel()].sum(axis=0, keepdims=True)), seeds, args)
+            before, after = sums.sum(axis=0) / len(of_group)
+            rows.append((*group, source, len(of_group), before, after, ratio[0], ratio_of(sums), *interval.ravel()))
+    return pd.DataFrame(rows, columns=[*GROUP, "source", "resets", "before", "after", "ratio", "of_seeds", "low", "high"])
 
 
 def comparable(games: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """What a comparison over games is made of, with the column suite; and notes on what it leaves out.
-
-    In every suite and replay ratio every method has the same games, and each of its games the same seeds.
-    """
-    games, parts, notes = games.assign(suite=games.env_id.map(suite_of)), [], []
-    for (suite, replay_ratio), rows in games.groupby(["suite", "replay_ratio"]):  # those without a suite fall out
-        where, methods, of_game = f"{suite}, replay ratio {replay_ratio:g}", methods_of(rows), rows.groupby("env_id").method
-        shared = of_game.nunique() == len(methods)
-        if others := sorted(map(game_name, shared.index[~shared])):
-            notes.append(f"{where}: without {', '.join(others)}, which not every method has finished")
-        rows = rows[rows.env_id.map(shared)]
-        for method in methods_of(rows):
-            own = rows[rows.method == method]
-            in_all = own.groupby("seed").env_id.nunique() == shared.sum()
-            if not in_all.all():
-                seeds = ", ".join(map(str, in_all.index[~in_all]))
-                notes.append(f"{where}: {method} without the seeds {seeds}, which not every game has finished")
-            parts.append(own[own.seed.map(in_all)])
-    return pd.concat(parts) if parts else games[:0], notes
+    """The games that all methods of a suite and replay ratio have, of a method the seeds with all of them; and notes."""
+    games, parts = games.assign(suite=games.env_id.map(suite_of)), []
+    others = games.env_id[games.suite.isna()].unique()
+    notes = [f"{game_name(env_id)}: no scale in common with other games" for env_id in others]
+    for (suite, replay_ratio), rows in games.groupby(["suite", "replay_ratio"]):
+        where = f"{suite}, replay ratio {replay_ratio:g}"
+        shared = rows.groupby("env_id").method.transform("nunique") == rows.method.nunique()
+        notes += [f"{where}: {game_name(env_id)} is not finished by every method" for env_id in rows.env_id[~shared].unique()]
+        rows = rows[shared]
+        complete = rows.groupby(["method", "seed"]).env_id.transform("nunique") == rows.env_id.nunique()
+        others = rows[~complete].drop_duplicates(["method", "seed"])
+        notes += [f"{where}: {one.method}, seed {one.seed} is not finished in every game" for one in others.itertuples()]
+        parts.append(rows[complete].assign(title=f"{suite}\nreplay ratio {replay_ratio:g}, games: {rows.env_id.nunique()}"))
+    return pd.concat(parts) if parts else games[:0].assign(title=""), notes
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def bootstrap(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[np.ndarray, np.ndarray | None]:
-    """`function` of scores (seeds, games, ...), and its 95 % interval (2, ...) by the bootstrap stratified over games.
-
-    A list holds the arguments of a function of several methods, each with seeds of its own. One seed has no spread to estimate:
-    then the interval is None.
-    """
+def bootstrap(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """`function` of scores (seeds, games, ...), or of a list of them, and its 95 % interval (2, ...): NaN of one seed."""
     arrays = scores if isinstance(scores, list) else [scores]
     if min(map(len, arrays)) < 2:
-        return function(*arrays), None
-    np.random.seed(args.seed)  # rliable draws from the global generator, whatever random_state it is given
+        return (point := function(*arrays)), np.full((2, *point.shape), math.nan)
+    np.random.seed(
+        args.seed
+    )  # stratified over games; rliable draws from the global generator, whatever random_state it is given
     points, intervals = library.get_interval_estimates({"": scores}, function, reps=args.bootstrap_samples)
     return points[""], intervals[""]
 
 
 def interquartile_means(scores: np.ndarray) -> np.ndarray:
     """Over seeds and games, for every step: (seeds, games, steps) to (steps,). (rliable's aggregate_iqm does one at a time.)"""
-    scores = np.sort(scores.reshape(-1, scores.shape[-1]), axis=0)
-    cut = int(0.25 * len(scores))
-    return scores[cut : len(scores) - cut].mean(axis=0)
-
-
-def fractions_above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(seeds, games) to the fraction of them above every threshold. (rliable's score_distributions, in one call.)"""
-    return 1 - np.searchsorted(np.sort(scores, axis=None), thresholds, side="right") / scores.size
+    return stats.trim_mean(scores.reshape(-1, scores.shape[-1]), 0.25, axis=0)
 
 
 def final_scores(games: pd.DataFrame, column: str = "normalized") -> np.ndarray:
@@ -448,63 +369,10 @@ def final_scores(games: pd.DataFrame, column: str = "normalized") -> np.ndarray:
     return runs_of(games).pivot(index="seed", columns="env_id", values=column).dropna().to_numpy()
 
 
-def improvements_of(games: pd.DataFrame, args: Args) -> list[tuple]:
-    """(replay ratio, reset ensemble, other method, games, how probably a run of the one ends better, interval), ..."""
-    rows, function = [], lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
-    for replay_ratio, group in games.groupby("replay_ratio"):
-        for ensemble, other in itertools.permutations(methods_of(group), 2):
-            pair = [group[group.method == method] for method in (ensemble, other)]
-            env_ids = set(pair[0].env_id) & set(pair[1].env_id)
-            scores = [final_scores(one[one.env_id.isin(env_ids)], "score") for one in pair if env_ids]
-            if ensemble.startswith("RDE+") and env_ids and all(map(len, scores)):
-                rows.append((replay_ratio, ensemble, other, len(env_ids), *bootstrap(function, scores, args)))
-    return rows
-
-
-def evaluation_curve(games: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one method on one game: steps, means (seeds, steps), and which of them are right after a reset.
-
-    Only the points that every seed has: all of them, as the same arguments give the same steps.
-    """
-    rows = evaluations_of(games)
-    table = rows.pivot_table(index=["step", "phase"], columns="seed", values=column, aggfunc="last").dropna()
-    order = rows[rows.run == rows.run.iloc[0]].set_index(["step", "phase"]).index.drop_duplicates()
-    table = table.loc[order[order.isin(table.index)]]
-    return table.index.get_level_values(0), table.to_numpy().T, table.index.get_level_values(1) == "after_reset"
-
-
-def training_curve(games: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same of training: at the ends of the twentieths of a run, means over the games of the last tenth up to there.
-
-    NaN where no game of a seed ended.
-    """
-    total, ends, means = games.total_timesteps.iloc[0], [], []
-    for end in np.linspace(0, total, 21)[1:]:
-        window = (games.phase == "training") & (end - total / 10 < games.step) & (games.step <= end)
-        ends.append(end)
-        means.append(games[column].where(window).groupby(games.seed).mean())
-    return np.array(ends), np.array(means).T, np.zeros(20, bool)
-
-
-def curves_over_games(curve_of, games: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Of one method: the steps that every run has, except those right after a reset, and scores (seeds, games, steps)."""
-    frames = []
-    for env_id, rows in games.groupby("env_id"):
-        steps, scores, dips = curve_of(rows, "normalized")
-        frame = pd.DataFrame(scores[:, ~dips].T, index=steps[~dips])
-        frames.append(frame[~frame.index.duplicated(keep="last")].dropna())
-    table = pd.concat(frames, axis=1, join="inner").sort_index()
-    return table.index.to_numpy(), table.to_numpy().reshape(len(table), len(frames), -1).transpose(2, 1, 0)
-
-
-def published_levels(shared: pd.DataFrame, references: pd.DataFrame) -> dict[str, float]:
-    """Interquartile means over the games of a comparison, of the published methods that have all of them."""
-    env_ids, levels = {game_name(env_id): env_id for env_id in shared.env_id.unique()}, {}
-    for method, rows in references[references.game.isin(env_ids)].groupby("method", sort=False):
-        if len(rows) == len(env_ids):
-            scores = [normalized_score(env_ids[game], score) for game, score in zip(rows.game, rows.score)]
-            levels[method] = float(interquartile_means(np.array(scores)[np.newaxis, :, np.newaxis])[0])
-    return levels
+def iqms_over_games(scores: pd.DataFrame, env_ids: np.ndarray) -> dict[str, float]:
+    """Interquartile means over games, of the methods that have all of them (columns env_id, method, normalized)."""
+    of_methods = scores[scores.env_id.isin(env_ids)].groupby("method", sort=False).normalized
+    return of_methods.agg(lambda values: stats.trim_mean(values, 0.25))[of_methods.size() == len(env_ids)].to_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------- CSV, table
@@ -512,374 +380,231 @@ def published_levels(shared: pd.DataFrame, references: pd.DataFrame) -> dict[str
 
 def csv_tables(games: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """results.csv and training_games.csv."""
-    extra = [column for column in EXTRA_COLUMNS if games[column].notna().any()]
-    runs, training = runs_of(games), games[games.phase == "training"].assign(episodic_return=games.score)
-    last = runs.dropna(subset="training")
-    last = last.assign(phase="training", step=last.total_timesteps, score=last.training)
-    results = pd.concat([evaluations_of(games), last.assign(episodes=last.num_training.astype(int), success=math.nan)])
-    rows_of_runs = {run: row for row, run in enumerate(runs.run)}
-    results = results.sort_values("run", key=lambda names: names.map(rows_of_runs), kind="stable")
-    normalized = [normalized_score(env_id, score) for env_id, score in zip(results.env_id, results.score)]
-    results["human_normalized_score"] = np.where(results.env_id.map(suite_of) == ATARI, normalized, math.nan)
-    names = ["env_id", "method", "replay_ratio", "seed", "global_step"]
-    columns = ["run", *names, "phase", "episodes", "score", *extra, "human_normalized_score"]
-    for rows in (results, training):
-        rows["replay_ratio"], rows["global_step"] = rows.replay_ratio.map("{:g}".format), rows.step
-    return {"results.csv": results[columns], "training_games.csv": training[[*names, "episodic_return", *extra]]}
+    runs, extra = runs_of(games), [column for column in ("success", "cost") if games[column].notna().any()]
+    last = runs.dropna(subset="training").drop(columns=["score", "normalized", "success"])
+    last = last.rename(columns={"training": "score", "normalized_training": "normalized", "total_timesteps": "step"})
+    last = last.assign(phase="training", episodes=last.num_training.astype(int))
+    results = pd.concat([evaluations_of(games), last]).set_index("run").loc[runs.run].reset_index()
+    results["human_normalized_score"] = results.normalized.where(results.env_id.map(suite_of) == ATARI)
+    names = ["env_id", "method", "replay_ratio", "seed", "step"]
+    results = results[["run", *names, "phase", "episodes", "score", *extra, "human_normalized_score"]]
+    training = games[games.phase == "training"][[*names, "score", *extra]].rename(columns={"score": "episodic_return"})
+    files = {"results.csv": results, "training_games.csv": training}
+    return {name: rows.rename(columns={"step": "global_step"}) for name, rows in files.items()}
 
 
-def number(value: float, spread: list[float] = ()) -> str:
+def number(value: float, spread=()) -> str:
     """Three digits or so (1234, 123, 12.3, 1.23, 0.012), ± the standard deviation of `spread` if that holds at least two."""
+    if not math.isfinite(value):
+        return "-"
     decimals = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
     return f"{value:.{decimals}f}" + (f" ± {np.std(spread, ddof=1):.{decimals}f}" if len(spread) > 1 else "")
 
 
-def mean_and_std(values) -> str:
-    known = [value for value in values if math.isfinite(value)]
-    return number(float(np.mean(known)), known) if known else "-"
-
-
-def interval_text(interval: np.ndarray | None) -> str:
-    return "needs 2 seeds" if interval is None else "{:.3f} to {:.3f}".format(*interval.ravel())
+def estimate(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[str, str]:
+    """A number, and its interval."""
+    point, interval = bootstrap(function, scores, args)
+    return f"{point[0]:.3f}", "-" if np.isnan(interval).any() else "{:.3f} to {:.3f}".format(*interval.ravel())
 
 
 GAME = "game | replay ratio | method"
 SECTIONS = {  # title: columns, text
     "Scores": (f"{GAME} | seeds | final score | best score | training games | final, human-normalized", """\
 Mean ± standard deviation over seeds, each seed the mean of its evaluation's games. Final is the evaluation at the end; best is
-the run's highest evaluation, picked afterwards, and so biased upwards. Training games are those that ended in the last fifth of
-training, played with its exploration; where they differ much from the evaluations, a single evaluation says little."""),
+the highest one, picked afterwards, and so biased upwards. Training games: those that ended in the last fifth, with exploration;
+where they differ much from the evaluations, a single evaluation says little."""),
     "Over games": ("scale | replay ratio | method | games | seeds | IQM | 95 % interval", """\
 Interquartile mean of the final scores over all games and seeds, with its 95 % interval by the bootstrap stratified over games
-({args.bootstrap_samples} samples)."""),
+({args.bootstrap_samples} samples). An interval needs 2 seeds."""),
     "Probability of improvement": ("replay ratio | method | over | games | probability | 95 % interval", """\
 How probably a run of the reset ensemble ends with a better evaluation than one of the other method (a tie is half of it), mean
 over the games that both have, with its interval by the same bootstrap."""),
     "Collapse of a reset": (f"{GAME} | of | resets | before | after | after / before | 95 % interval", """\
-Mean score right before and right after the resets of all seeds, and after / before (± standard deviation over seeds) with its
-interval by the bootstrap over seeds: 1 is no collapse. Where the scores before are not positive, the ratio is not defined.
-Equal scores in one evaluation count once (without exploration they are one game, played again), except where success is logged.
-The training games are those that ended in the {args.reset_window:,} steps before and after; resets without some on both sides
-do not count."""),
+Mean score right before and right after the resets of all seeds, and after / before (± standard deviation over seeds; 1 is no
+collapse) with its interval by the bootstrap over seeds; without a number where a score before is not positive. Equal scores in
+an evaluation count once (without exploration they are one game, played again), except where success is logged. Training games:
+those that ended in the {args.reset_window:,} steps before and after; resets without some on both sides do not count."""),
     "Success": (f"{GAME} | seeds | final success | 95 % interval | reached 90 % | steps to 90 %", """\
-Rate of success in the final evaluation, mean over seeds, and environment steps to the first evaluation with 90 %, median over
-seeds."""),
+Rate of success in the final evaluation, mean over seeds; steps to the first one with 90 %, median (inf: not reached)."""),
     "Cost": (f"{GAME} | seeds | limit | total cost | episodes | above the limit", """\
 Mean ± standard deviation over seeds: the cost of the whole training, its episodes, and those with a cost above the limit."""),
-    "Return and cost of every reset": (f"{GAME} | step | seeds | return | cost | return in training | cost in training", """\
-Means over seeds, before → after: the evaluations right before and after, training games of {args.reset_window:,} steps."""),
     "Published scores, beside training games": ("game | whose | score | human-normalized", """\
-What is published stands beside the TRAINING games of this study (mean of the last fifth, with exploration), not beside its
-evaluations without exploration: the RDE paper's evaluations go on with training games, others have some exploration. Each is
-measured as its paper says. Over games: the interquartile mean of the games' means."""),
+Published scores stand beside the TRAINING games of this study (the last fifth, with exploration), not beside its evaluations:
+the RDE paper's go on with training games, others explore a little. Over games: the interquartile mean of the games' means."""),
 }  # fmt: skip
 
 
-def table_text(tables: dict[str, list[tuple]], notes: list[str], num_runs: int, left_out: list[str], args: Args) -> str:
+def table_text(tables: dict[str, list], notes: list[str], num_runs: int, left_out: list[str], args: Args) -> str:
     """table.md. In a name, | would begin a cell and $ a formula."""
-    text = ""
+    text, formats = "", {"game": game_name, "replay ratio": "{:g}".format}
+    as_text = lambda cell: number(cell) if isinstance(cell, float) else re.sub(r"[\\|$]", r"\\\g<0>", str(cell))
     for title, (columns, description) in SECTIONS.items():
-        cells = [[re.sub(r"[\\|$]", r"\\\g<0>", str(cell)) for cell in row] for row in tables[title]]
-        lines = [f"| {columns} |", "|---" * (columns.count(" | ") + 1) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
-        if cells or title == "Over games" and notes:
-            text += f"## {title}\n\n{description.format(args=args)}\n\n"
-            text += "".join(f"{line}\n" for line in lines if cells) + "\n" * bool(cells)
-            text += "".join(f"- {note}\n" for note in notes) + "\n" if title == "Over games" and notes else ""
-    text += f"{num_runs} runs, {len(left_out)} folders left out.\n"
-    return text + "".join(f"\n- {line}" for line in left_out) + "\n" * bool(left_out)
+        rows = pd.DataFrame(tables[title], columns=columns.split(" | "))
+        rows = rows.apply(lambda column: column.map(formats.get(column.name, lambda cell: cell)).map(as_text))
+        parts = [rows.to_markdown(index=False, disable_numparse=True)] if len(rows) else []
+        parts += ["\n".join(f"- {note}" for note in notes)] if notes and title == "Over games" else []
+        text += "\n\n".join([f"## {title}", description.format(args=args), *parts, ""]) if parts else ""
+    return text + "\n".join([f"{num_runs} runs, {len(left_out)} folders left out.", "", *(f"- {line}" for line in left_out)])
 
 
-def tables_of(games: pd.DataFrame, shared: pd.DataFrame, resets: pd.DataFrame, collapses: pd.DataFrame,
-              references: pd.DataFrame, args: Args) -> dict[str, list[tuple]]:  # fmt: skip
+def tables_of(games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame, published: pd.DataFrame, args: Args) -> dict:
     """The rows of every section of table.md."""
-    tables = {title: [] for title in SECTIONS}
-    for group, runs in runs_of(games).groupby(GROUP, sort=False):
-        names = names_of(*group)
-        scores = [mean_and_std(runs[column]) for column in ("score", "best", "training")]
-        normalized = mean_and_std(runs.normalized) if suite_of(group[0]) == ATARI else "-"
-        tables["Scores"].append((*names, len(runs), *scores, normalized))
-        if runs.success.notna().any():
-            rate, interval = bootstrap(lambda rates: rates.mean(axis=(0, 1)), runs.success.to_numpy()[:, None, None], args)
-            steps = runs.steps_to_success.fillna(math.inf).median()
-            reached = f"{runs.steps_to_success.count()} of {len(runs)}", "not reached" if steps == math.inf else f"{steps:.0f}"
-            tables["Success"].append((*names, len(runs), f"{rate[0]:.3f}", interval_text(interval), *reached))
-        if runs.total_cost.notna().any():
-            costs = [mean_and_std(runs[column]) for column in ("total_cost", "games", "violations")]
-            limit = number(runs.cost_limit.iloc[0]) if runs.cost_limit.iloc[0] < math.inf else "none"
-            tables["Cost"].append((*names, len(runs), limit, *costs))
-    for (*group, step), rows in resets.groupby([*GROUP, "step"], sort=False):
-        columns = ("score", "cost", "training", "training_cost")
-        means = [rows[[f"{column}_before", f"{column}_after"]].mean() for column in columns]
-        if not means[1].isna().all() or not means[3].isna().all():
-            pairs = [" → ".join("-" if math.isnan(mean) else number(mean) for mean in pair) for pair in means]
-            tables["Return and cost of every reset"].append((*names_of(*group), step, len(rows), *pairs))
-    for collapse in collapses.itertuples():
-        undefined = int(np.isnan(collapse.of_seeds).sum())
-        ratio = "not defined" if math.isnan(collapse.ratio) else number(collapse.ratio, () if undefined else collapse.of_seeds)
-        if undefined and not math.isnan(collapse.ratio):
-            ratio += f", not defined for {undefined} of {len(collapse.of_seeds)} seeds"
-        cells = (collapse.source, collapse.resets, number(collapse.before), number(collapse.after), ratio)
-        interval = "not defined" if undefined else interval_text(collapse.interval)
-        tables["Collapse of a reset"].append((*names_of(*collapse[1:4]), *cells, interval))
-    for (suite, replay_ratio, method), rows in shared.groupby(["suite", "replay_ratio", "method"], sort=False):
-        final = final_scores(rows)
-        iqm, interval = bootstrap(interquartile_means, final[..., np.newaxis], args)
-        cells = (*final.shape[::-1], f"{iqm[0]:.3f}", interval_text(interval))
-        tables["Over games"].append((f"{suite}, {SCORE_NAMES[suite]}", f"{replay_ratio:g}", method, *cells))
-    for replay_ratio, *names, num_games, point, interval in improvements_of(games, args):
-        row = (f"{replay_ratio:g}", *names, num_games, f"{point[0]:.3f}", interval_text(interval))
-        tables["Probability of improvement"].append(row)
-    runs, title = runs_of(games), "Published scores, beside training games"
-    for env_id in sorted(games.env_id.unique()):
-        published, own = references[references.game == game_name(env_id)], runs[runs.env_id == env_id]
-        rows = [(f"{m}, replay ratio {r:g}", rows.training.mean()) for (_, r, m), rows in own.groupby(GROUP, sort=False)]
-        rows += [(f"{method} (published)", score) for method, score in zip(published.method, published.score)]
-        for whose, score in rows if len(published) else []:
-            normalized = f"{normalized_score(env_id, score):.3f}" if suite_of(env_id) == ATARI else "-"
-            tables[title].append((game_name(env_id), whose, number(score), normalized))
-    for (suite, replay_ratio), rows in shared.groupby(["suite", "replay_ratio"]) if tables[title] else []:
-        levels = published_levels(rows, references)
-        own = [rows[rows.method == method] for method in methods_of(rows) if levels]
-        means = [final_scores(one, "normalized_training").mean(axis=0, keepdims=True) for one in own]  # (1, games)
-        iqms = [interquartile_means(scores[..., np.newaxis])[0] for scores in means]
-        names = [f"{one.method.iloc[0]}, replay ratio {replay_ratio:g}" for one in own]
-        levels = [*zip(names, iqms), *((f"{method} (published)", iqm) for method, iqm in levels.items())]
-        tables[title] += [(f"IQM of {rows.env_id.nunique()} games", whose, "-", f"{iqm:.3f}") for whose, iqm in levels]
+    tables, runs = {title: [] for title in SECTIONS}, runs_of(games)
+    runs["human"] = runs.normalized.where(runs.env_id.map(suite_of) == ATARI)
+    for group, rows in runs.groupby(GROUP, sort=False):
+        names, mean_and_std = (*group, len(rows)), lambda column: number(rows[column].mean(), rows[column].dropna())
+        tables["Scores"].append((*names, *map(mean_and_std, ("score", "best", "training", "human"))))
+        if rows.success.notna().any():
+            rate = estimate(lambda rates: rates.mean(axis=0), rows.success.to_numpy()[:, np.newaxis], args)
+            reached, steps = rows.steps_to_success.count(), rows.steps_to_success.fillna(math.inf).median()
+            tables["Success"].append((*names, *rate, f"{reached} of {len(rows)}", f"{steps:.0f}"))
+        if rows.total_cost.notna().any():
+            costs = map(mean_and_std, ("total_cost", "games", "violations"))
+            tables["Cost"].append((*names, f"{rows.cost_limit.iloc[0]:g}", *costs))
+    for row in collapses.itertuples(index=False):
+        ratio = number(row.ratio, () if any(np.isnan(row.of_seeds)) else row.of_seeds)
+        interval = "-" if math.isnan(row.low) else f"{row.low:.3f} to {row.high:.3f}"
+        tables["Collapse of a reset"].append((*row[:7], ratio, interval))
+    for (suite, *group), rows in shared.groupby(["suite", "replay_ratio", "method"], sort=False):
+        scores = final_scores(rows)[..., np.newaxis]
+        row = (suite, *group, *scores.shape[1::-1], *estimate(interquartile_means, scores, args))
+        tables["Over games"].append(row)
+    improvement = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
+    for replay_ratio, rows in games.groupby("replay_ratio"):
+        for ensemble, other in itertools.permutations(methods_of(rows), 2):
+            pair = rows[rows.method.isin([ensemble, other])]
+            pair = pair[pair.groupby("env_id").method.transform("nunique") == 2]
+            scores = [final_scores(pair[pair.method == method], "score") for method in (ensemble, other)]
+            if ensemble.startswith("RDE+") and scores[0].size and scores[1].size:
+                row = (replay_ratio, ensemble, other, pair.env_id.nunique(), *estimate(improvement, scores, args))
+                tables["Probability of improvement"].append(row)
+    title = "Published scores, beside training games"
+    means = {"score": ("training", "mean"), "normalized": ("normalized_training", "mean")}
+    own = runs.groupby(GROUP, sort=False, as_index=False).agg(**means)
+    own["method"] += own.replay_ratio.map(", replay ratio {:g}".format)
+    for row in pd.concat([own[own.env_id.isin(published.env_id)], published]).sort_values("env_id", kind="stable").itertuples():
+        human = f"{row.normalized:.3f}" if suite_of(row.env_id) == ATARI else "-"
+        tables[title].append((row.env_id, row.method, row.score, human))
+    for panel, rows in shared.groupby("title", sort=False) if len(published) else []:
+        own = runs_of(rows).groupby(["env_id", "method"], sort=False, as_index=False).agg(**means)
+        iqms = iqms_over_games(pd.concat([own, published]), rows.env_id.unique())
+        tables[title] += [("IQM, " + panel.replace("\n", ", "), whose, "-", f"{iqm:.3f}") for whose, iqm in iqms.items()]
     return tables
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; dashes tell the methods apart in grey as well.
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#007F5F", "#A8487F", "#B37400", "#2A8CC0"
-GREY, OTHER_COLORS = "#555555", (PURPLE, ORANGE, SKY, "#000000", "#7F4F24", "#6A51A3")
-COLORS = {prefix + base: color for base in ("DQN", "SAC", "Safe SAC", "RND-DQN")
-          for prefix, color in (("", BLUE), ("SR+", VERMILLION), ("RDE+", GREEN), ("Ensemble+", PURPLE))}  # fmt: skip
-DASHES = {BLUE: (0, (5, 2)), VERMILLION: (0, (1.5, 1.2)), PURPLE: (0, (5, 1.5, 1, 1.5)), ORANGE: (0, (8, 2)), GREY: (0, (3, 2))}
-FILE_METADATA = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
-                 "svg": dict.fromkeys(("Creator", "Date"))}  # without the time and matplotlib's version  # fmt: skip
-
-
-def colors_of(methods: list[str]) -> dict[str, str]:
-    """The first version of a known method has the method's own colour."""
-    first = {method.partition("@")[0]: method for method in reversed(methods) if method.partition("@")[0] in COLORS}
-    known = {method: COLORS[name] for name, method in first.items()}
-    colors = [color for color in OTHER_COLORS if color not in known.values()]
-    return known | {method: colors[i % len(colors)] for i, method in enumerate(sorted(set(methods) - set(known)))}
-
-
-def set_style() -> None:
-    plt.rcdefaults()
-    plt.rcParams |= {
-        "font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": "#e4e4e4", "axes.axisbelow": True, "savefig.dpi": 200, "svg.hashsalt": "benchmark", "pdf.fonttype": 42,
-        "text.parse_math": False, "axes.titlelocation": "left", "legend.frameon": False, "legend.labelcolor": "linecolor",
-    }  # fmt: skip
-
-
-def new_figure(num_panels: int, num_levels: int = 0, height: float = 3.2, width: float = 3.9) -> list[plt.Axes]:
-    """Panels side by side, at most 2 in a row, with room for the names of so many levels (lines besides the methods')."""
-    columns = min(2, num_panels)
-    height, width = max(height, 0.21 * num_levels + 1.6 * bool(num_levels)), width + bool(num_levels)
-    rows = math.ceil(num_panels / columns)
-    size = (width * columns + 0.4, height * rows + 0.2)
-    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for empty in axes.flat[num_panels:]:
-        empty.set_axis_off()
-    return list(axes.flat[:num_panels])
-
-
-def draw_curve(axes: plt.Axes, x, y, interval: np.ndarray | None, color: str, label: str = "") -> None:
-    axes.plot(x, y, color=color, linewidth=1.8, linestyle=DASHES.get(color, "-"), label=label)
-    if interval is not None:
-        axes.fill_between(x, *interval, color=color, alpha=0.1, linewidth=0)
-        axes.plot(x, interval.T, color=color, alpha=0.5, linewidth=0.6)
-
-
-def finish(figure: plt.Figure, *notes: str) -> plt.Figure:
-    separator = " · " if figure.get_figwidth() > 6 else "\n"  # a single panel is narrow
-    figure.supxlabel(separator.join(filter(None, notes)), fontsize=9, color=GREY)
-    return figure
-
-
-def finish_steps(axes: plt.Axes, last_step: float, ends: dict, levels: dict[str, float], colors: dict[str, str]) -> None:
-    """Levels (a published score, a limit) as lines, and all names to the right of their lines' ends, pushed apart there."""
-    levels = {f"{name} (published)" if name in ends else name: level for name, level in levels.items()}
-    axes.set_xlim(0, last_step)
-    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}")
-    axes.set_xlabel("environment steps (thousands)")
-    for level in levels.values():
-        axes.plot([0, last_step], [level, level], color=GREY, linewidth=0.8, linestyle=DASHES[GREY])
-    ends, colors = ends | {name: (last_step, level) for name, level in levels.items()}, dict.fromkeys(levels, GREY) | colors
-    axes.figure.draw_without_rendering()  # the layout decides how many pixels a line of text is worth
-    bottom, top = axes.get_ylim()
-    line = (top - bottom) * 15 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
-    order = sorted(ends, key=lambda name: (ends[name][1], method_order(name)))
-    heights = [ends[name][1] for name in order]
-    for _ in range(200):
-        for i in range(len(heights) - 1):
-            if (overlap := line - (heights[i + 1] - heights[i])) > 0:
-                heights[i], heights[i + 1] = heights[i] - overlap / 2, heights[i + 1] + overlap / 2
-        heights = [min(max(height, bottom + line / 2), top - line / 4) for height in heights]
-    for name, height in zip(order, heights):
-        line_to_end = {"arrowstyle": "-", "color": colors[name], "lw": 0.7, "shrinkA": 0, "shrinkB": 1}
-        axes.annotate(name, ends[name], (1.03, height), textcoords=("axes fraction", "data"), color=colors[name], va="center",
-                      fontsize=8 if name in levels else 11, arrowprops=line_to_end, annotation_clip=False)  # fmt: skip
-
-
-PICTURES = {  # of a game: what its curves are made of, columns with the names of their axes, whether intervals are drawn
-    "learning_curves": (evaluation_curve, {"score": "score of the evaluations"}, False),
-    "training_games": (training_curve, {"score": "return of the training games"}, False),
-    "success_curves": (evaluation_curve, {"success": "success in the evaluations"}, True),
-    "cost_curves": (training_curve, {"score": "return of the training games", "cost": "cost of the training games"}, True),
+# Okabe and Ito's colours, which colour-blind people can tell apart: of PREFIXES, and of other methods.
+COLORS = ["#0072B2", "#D55E00", "#A8487F", "#007F5F", "#B37400", "#2A8CC0", "#000000", "#7F4F24", "#6A51A3", "#777777"]
+STYLE = {"text.parse_math": False, "axes.titlelocation": "left", "axes.titlesize": 9, "savefig.dpi": 150}
+LEGEND = """bands: 95 % bootstrap intervals; thin lines: single seeds; ▼ right after a reset
+training games: moving mean over a tenth of the run; over games: without the evaluations right after a reset"""
+CURVES = {  # picture: what its curves are made of, columns with the names of their axes; the last two are over games
+    "learning_curves": (EVALUATIONS, {"score": "score of the evaluations"}),
+    "training_games": (TRAINING, {"score": "return of the training games"}),
+    "success_curves": (EVALUATIONS, {"success": "success in the evaluations"}),
+    "cost_curves": (TRAINING, {"score": "return of the training games", "cost": "cost of the training games"}),
+    "aggregate_curves": (EVALUATIONS, {"normalized": "IQM of normalized scores"}),
+    "aggregate_training_games": (TRAINING, {"normalized": "IQM of normalized returns"}),
 }
 
 
-def plot_game(picture: str, games: pd.DataFrame, references: pd.DataFrame, args: Args) -> plt.Figure:
-    """A panel for every replay ratio and column."""
-    curve_of, columns, with_intervals = PICTURES[picture]
-    name, methods, replay_ratios = game_name(games.env_id.iloc[0]), methods_of(games), sorted(games.replay_ratio.unique())
-    published = references[references.game == name] if picture == "training_games" else references[:0]
-    panels = new_figure(len(replay_ratios) * len(columns), len(published))
-    notes = dict.fromkeys(["moving mean over a tenth of the run"] * (curve_of is training_curve))  # a set, in order
-    notes |= dict.fromkeys(["bands: 95 % bootstrap intervals"] * with_intervals)
-    for axes, (replay_ratio, column) in zip(panels, itertools.product(replay_ratios, columns)):
-        shown, ends = games[games.replay_ratio == replay_ratio], {}
-        for method in methods_of(shown):
-            steps, scores, dips = curve_of(shown[shown.method == method], column)
-            mean, interval, color = scores.mean(axis=0), None, colors_of(methods)[method]  # where every seed has some games
-            if with_intervals:
-                interval = bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores[:, np.newaxis], args)[1]
-            elif len(scores) > 1:
-                axes.plot(steps, scores.T, color=color, alpha=0.25, linewidth=0.7)
-                notes["thin lines: single seeds"] = None
-            draw_curve(axes, steps, mean, interval, color)
-            axes.plot(steps[dips], mean[dips], "v", color=color, markersize=6, mec="white", mew=0.6, zorder=3)
-            notes |= dict.fromkeys(["▼ right after a reset"] * any(dips))
-            if len(known := np.flatnonzero(np.isfinite(mean))):
-                ends[method] = (steps[known[-1]], mean[known[-1]])
-        levels = dict(zip(published.method, published.score))
-        if column == "cost":
-            levels = {f"limit {limit:g}": limit for limit in shown.cost_limit.unique() if limit < math.inf}
-        axes.set_title(f"{name}, replay ratio {replay_ratio:g}")
-        axes.set_ylabel(columns[column])
-        finish_steps(axes, max(1, shown.step.max()), ends, levels, colors_of(methods))
-        notes |= dict.fromkeys(["grey: published scores, by the papers' evaluations"] * len(published))
-    return finish(axes.figure, *notes)
+def new_curve(panel: tuple[str, str, str], method: str, x, y, interval=math.nan, seeds=(), dips=False) -> pd.DataFrame:
+    """What draw_curve draws: `panel` is its title and the names of its axes; interval (2, points), seeds (seeds, points)."""
+    low, high = np.broadcast_to(interval, (2, len(x)))
+    curve = pd.DataFrame({"panel": "\n\n".join(panel), "method": method, "x": x, "y": y, "low": low, "high": high, "dip": dips})
+    return curve.assign(**{f"seed {i}": scores for i, scores in enumerate(seeds) if len(seeds) > 1})
 
 
-def panels_over_games(shared: pd.DataFrame, num_levels: int = 0) -> Iterator[tuple]:
-    """For every suite and replay ratio: a panel, the name of its scale, its games, the colours of its methods."""
-    groups = list(shared.groupby(["suite", "replay_ratio"]))
-    for axes, ((suite, replay_ratio), rows) in zip(new_figure(len(groups), num_levels), groups):
-        num_games = rows.env_id.nunique()
-        axes.set_title(f"{num_games} game{'s' * (num_games > 1)}, replay ratio {replay_ratio:g}")
-        yield axes, SCORE_NAMES[suite], rows, colors_of(methods_of(rows))
+def draw_curve(data: pd.DataFrame, color: str, label: str, style: str) -> None:
+    plt.plot(data.x, data.filter(like="seed "), color=color, alpha=0.35, linewidth=0.7)
+    plt.fill_between(data.x, data.low, data.high, color=color, alpha=0.13, linewidth=0)
+    plt.plot(data.x, data.y, color=color, linewidth=1.8, linestyle=style, label=label)
+    plt.plot(data.x[data.dip], data.y[data.dip], "v", color=color, markersize=7, markeredgecolor="white", zorder=3)
 
 
-def plot_over_games(curve_of, shared: pd.DataFrame, references: pd.DataFrame, args: Args) -> plt.Figure:
-    """The interquartile means of the evaluations, or (over the games' means, as the published ones) of the training games."""
-    of_training = curve_of is training_curve
-    function = lambda scores: interquartile_means(scores.mean(axis=0, keepdims=True) if of_training else scores)
-    for axes, scale, rows, colors in panels_over_games(shared, references.method.nunique() if of_training else 0):
-        ends = {}
-        for method in reversed(methods_of(rows)):  # dashed lines on top of whole ones
-            steps, scores = curves_over_games(curve_of, rows[rows.method == method])
-            if len(steps):
-                iqm, interval = bootstrap(function, scores, args)
-                draw_curve(axes, steps, iqm, interval, colors[method])
-                ends[method] = (steps[-1], iqm[-1])
-        axes.set_ylabel(f"IQM of {scale}" + ",\ntraining games" * of_training)
-        levels = published_levels(rows, references) if of_training else {}
-        finish_steps(axes, max(1, rows.step.max()), ends, levels, colors)
-    notes = ("without the evaluations right after a reset", "grey: published scores, by the papers' evaluations")
-    return finish(axes.figure, "bands: 95 % bootstrap intervals", notes[of_training])
+def draw_panels(curves: list[pd.DataFrame], width: float = 4.4) -> sns.FacetGrid:
+    """A panel for every value of the column panel, at most 2 in a row."""
+    rows, lines, others = pd.concat(curves), itertools.cycle(["-", "--", "-."]), itertools.cycle(COLORS[len(PREFIXES) :])
+    methods = methods_of(rows)
+    colors = [COLORS[rank] if (rank := rank_of(method)) < len(PREFIXES) else next(others) for method in methods]
+    styles = [":" if re.search(r"^limit |\(published\)$", method) else next(lines) for method in methods]
+    facets = {"col": "panel", "col_wrap": min(2, rows.panel.nunique()), "sharex": False, "sharey": False}
+    facets |= {"hue": "method", "hue_order": methods, "palette": colors, "hue_kws": {"style": styles}}
+    grid = sns.FacetGrid(rows, height=3.4, aspect=width / 3.4, **facets).map_dataframe(draw_curve)
+    for panel, axes in grid.axes_dict.items():
+        axes.set(**dict(zip(("title", "xlabel", "ylabel"), panel.split("\n\n"))))
+    grid.tight_layout().add_legend(title="")
+    grid.figure.text(0.02, 0, LEGEND, verticalalignment="top", fontsize="small")
+    return grid
 
 
-def plot_performance_profiles(shared: pd.DataFrame, args: Args) -> plt.Figure:
-    for axes, scale, rows, colors in panels_over_games(shared):
-        final = {method: final_scores(rows[rows.method == method]) for method in methods_of(rows)}
-        low, high = min(scores.min() for scores in final.values()), max(scores.max() for scores in final.values())
-        room_for_names = 0.5 * (high - low) or 0.5  # above the right end, where every profile is at 0
-        thresholds = np.linspace(low - 0.1 * room_for_names, high + room_for_names, 401)
-        for method in reversed(final):  # dashed lines on top of whole ones
-            profile, interval = bootstrap(lambda scores: fractions_above(scores, thresholds), final[method], args)
-            draw_curve(axes, thresholds, profile, interval, colors[method], method)
-        axes.legend(loc="upper right", reverse=True, borderaxespad=0)
-        axes.set(xlabel=f"final {scale}", ylabel="fraction of runs above", xlim=thresholds[[0, -1]], ylim=(0, 1.03))
-        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
-    return axes.figure
+def curves_of(picture: str, games: pd.DataFrame, published: pd.DataFrame, args: Args) -> list[pd.DataFrame]:
+    """A panel for every title and column: means over seeds, or interquartile means over games, at steps that all runs have."""
+    (source, columns), curves = CURVES[picture], []
+    means = lambda scores: scores.mean(axis=(0, 1))
+    # Of training games they are, as the published ones, over the games' means.
+    of_means = lambda scores: interquartile_means(scores.mean(axis=0, keepdims=True))
+    function = {"aggregate_curves": interquartile_means, "aggregate_training_games": of_means}.get(picture, means)
+    for (title, rows), (column, name) in itertools.product(games.groupby("title", sort=False), columns.items()):
+        panel, over_games = (title, "environment steps (thousands)", name), column == "normalized"
+        points = points_of(rows, source)
+        points = points.assign(dip=points.phase == "after_reset").drop_duplicates(["run", "step", "dip"], keep="last")
+        for method, of_method in points[~(points.dip & over_games)].groupby("method"):
+            table = of_method.pivot(index=["step", "dip"], columns=["env_id", "seed"], values=column)
+            table = table.sort_index(axis=1).dropna()
+            scores = table.to_numpy().reshape(len(table), rows.env_id.nunique(), -1).transpose(2, 1, 0)  # (seeds, games, steps)
+            steps, dips = table.index.get_level_values("step") / 1000, table.index.get_level_values("dip")
+            if len(table):
+                seeds = () if over_games else scores[:, 0]
+                curves.append(new_curve(panel, method, steps, *bootstrap(function, scores, args), seeds, dips))
+        levels = {f"limit {limit:g}": limit for limit in rows.cost_limit.unique() if column == "cost" and limit < math.inf}
+        levels |= iqms_over_games(published, rows.env_id.unique()) if picture == "aggregate_training_games" else {}
+        for level_name, level in levels.items():
+            curves.append(new_curve(panel, level_name, [0, rows.step.max() / 1000], [level, level]))
+    return curves
 
 
 def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
-    """Games from top to bottom; a small circle is a seed, the large marker all seeds together, with its interval."""
-    collapses = collapses[(collapses.source == source) & collapses.ratio.notna()]
-    env_ids, replay_ratios, methods = sorted(set(collapses.env_id)), sorted(set(collapses.replay_ratio)), methods_of(collapses)
-    colors = colors_of(methods)
-    long = max(len(game_name(env_id)) for env_id in env_ids)
-    panels = new_figure(len(replay_ratios), height=1.3 + 0.5 * len(env_ids), width=3.9 + 0.08 * max(0, long - 10))
-    for axes, replay_ratio in zip(panels, replay_ratios):
-        axes.vlines(1, -0.5, len(env_ids) - 0.5, color=GREY, linewidth=1, linestyle=DASHES[GREY])  # below the labels
-        for collapse in collapses[collapses.replay_ratio == replay_ratio].itertuples():
-            env_id, i, color = collapse.env_id, methods.index(collapse.method), colors[collapse.method]
-            on_top = {"clip_on": False, "zorder": 3}  # a marker at 0 lies on the axis
-            y = env_ids.index(env_id) + 0.5 * ((i + 0.5) / len(methods) - 0.5)
-            if collapse.interval is not None:
-                axes.plot(collapse.interval.ravel(), [y, y], color=color, linewidth=1, **on_top)
-            axes.plot([collapse.ratio], [y], "sD^o"[i % 4], color=color, markersize=8, mec="white", **on_top)
-            seeds = collapse.of_seeds[np.isfinite(collapse.of_seeds)]
-            if len(collapse.of_seeds) > 1:
-                axes.plot(seeds, [y] * len(seeds), "o", color="white", markersize=4, mec=color, mew=1, **on_top)
-            if suite_of(env_id) == ATARI and (random_score := RANDOM_AND_HUMAN_SCORES[game_name(env_id)][0]) > 0:
-                axes.plot([random_score / collapse.before], [y], "|", color=GREY, markersize=10)
-        for i, method in enumerate(methods):
-            axes.plot([], [], "sD^o"[i % 4], color=colors[method], markersize=7, mec="white", label=method)
-        axes.legend(loc="upper left", ncols=len(methods), handletextpad=0, columnspacing=0.8, borderaxespad=0, fontsize=9)
-        axes.set_title(f"replay ratio {replay_ratio:g}")
-        axes.set_yticks(range(len(env_ids)), [game_name(env_id) for env_id in env_ids])
-        axes.set(xlim=(0, max(1.1, axes.get_xlim()[1])), ylim=(len(env_ids) - 0.5, -0.85))
-        axes.set_xlabel("score right after / right before a reset")
-        axes.grid(axis="y", visible=False)
-    notes = ["small circles: single seeds"] * any(collapses.of_seeds.map(len) > 1)
-    notes += ["grey bar: a random player"] * any(suite_of(env_id) == ATARI for env_id in env_ids)
-    return finish(axes.figure, f"by the {source}", *notes, "dashed line: no collapse")
+    """Games from left to right, in each a short line for every method."""
+    rows = collapses[(collapses.source == source) & collapses.ratio.notna()].sort_values("replay_ratio", kind="stable")
+    env_ids, methods, curves = sorted(rows.env_id.unique()), methods_of(rows), []
+    for row in rows.itertuples():
+        left = env_ids.index(row.env_id) + 0.7 * methods.index(row.method) / len(methods) - 0.35
+        ends = [left, left + 0.6 / len(methods), math.nan]
+        panel = (f"{source}, replay ratio {row.replay_ratio:g}", "", "score after / before a reset")
+        curves.append(new_curve(panel, row.method, ends, row.ratio, [[row.low], [row.high]], row.of_seeds))
+    grid = draw_panels(curves, width=max(4.4, 0.6 * len(env_ids)))
+    for axes in grid.axes_dict.values():
+        axes.axhline(1, color="grey", linewidth=1, linestyle="--")
+        axes.set_xticks(range(len(env_ids)), map(game_name, env_ids), rotation=90 if len(env_ids) > 3 else 0)
+        axes.set(xlim=(-0.6, len(env_ids) - 0.4), ylim=(min(-0.05, axes.get_ylim()[0]), None))
+    return grid.figure
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
-def read_references(path: str | None) -> pd.DataFrame:
-    """Published scores: game, method, score. Whatever is wrong with the file ends the program."""
-    names, rows = ["game", "method", "score"], []
-    if path is not None and not os.path.isfile(path):
-        fail(f"--references {path} is not a file")
-    try:
-        with open(path or os.devnull, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(line for line in file if not line.startswith("#")):
-                rows.append((clean(row["game"]), clean(row["method"]), float(row["score"])))
-                if not abs(rows[-1][2]) <= 1e15:
-                    raise ValueError
-        if path is not None and not rows:
-            raise ValueError
-    except OSError as error:
-        fail(f"--references {path} cannot be read: {error.strerror}")
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
-        fail(f"--references {path}: row {len(rows) + 1} is not one of the columns game, method and score (a number)")
-    return pd.DataFrame(rows, columns=names).drop_duplicates(["game", "method"])
-
-
-def save(content: plt.Figure | str, args: Args, name: str) -> str:
-    path = os.path.join(args.out_dir, name if isinstance(content, str) else f"{name}.{args.picture_format}")
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would wait for ever
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    if isinstance(content, str):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(content)
-    else:
-        content.savefig(path, metadata=FILE_METADATA[args.picture_format])
-        plt.close(content)
-    return path
+def pictures_of(games, shared, collapses, published, args: Args) -> Iterator[tuple[str, plt.Figure]]:
+    """Name and picture."""
+    plt.switch_backend("agg")
+    sns.set_theme(style="whitegrid", font="DejaVu Sans", font_scale=0.85, rc=STYLE)
+    games = games.assign(title=games.env_id.map(game_name) + games.replay_ratio.map(", replay ratio {:g}".format))
+    by_game = {f"_{urllib.parse.quote(game_name(env_id), safe='')[:200]}": rows for env_id, rows in games.groupby("env_id")}
+    for picture, (source, columns) in CURVES.items():
+        for name, rows in {"": shared}.items() if "normalized" in columns else by_game.items():
+            logged = rows[(rows.phase == "training") == (source == TRAINING)][list(columns)].notna().any().all()
+            if logged and (curves := curves_of(picture, rows, published, args)):
+                yield picture + name, draw_panels(curves).figure
+    profiles = []
+    for title, rows in shared.groupby("title", sort=False):
+        final, panel = runs_of(rows).normalized, (title, "final normalized score", "fraction of runs above")
+        thresholds = np.linspace(final.min() - 0.01, final.max() + 0.01, 401)
+        fractions_above = lambda scores: (scores.reshape(-1, 1) > thresholds).mean(axis=0)
+        for method, of_method in rows.groupby("method"):
+            profiles.append(new_curve(panel, method, thresholds, *bootstrap(fractions_above, final_scores(of_method), args)))
+    if profiles:
+        yield "performance_profiles", draw_panels(profiles).figure
+    for source, name in ((EVALUATIONS, "collapse"), (TRAINING, "collapse_training_games")):
+        if collapses[collapses.source == source].ratio.notna().any():
+            yield name, plot_collapse(source, collapses)
 
 
 def main() -> None:
@@ -889,53 +614,36 @@ def main() -> None:
     for name, low, high in (("bootstrap_samples", 1, 100_000), ("seed", 0, 2**32 - 1), ("reset_window", 1, 10**15)):
         if not low <= getattr(args, name) <= high:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from {low:,} to {high:,}")
-    references = read_references(args.references)
+    kinds = {"game": str, "method": str, "score": float}
+    parse = lambda text: pd.read_csv(io.StringIO(text), comment="#", usecols=[*kinds], dtype=kinds)
+    try:
+        references = read(*os.path.split(args.references), parse) if args.references else pd.DataFrame(columns=[*kinds])
+    except ValueError as error:
+        fail(f"--references {args.references}: {error}")
     games, left_out, notes = read_games(args.runs_dir, args.merge_versions)
     for line in [f"left out: {line}" for line in left_out] + notes:
         print(line, file=sys.stderr)
     if games.empty:
         fail(f"there is no finished run in {args.runs_dir}")
-    args.out_dir = args.out_dir or os.path.join(args.runs_dir, "results")
+    published = pd.DataFrame({"env_id": games.env_id.unique(), "game": [*map(game_name, games.env_id.unique())]})
+    published = published.merge(references.drop_duplicates(["game", "method"]))
+    published["normalized"] = [normalized_score(env_id, score) for env_id, score in zip(published.env_id, published.score)]
+    published["method"] = published.method.map(clean) + " (published)"
+    (shared, other_notes), collapses = comparable(games), collapses_of(resets_of(games, args.reset_window), args)
+    notes += other_notes
+    table = table_text(tables_of(games, shared, collapses, published, args), notes, games.run.nunique(), left_out, args)
+    folder = pathlib.Path(args.out_dir or os.path.join(args.runs_dir, "results"))
     try:
-        table = write_all(games, left_out, notes, references, args)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(table, encoding="utf-8")
+        for name, rows in csv_tables(games).items():
+            (folder / name).write_text(rows.to_csv(index=False, float_format="%.10g", lineterminator="\n"), encoding="utf-8")
+        for name, figure in pictures_of(games, shared, collapses, published, args):
+            figure.savefig(folder / f"{name}.png", bbox_inches="tight", metadata={"Software": None})  # matplotlib's version
+            plt.close(figure)
     except OSError as error:
-        fail(f"--out-dir {args.out_dir} cannot be written: {error.strerror}: {error.filename}")
-    print(table)
-    print(f"written to {args.out_dir}")
-
-
-def write_all(games: pd.DataFrame, left_out: list[str], notes: list[str], references: pd.DataFrame, args: Args) -> str:
-    """Writes the files of the study, and returns its table."""
-    os.makedirs(args.out_dir, exist_ok=True)
-    for name, rows in csv_tables(games).items():
-        save(rows.to_csv(index=False, float_format="%.10g", lineterminator="\n"), args, name)
-    shared, other_notes = comparable(games)
-    resets = resets_of(games, args.reset_window)
-    collapses = collapses_of(resets, args)
-    without_scale = sorted({game_name(env_id) for env_id in games.env_id.unique() if suite_of(env_id) is None})
-    notes = [*notes, *other_notes, *(f"{name}: no scale in common with other games" for name in without_scale)]
-    tables = tables_of(games, shared, resets, collapses, references, args)
-    table = table_text(tables, notes, games.run.nunique(), left_out, args)
-    save(table, args, "table.md")
-    set_style()
-    names = {}  # of files: different games may look the same there
-    for env_id, rows in games.groupby("env_id"):
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", game_name(env_id))[:100]
-        names[name] = names.get(name, 0) + 1
-        name += f"_{names[name]}" * (names[name] > 1)
-        for picture, (curve_of, columns, _) in PICTURES.items():
-            kind = rows[(rows.phase == "training") == (curve_of is training_curve)]
-            if kind[list(columns)].notna().any().all():
-                save(plot_game(picture, rows, references, args), args, f"{picture}_{name}")
-    if len(shared):
-        save(plot_over_games(evaluation_curve, shared, references, args), args, "aggregate_curves")
-        save(plot_performance_profiles(shared, args), args, "performance_profiles")
-        if any(published_levels(rows, references) for _, rows in shared.groupby(["suite", "replay_ratio"])):
-            save(plot_over_games(training_curve, shared, references, args), args, "aggregate_training_games")
-    for source, name in (("evaluations", "collapse"), ("training games", "collapse_training_games")):
-        if collapses[collapses.source == source].ratio.notna().any():
-            save(plot_collapse(source, collapses), args, name)
-    return table
+        fail(f"--out-dir {folder} cannot be written: {error.strerror}: {error.filename}")
+    print(f"{table}\nwritten to {folder}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import csv
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rliable import library, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,7 +25,7 @@ DQN = {"exp_name": "dqn_atari"}
 SR = {"exp_name": "sr_dqn_atari", "reset_interval": 80, "reset_depth": "last1"}
 RDE = SR | {"exp_name": "rde_dqn_atari", "num_agents": 2, "beta": 50.0}
 FINAL = (100, "final", (1.0, 2.0))
-NO_REFERENCES = plot.read_references(None)
+NOTHING_PUBLISHED = pd.DataFrame({"env_id": [], "method": [], "score": [], "normalized": []})
 
 
 def write_run(parent, evaluations, name="", games=(), extra="", script_sha256=None, **args) -> pathlib.Path:
@@ -62,9 +64,33 @@ def read(folder) -> pd.DataFrame:
 
 def tables(games: pd.DataFrame, **args) -> dict:
     args = plot.Args(bootstrap_samples=50, **args)
-    resets = plot.resets_of(games, args.reset_window)
-    shared = plot.comparable(games)[0]
-    return plot.tables_of(games, shared, resets, plot.collapses_of(resets, args), NO_REFERENCES, args)
+    collapses = plot.collapses_of(plot.resets_of(games, args.reset_window), args)
+    return plot.tables_of(games, plot.comparable(games)[0], collapses, NOTHING_PUBLISHED, args)
+
+
+def pictures(games: pd.DataFrame, published: pd.DataFrame = NOTHING_PUBLISHED, window: int = 2000) -> dict:
+    args = plot.Args(bootstrap_samples=50)
+    collapses = plot.collapses_of(plot.resets_of(games, window), args)
+    figures = dict(plot.pictures_of(games, plot.comparable(games)[0], collapses, published, args))
+    for figure in figures.values():
+        figure.canvas.draw()
+        plot.plt.close(figure)
+    return figures
+
+
+def lines_of(axes) -> dict:
+    """Of every method the points of its thick line."""
+    return {line.get_label(): np.array(line.get_data()) for line in axes.lines if line.get_label()[0] != "_"}
+
+
+def band_of(axes, i: int = 0) -> np.ndarray:
+    """The corners of a method's band, (corners, 2)."""
+    return axes.collections[i].get_paths()[0].vertices
+
+
+def table_of(folder: pathlib.Path) -> str:
+    """table.md, its cells without the spaces that line them up."""
+    return re.sub(r" +\|", " |", re.sub(r"\| +", "| ", (folder / "table.md").read_text()))
 
 
 def read_csv(path) -> list[dict]:
@@ -87,8 +113,7 @@ def call(monkeypatch):
 @pytest.fixture
 def numbers_only(monkeypatch):
     """Pictures take most of the time."""
-    for name in ("plot_game", "plot_over_games", "plot_performance_profiles", "plot_collapse"):
-        monkeypatch.setattr(plot, name, lambda *arguments: plot.plt.figure(figsize=(1, 1)))
+    monkeypatch.setattr(plot, "pictures_of", lambda *arguments: iter(()))
 
 
 RESET_CURVE = [
@@ -117,31 +142,31 @@ def test_run_by_hand(tmp_path):
         (80, "before_reset", 200.0, 2), (80, "after_reset", 50.0, 2), (100, "final", 305.0, 2),
     ]  # fmt: skip
     resets = plot.resets_of(games, 10)
-    assert resets[["step", "score_before", "score_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
+    assert resets[["step", "different_before", "different_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
 
 
-@pytest.mark.parametrize(
-    "args, label",
-    [
-        (DQN, "DQN"), (SR, "SR+DQN"), (RDE, "RDE+DQN"), (SR | {"reset_interval": 0}, "DQN"),
-        (RDE | {"num_agents": 1}, "SR+DQN"), (RDE | {"reset_interval": 0}, "Ensemble+DQN"),
-        ({"exp_name": "rde_sac_dmc", "num_agents": 2, "reset_interval": 400_000}, "RDE+SAC"),
-        ({"exp_name": "rde_sac_dmc", "num_agents": 1, "reset_interval": 400_000}, "SR+SAC"),
-        ({"exp_name": "rde_sac_dmc", "num_agents": 1, "reset_interval": 0}, "SAC"),
-        ({"exp_name": "rde_dqn_minigrid", "num_agents": 3, "reset_interval": 5}, "RDE+DQN"),
-        ({"exp_name": "my idea", "num_agents": 3, "reset_interval": 5}, "my idea"),
-    ],
-)  # fmt: skip
+LABELS = [
+    (DQN, "DQN"), (SR, "SR+DQN"), (RDE, "RDE+DQN"), (SR | {"reset_interval": 0}, "DQN"), (RDE | {"num_agents": 1}, "SR+DQN"),
+    (RDE | {"reset_interval": 0}, "Ensemble+DQN"), (RDE | {"exp_name": "rde_sac_dmc"}, "RDE+SAC"),
+    (SR | {"exp_name": "rde_sac_dmc"}, "SR+SAC"), (DQN | {"exp_name": "rde_sac_dmc"}, "SAC"),
+    (RDE | {"exp_name": "rde_dqn_minigrid"}, "RDE+DQN"), (RDE | {"exp_name": "my idea"}, "my idea"),
+    (DQN | {"exp_name": "dqn"}, "DQN"), (SR | {"exp_name": "sr_dqn"}, "SR+DQN"), (RDE | {"exp_name": "rde_dqn"}, "RDE+DQN"),
+    (DQN | {"exp_name": "rde_dqn"}, "DQN"), (DQN | {"exp_name": "sac_lag"}, "SAC-Lag"),
+    (SR | {"exp_name": "sr_sac_lag"}, "SR+SAC-Lag"), (RDE | {"exp_name": "rde_sac_lag"}, "RDE+SAC-Lag"),
+    (RDE | {"exp_name": "rde_sac_safety"}, "RDE+SAC-Lag"), (DQN | {"exp_name": "dqnx"}, "dqnx"),
+    (RDE | {"exp_name": "rde_sac_lag_kappa_1"}, "RDE+SAC-Lag kappa 1"), (DQN | {"exp_name": "rnd_dqn_atari"}, "RND-DQN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args, label", LABELS)
 def test_method_labels(args, label):
-    assert plot.method_label(args) == label
+    assert plot.method_label(plot.OPTIONAL | args) == label
 
 
 def test_methods_in_their_order():
-    methods = ["my idea", "RDE+DQN@b", "DQN", "SR+DQN", "RDE+DQN@a", "Ensemble+DQN"]
-    ordered = ["DQN", "SR+DQN", "Ensemble+DQN", "RDE+DQN@a", "RDE+DQN@b", "my idea"]
-    assert sorted(methods, key=plot.method_order) == ordered
-    colors = plot.colors_of(ordered)
-    assert len(set(colors.values())) == 6 and colors["RDE+DQN@a"] == plot.GREEN and colors["DQN"] == plot.BLUE
+    methods = ["my idea", "RDE+DQN@b", "DQN", "SR+DQN", "RDE+DQN kappa 1", "RDE+DQN@a", "Ensemble+DQN"]
+    ordered = ["DQN", "SR+DQN", "Ensemble+DQN", "RDE+DQN@a", "RDE+DQN@b", "RDE+DQN kappa 1", "my idea"]
+    assert plot.methods_of(pd.DataFrame({"method": methods})) == ordered
 
 
 def test_scores_are_those_of_the_scripts():
@@ -165,7 +190,7 @@ def test_scales():
     assert plot.normalized_score(ALIEN, 227.8 + 0.25 * (7127.7 - 227.8)) == pytest.approx(0.25)
     assert plot.normalized_score("hopper-hop", 250.0) == 0.25
     env_ids = (ALIEN, "finger-turn_hard", "LunarLander-v3", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
-    assert [plot.suite_of(env_id) for env_id in env_ids] == ["Atari", "DeepMind Control", None, None, None]
+    assert [plot.suite_of(env_id) for env_id in env_ids] == [plot.ATARI, plot.DMC, None, None, None]
 
 
 def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
@@ -195,7 +220,7 @@ def test_versions_of_a_script_are_methods_of_their_own(two_versions, capsys, cal
     games, left_out, notes = plot.read_games(str(two_versions))
     assert plot.methods_of(games) == ["DQN@0123456", "DQN@abcdefa", "DQN@unknown", "SR+DQN"] and left_out == []
     (note,) = notes
-    assert note.startswith("DQN: ") and note.endswith("DQN@0123456, DQN@abcdefa, DQN@unknown")
+    assert note == "DQN is of different versions of the script: @0123456, @abcdefa, @unknown"
     call(two_versions, two_versions / "out")
     assert capsys.readouterr().err == f"{note}\n" and f"- {note}\n" in (two_versions / "out" / "table.md").read_text()
 
@@ -203,6 +228,13 @@ def test_versions_of_a_script_are_methods_of_their_own(two_versions, capsys, cal
 def test_merged_versions(two_versions):
     games, left_out, notes = plot.read_games(str(two_versions), merge_versions=True)
     assert plot.methods_of(games) == ["DQN", "SR+DQN"] and left_out == notes == []
+
+
+def test_the_same_method_by_another_script_is_another_version(tmp_path):
+    write_run(tmp_path, [FINAL], **SR, seed=1, script_sha256="1" * 64)
+    write_run(tmp_path, [FINAL], **RDE | {"num_agents": 1}, seed=2, script_sha256="2" * 64)
+    assert plot.methods_of(plot.read_games(str(tmp_path))[0]) == ["SR+DQN@1111111", "SR+DQN@2222222"]
+    assert plot.methods_of(plot.read_games(str(tmp_path), merge_versions=True)[0]) == ["SR+DQN"]
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
@@ -218,13 +250,17 @@ def test_interquartile_mean_by_hand_and_by_rliable():
         np.testing.assert_allclose(plot.interquartile_means(scores), expected, rtol=1e-12)
 
 
-def test_profile_by_hand_and_by_rliable():
-    scores = np.array([[0.1, 0.3], [0.3, 0.5]])
-    assert plot.fractions_above(scores, np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])).tolist() == [1, 0.75, 0.75, 0.25, 0.25, 0]
-    scores, thresholds = np.random.default_rng(1).normal(size=(5, 4)), np.linspace(-3, 3, 50)
-    np.testing.assert_allclose(
-        plot.fractions_above(scores, thresholds), library.score_distributions(scores, thresholds), atol=1e-15
-    )
+def test_profiles_are_rliables(tmp_path):
+    random = np.random.default_rng(1)
+    final = {env_id: random.uniform(-20, 30, 3).round(2) for env_id in (FREEWAY, PONG)}
+    for env_id, scores in final.items():
+        for seed, score in enumerate(scores):
+            write_run(tmp_path, [(100, "final", (score, score))], env_id=env_id, seed=seed)
+    figure = pictures(read(tmp_path))["performance_profiles"]
+    thresholds, profile = lines_of(figure.axes[0])["DQN"]
+    scores = np.array([plot.normalized_score(env_id, scores) for env_id, scores in final.items()]).T
+    np.testing.assert_allclose(profile, library.score_distributions(scores, thresholds), atol=1e-15)
+    assert profile[0] == 1 and profile[-1] == 0 and len(set(profile)) == 7
 
 
 def test_interval_is_rliables():
@@ -241,7 +277,7 @@ def test_interval_is_rliables():
     np.testing.assert_allclose(interval[:, 0], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
     again = plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)[1]
     assert (interval == again).all()
-    assert plot.bootstrap(plot.interquartile_means, scores[:1, :, np.newaxis], args)[1] is None
+    assert np.isnan(plot.bootstrap(plot.interquartile_means, scores[:1, :, np.newaxis], args)[1]).all()
 
 
 def test_the_interval_covers_the_truth():
@@ -257,25 +293,16 @@ def test_the_interval_covers_the_truth():
 
 @pytest.mark.parametrize(
     "value, text",
-    [
-        (1234.5, "1234"),
-        (123.4, "123"),
-        (12.34, "12.3"),
-        (1.234, "1.23"),
-        (0.1234, "0.123"),
-        (0.01234, "0.012"),
-        (0.0, "0.00"),
-        (-20.66, "-20.7"),
-    ],
-)
+    [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.01234, "0.012"), (0.0, "0.00"),
+     (-20.66, "-20.7")],
+)  # fmt: skip
 def test_numbers(value, text):
     assert plot.number(value) == text
 
 
 def test_mean_and_std_by_hand():
-    assert plot.mean_and_std([100.0, 200.0, 300.0]) == "200 ± 100" and plot.mean_and_std([2.0]) == "2.00"
-    assert plot.mean_and_std([1.0, 2.0]) == f"1.50 ± {math.sqrt(0.5):.2f}"
-    assert plot.mean_and_std([math.nan, 2.0]) == "2.00" and plot.mean_and_std([math.nan]) == "-"
+    assert plot.number(200.0, [100.0, 200.0, 300.0]) == "200 ± 100" and plot.number(2.0, [2.0]) == "2.00"
+    assert plot.number(1.5, [1.0, 2.0]) == f"1.50 ± {math.sqrt(0.5):.2f}" and plot.number(math.nan) == "-"
 
 
 # ------------------------------------------------------------------------------------------------------------ over games
@@ -296,11 +323,11 @@ def test_a_comparison_is_made_of_what_every_method_has(tmp_path):
     assert set(zip(of["SR+DQN"].env_id, of["SR+DQN"].seed)) == {(env_id, seed) for env_id in (ALIEN, PONG) for seed in (2, 3)}
     expected = [[(seed - 227.8) / (7127.7 - 227.8), (seed + 20.7) / 35.3] for seed in (2, 3)]
     np.testing.assert_allclose(plot.final_scores(of["SR+DQN"]), expected)
-    assert notes == [
-        "Atari, replay ratio 1: without Freeway, which not every method has finished",
-        "Atari, replay ratio 1: DQN without the seeds 3, which not every game has finished",
-        "Atari, replay ratio 1: SR+DQN without the seeds 1, which not every game has finished",
-    ]
+    where = "Atari, human-normalized score, replay ratio 1: "
+    assert [note.removeprefix(where) for note in notes] == [
+        "Freeway is not finished by every method",
+        "DQN, seed 3 is not finished in every game", "SR+DQN, seed 1 is not finished in every game",
+    ]  # fmt: skip
 
 
 def test_suites_and_replay_ratios_are_not_mixed(tmp_path, call, numbers_only):
@@ -311,23 +338,31 @@ def test_suites_and_replay_ratios_are_not_mixed(tmp_path, call, numbers_only):
     write_run(tmp_path, [FINAL], env_id="TennisNoFrameskip-v4")
     shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "replay_ratio"])
     assert [(*key, list(rows.env_id.unique())) for key, rows in shared] == [
-        ("Atari", 1.0, [ALIEN]), ("Atari", 4.0, [ALIEN]), ("DeepMind Control", 1.0, ["hopper-hop"])]  # fmt: skip
-    assert plot.final_scores(shared.get_group(("DeepMind Control", 1.0))).tolist() == [[0.5]]
+        (plot.ATARI, 1.0, [ALIEN]), (plot.ATARI, 4.0, [ALIEN]), (plot.DMC, 1.0, ["hopper-hop"])]  # fmt: skip
+    assert plot.final_scores(shared.get_group((plot.DMC, 1.0))).tolist() == [[0.5]]
     call(tmp_path, tmp_path / "out")
     assert "- Tennis: no scale in common with other games" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
     write_run(tmp_path, RESET_CURVE, **SR)
-    write_run(
-        tmp_path,
-        [(50, "scheduled", (0.0, 0.0)), (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))],
-        **SR,
-        env_id=FREEWAY,
-    )
-    steps, scores = plot.curves_over_games(plot.evaluation_curve, plot.comparable(read(tmp_path))[0])
-    assert steps.tolist() == [50, 100] and scores.shape == (1, 2, 2)
-    np.testing.assert_allclose(scores[0], [[(200 - 227.8) / 6899.9, (305 - 227.8) / 6899.9], [0, 1 / 29.6]])
+    freeway = [(50, "scheduled", (0.0, 0.0)), (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))]
+    write_run(tmp_path, freeway, **SR, env_id=FREEWAY)
+    shared = plot.comparable(read(tmp_path))[0]
+    (curve,) = plot.curves_of("aggregate_curves", shared, NOTHING_PUBLISHED, plot.Args())
+    assert curve.x.tolist() == [0.05, 0.1] and not curve.dip.any()
+    np.testing.assert_allclose(curve.y, [(200 - 227.8) / 6899.9 / 2, ((305 - 227.8) / 6899.9 + 1 / 29.6) / 2])
+
+
+def test_training_curves_over_games_are_of_the_games_means(tmp_path):
+    """As published scores are: means over seeds, then the interquartile mean over games, here of 4 the middle two."""
+    means = []
+    for env_id, seeds in ((ALIEN, (500, 900)), (FREEWAY, (3, 7)), (PONG, (-20, 20)), ("HeroNoFrameskip-v4", (2000, 3000))):
+        means.append(plot.normalized_score(env_id, sum(seeds) / 2))
+        for seed, score in enumerate(seeds):
+            write_run(tmp_path, [FINAL], env_id=env_id, seed=seed, games=[(93, float(score))])
+    figure = pictures(read(tmp_path))["aggregate_training_games"]
+    np.testing.assert_allclose(lines_of(figure.axes[0])["DQN"], [[0.095, 0.1], [np.mean(sorted(means)[1:3])] * 2])
 
 
 def test_probability_of_improvement_is_rliables(tmp_path):
@@ -340,20 +375,17 @@ def test_probability_of_improvement_is_rliables(tmp_path):
             final[exp["exp_name"], env_id] = scores
             for seed, score in enumerate(scores):
                 write_run(tmp_path, [(100, "final", (score, score))], **exp, env_id=env_id, seed=seed)
-    rows = plot.improvements_of(read(tmp_path), plot.Args(bootstrap_samples=100, seed=3))
+    rows = tables(read(tmp_path), seed=3)["Probability of improvement"]
     assert [row[:4] for row in rows] == [(1.0, "RDE+DQN", "DQN", 3), (1.0, "RDE+DQN", "SR+DQN", 2)]
     for row, (other, env_ids) in zip(rows, (("dqn_atari", (ALIEN, FREEWAY)), ("sr_dqn_atari", (ALIEN,)))):
         env_ids = sorted([*env_ids, "MiniGrid-LavaGapS5-v0"])
         pair = [np.array([final[exp, env_id] for env_id in env_ids]).T for exp in ("rde_dqn_atari", other)]
         by_hand = np.mean([[(x > y) + 0.5 * (x == y) for x in pair[0][:, game] for y in pair[1][:, game]]
                            for game in range(len(env_ids))])  # fmt: skip
-        assert row[4][0] == pytest.approx(by_hand)
         np.random.seed(3)
         function = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
-        points, intervals = library.get_interval_estimates({"pair": pair}, function, reps=100)
-        assert row[4] == points["pair"] and (row[5] == intervals["pair"]).all()
-    table = tables(read(tmp_path))["Probability of improvement"]
-    assert [row[:5] for row in table] == [("1", "RDE+DQN", row[2], row[3], f"{row[4][0]:.3f}") for row in rows]
+        _, intervals = library.get_interval_estimates({"pair": pair}, function, reps=50)
+        assert row[4:] == (f"{by_hand:.3f}", "{:.3f} to {:.3f}".format(*intervals["pair"].ravel()))
 
 
 # -------------------------------------------------------------------------------------------------------------- collapse
@@ -372,10 +404,10 @@ def test_collapse_by_hand(tmp_path):
     assert math.isnan(second.ratio)  # 10 over 0
     assert both.resets == 3 and both.ratio == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
     cells = [row[4:] for row in tables(games)["Collapse of a reset"]]
-    assert cells == [(3, "233", "353", "1.51, not defined for 1 of 2 seeds", "not defined")]
+    assert cells == [(3, pytest.approx(700 / 3), pytest.approx(1060 / 3), "1.51", "-")]
     cells = [row[4:] for row in tables(games[games.seed == 2])["Collapse of a reset"]]
-    assert cells == [(1, "0.00", "10.0", "not defined", "not defined")]
-    assert tables(games[games.seed == 1])["Collapse of a reset"][0][7:] == ("1.50", "needs 2 seeds")
+    assert cells == [(1, 0.0, 10.0, "-", "-")]
+    assert tables(games[games.seed == 1])["Collapse of a reset"][0][7:] == ("1.50", "-")
     resets = [(60, "before_reset", (-21.0, -19.0)), (60, "after_reset", (-21.0, -21.0)), FINAL]
     write_run(tmp_path / "pong", resets, **SR, env_id=PONG)
     assert math.isnan(collapse_rows(read(tmp_path / "pong"))[0].ratio)
@@ -433,23 +465,25 @@ def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path):
     assert row.source == "training games" and row.resets == 8
     assert row.ratio == pytest.approx(np.sum(sums, axis=0)[1] / np.sum(sums, axis=0)[0])
     np.testing.assert_allclose(row.of_seeds, [after / before for before, after in sums])
-    np.testing.assert_allclose(row.interval.ravel(), np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
+    np.testing.assert_allclose([row.low, row.high], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
 
 
-def test_the_seeds_of_a_collapse_lie_on_the_line_of_their_mean_and_none_is_cut_off(tmp_path):
+def test_picture_of_a_collapse(tmp_path):
+    """Beside every game's name a short line for every method, around it its seeds and its interval, none cut off."""
     for seed, after in ((1, 0.0), (2, 100.0)):  # ratios 0 and 1, together 0.5
-        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
-        write_run(tmp_path, resets, **SR, seed=seed)
-    collapses = plot.collapses_of(plot.resets_of(read(tmp_path), 10), plot.Args(bootstrap_samples=50))
-    (axes,) = plot.plot_collapse("evaluations", collapses).axes
-    mean, seeds = (
-        next(line for line in axes.lines if line.get_marker() == marker) for marker in "so"
-    )  # the label's comes last
-    assert list(mean.get_xdata()) == [0.5] and sorted(seeds.get_xdata()) == [0.0, 1.0]
-    assert set(seeds.get_ydata()) == set(mean.get_ydata())
-    spine = axes.spines["left"].get_zorder()
-    assert all(not line.get_clip_on() and line.get_zorder() > spine for line in (mean, seeds))
-    plot.plt.close(axes.figure)
+        for exp in (SR, RDE):
+            resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+            write_run(tmp_path, resets, **exp, seed=seed)
+    (axes,) = pictures(read(tmp_path))["collapse"].axes
+    means, low = lines_of(axes), axes.get_ylim()[0]
+    assert set(means) == {"SR+DQN", "RDE+DQN"} and [text.get_text() for text in axes.get_xticklabels()] == ["Alien"]
+    assert means["SR+DQN"][0, :2].max() <= 0 <= means["RDE+DQN"][0, :2].min()
+    for i, ((left, right, _), ratios) in enumerate(means.values()):
+        assert ratios.tolist() == [0.5] * 3 and low < 0
+        seeds = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()[:2]) == [left, right]]
+        assert sorted(seeds) == [0.0, 0.5, 1.0]
+        assert sorted(set(band_of(axes, i)[:, 1])) == [0.0, 1.0]
+    assert any(list(line.get_ydata()) == [1, 1] for line in axes.lines)
 
 
 # ------------------------------------------------------------------------------------------------------ success and cost
@@ -471,21 +505,18 @@ def test_success_by_hand(minigrid):
     assert runs.success.tolist() == [0.95, 0.9, 0.1] and runs.steps_to_success.fillna(-1).tolist() == [40, 80, -1]
     (row,) = tables(read(minigrid))["Success"]
     np.random.seed(0)
-    samples = [np.mean(np.array([0.95, 0.9, 0.1])[np.random.choice(3, (3, 1, 1))]) for _ in range(50)]
+    samples = [np.mean(np.array([0.95, 0.9, 0.1])[np.random.choice(3, (3, 1))]) for _ in range(50)]
     interval = "{:.3f} to {:.3f}".format(*np.percentile(samples, [2.5, 97.5]))
-    assert row == ("MiniGrid-LavaGapS5-v0", "1", "DQN", 3, "0.650", interval, "2 of 3", "80")
-    assert tables(read(minigrid)[lambda games: games.seed > 0])["Success"][0][-2:] == ("1 of 2", "not reached")
+    assert row == ("MiniGrid-LavaGapS5-v0", 1.0, "DQN", 3, "0.650", interval, "2 of 3", "80")
+    assert tables(read(minigrid)[lambda games: games.seed > 0])["Success"][0][-2:] == ("1 of 2", "inf")
 
 
 def test_success_curves_have_bands(minigrid, call):
-    args = plot.Args(bootstrap_samples=50)
-    figure = plot.plot_game("success_curves", read(minigrid), NO_REFERENCES, args)
-    mean, *edges = (line for line in figure.axes[0].lines if line.get_marker() == "None" and len(line.get_xdata()) == 4)
-    np.testing.assert_allclose(mean.get_ydata(), [1 / 6, 1 / 3, 0.4, 0.65])
+    (axes,) = pictures(read(minigrid))["success_curves_MiniGrid-LavaGapS5-v0"].axes
+    np.testing.assert_allclose(lines_of(axes)["DQN"], [[0.02, 0.04, 0.06, 0.08], [1 / 6, 1 / 3, 0.4, 0.65]])
     scores = np.array([[0.5, 0.9, 1.0, 0.95], [0, 0.1, 0.2, 0.9], [0, 0, 0, 0.1]])[:, np.newaxis]
-    interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores, args)[1]
-    np.testing.assert_allclose([edge.get_ydata() for edge in edges], interval)
-    plot.plt.close(figure)
+    interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores, plot.Args(bootstrap_samples=50))[1]
+    assert {*zip([0.02, 0.04, 0.06, 0.08] * 2, interval.ravel())} <= {*map(tuple, band_of(axes))}
     call(minigrid, minigrid / "out")
     names = {file.name for file in (minigrid / "out").iterdir()}
     assert "success_curves_MiniGrid-LavaGapS5-v0.png" in names and not any("cost" in name for name in names)
@@ -513,26 +544,19 @@ def test_cost_by_hand(safety):
     games = read(safety)
     runs = plot.runs_of(games)
     assert runs.total_cost.tolist() == [101.0, 127.0] and runs.violations.tolist() == [2, 2] and runs.games.tolist() == [4, 4]
-    names = ("SafetyHopperVelocity-v1", "1", "RDE+Safe SAC")
-    assert tables(games)["Cost"] == [(*names, 2, "25.0", "114 ± 18", "4.00 ± 0.00", "2.00 ± 0.00")]
-    (row,) = tables(games, reset_window=10)["Return and cost of every reset"]
-    assert row == (*names, 50, 2, "175 → 20.0", "20.0 → 50.0", "3.00 → 5.00", "25.0 → 39.0")
+    names = ("SafetyHopperVelocity-v1", 1.0, "RDE+SAC-Lag")
+    assert tables(games)["Cost"] == [(*names, 2, "25", "114 ± 18", "4.00 ± 0.00", "2.00 ± 0.00")]
     without_limit = games.assign(cost_limit=math.inf)
-    assert tables(without_limit)["Cost"][0][4:] == ("none", "114 ± 18", "4.00 ± 0.00", "0.00 ± 0.00")
+    assert tables(without_limit)["Cost"][0][4:6] == ("inf", "114 ± 18")
 
 
 def test_cost_beside_return_with_its_limit(safety, call):
-    figure = plot.plot_game("cost_curves", read(safety), NO_REFERENCES, plot.Args(bootstrap_samples=50))
-    returns, costs = figure.axes
+    returns, costs = pictures(read(safety))["cost_curves_SafetyHopperVelocity-v1"].axes
     assert "return" in returns.get_ylabel() and "cost" in costs.get_ylabel()
-    limits = [[line for line in axes.lines if list(line.get_ydata()) == [25.0, 25.0]] for axes in (returns, costs)]
-    assert [len(lines) for lines in limits] == [0, 1] and "limit 25" in {text.get_text() for text in costs.texts}
-    at_100 = [line.get_ydata()[-1] for line in costs.lines if len(line.get_xdata()) == 20]
-    assert at_100[0] == 0.0
-    plot.plt.close(figure)
-    figure = plot.plot_game("cost_curves", read(safety).assign(cost_limit=math.inf), NO_REFERENCES, plot.Args())
-    assert not any("limit" in text.get_text() for text in figure.axes[1].texts)
-    plot.plt.close(figure)
+    assert set(lines_of(returns)) == {"RDE+SAC-Lag"} and set(lines_of(costs)) == {"RDE+SAC-Lag", "limit 25"}
+    assert lines_of(costs)["limit 25"][1].tolist() == [25.0, 25.0] and lines_of(costs)["RDE+SAC-Lag"][1, -1] == 0.0
+    figure = pictures(read(safety).assign(cost_limit=math.inf))["cost_curves_SafetyHopperVelocity-v1"]
+    assert set(lines_of(figure.axes[1])) == {"RDE+SAC-Lag"}
     call(safety, safety / "out", "--reset-window", "10")
     names = {file.name for file in (safety / "out").iterdir()}
     assert "cost_curves_SafetyHopperVelocity-v1.png" in names and not any("success" in name for name in names)
@@ -566,44 +590,36 @@ def test_published_scores_stand_beside_training_games(published, tmp_path, call)
     call(tmp_path / "runs", tmp_path / "out", "--references", str(published))
     table = (tmp_path / "out" / "table.md").read_text()
     part = table[table.index("## Published scores, beside training games") :]
-    assert "beside the TRAINING games" in part and "not beside its\nevaluations" in part
+    assert "beside the TRAINING games" in part and "not beside its evaluations" in part
     own, bbf = [(750 - 227.8) / 6899.9, 15 / 29.6], [(1173.2 - 227.8) / 6899.9, 25.5 / 29.6]
-    assert [line for line in part.splitlines() if line.startswith("| ")][1:] == [
-        f"| Alien | DQN, replay ratio 1 | 750 | {own[0]:.3f} |",
-        f"| Alien | BBF (published) | 1173 | {bbf[0]:.3f} |",
-        f"| Alien | DER (published) | 802 | {(802.3 - 227.8) / 6899.9:.3f} |",
-        f"| Freeway | DQN, replay ratio 1 | 15.0 | {own[1]:.3f} |",
-        f"| Freeway | BBF (published) | 25.5 | {bbf[1]:.3f} |",
-        f"| IQM of 2 games | DQN, replay ratio 1 | - | {np.mean(own):.3f} |",
-        f"| IQM of 2 games | BBF (published) | - | {np.mean(bbf):.3f} |",  # DER is not known of Freeway
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
+    over_games = "IQM, Atari, human-normalized score, replay ratio 1, games: 2"
+    assert rows[1:] == [
+        ["Alien", "DQN, replay ratio 1", "750", f"{own[0]:.3f}"],
+        ["Alien", "BBF (published)", "1173", f"{bbf[0]:.3f}"],
+        ["Alien", "DER (published)", "802", f"{(802.3 - 227.8) / 6899.9:.3f}"],
+        ["Freeway", "DQN, replay ratio 1", "15.0", f"{own[1]:.3f}"],
+        ["Freeway", "BBF (published)", "25.5", f"{bbf[1]:.3f}"],
+        [over_games, "DQN", "-", f"{np.mean(own):.3f}"],
+        [over_games, "BBF (published)", "-", f"{np.mean(bbf):.3f}"],  # DER is not known of Freeway
     ]
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert "aggregate_training_games.png" in names
 
 
-def test_a_published_method_of_the_same_name_is_told_apart(published, tmp_path):
-    references = pd.DataFrame([("Alien", "DQN", 600.0)], columns=["game", "method", "score"])
-    games = read(tmp_path / "runs")
-    figure = plot.plot_game("training_games", games[games.env_id == ALIEN], references, plot.Args())
-    colors = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
-    assert colors == {"DQN": plot.BLUE, "DQN (published)": plot.GREY}
-    plot.plt.close(figure)
-
-
-def test_published_scores_are_lines_in_the_pictures_of_training_games(published, tmp_path):
-    references, games, args = plot.read_references(str(published)), read(tmp_path / "runs"), plot.Args(bootstrap_samples=20)
-    alien = games[games.env_id == ALIEN]
-    figures = [plot.plot_game(picture, alien, references, args) for picture in ("training_games", "learning_curves")]
-    figures.append(plot.plot_over_games(plot.training_curve, plot.comparable(games)[0], references, args))
-    iqm = np.mean([(1173.2 - 227.8) / 6899.9, 25.5 / 29.6])
-    for figure, levels in zip(figures, ({"BBF": 1173.2, "DER": 802.3}, {}, {"BBF": iqm})):
-        (axes,) = figure.axes
-        lines = [line for line in axes.lines if line.get_color() == plot.GREY]
-        assert [line.get_ydata()[0] for line in lines] == pytest.approx(list(levels.values()))
-        assert {text.get_text() for text in axes.texts} == {"DQN", *levels}
-        assert ("published" in figure._supxlabel.get_text() if figure._supxlabel else False) == bool(levels)
-        assert ("training games" in axes.get_ylabel()) == bool(levels)
-        plot.plt.close(figure)
+def test_published_scores_are_lines_in_the_picture_over_games(published, tmp_path):
+    """Also of a published method of the same name."""
+    scores = [
+        (ALIEN, "DQN (published)", 600.0, 0.1),
+        (FREEWAY, "DQN (published)", 9.0, 0.3),
+        (ALIEN, "DER (published)", 8.0, 0.0),
+    ]
+    published = pd.DataFrame(scores, columns=["env_id", "method", "score", "normalized"])
+    (axes,) = pictures(read(tmp_path / "runs"), published)["aggregate_training_games"].axes
+    assert set(lines_of(axes)) == {"DQN", "DQN (published)"}
+    np.testing.assert_allclose(lines_of(axes)["DQN (published)"], [[0, 0.1], [0.2, 0.2]])
+    own, level = (next(line for line in axes.lines if line.get_label() == name) for name in ("DQN", "DQN (published)"))
+    assert own.get_color() != level.get_color() and level.get_linestyle() == ":"
 
 
 # -------------------------------------------------------------------------------------------------------- the whole of it
@@ -646,7 +662,7 @@ def test_training_games_by_hand(tmp_path, call, numbers_only):
         [ALIEN, "1", "100", "2", "2.5"], [ALIEN, "2", "100", "1", "8.5"],
     ]  # fmt: skip
     assert float(rows[0]["human_normalized_score"]) == pytest.approx((2.5 - 227.8) / (7127.7 - 227.8))
-    table = (tmp_path / "out" / "table.md").read_text()
+    table = table_of(tmp_path / "out")
     assert "| Alien | 1 | DQN | 3 | 1.50 ± 0.00 | 1.50 ± 0.00 | 5.50 ± 4.24 |" in table  # (2.5 + 8.5) / 2, 6 / sqrt 2
     assert "| Freeway | 1 | DQN | 1 | 1.50 | 1.50 | - |" in table
 
@@ -669,8 +685,8 @@ def test_results_csv(study):
 
 def test_table(study):
     path, result = study
-    table = (path / "out" / "table.md").read_text()
-    assert table in result.stdout
+    assert (path / "out" / "table.md").read_text() in result.stdout
+    table = table_of(path / "out")
     rows = [row for row in read_csv(path / "out" / "results.csv")
             if (row["env_id"], row["method"], row["replay_ratio"]) == (FREEWAY, "RDE+DQN", "4")]  # fmt: skip
     final = [float(row["score"]) for row in rows if row["phase"] == "final"]
@@ -685,8 +701,8 @@ def test_table(study):
     assert f"| Freeway | 4 | RDE+DQN | 2 | {both(final)} | {both(best)} | " in table
     collapse = f"{before:.1f} | {after:.1f} | {plot.number(after / before)} ± "
     assert f"| Freeway | 4 | RDE+DQN | evaluations | 4 | {collapse}" in table
-    assert "24 runs, 1 folders left out.\n\n- stopped: not finished: the last evaluation is of step 50 of 100\n" in table
-    assert result.stderr == "left out: stopped: not finished: the last evaluation is of step 50 of 100\n"
+    assert "24 runs, 1 folders left out.\n\n- stopped: not finished: there is no model.pt" in table
+    assert result.stderr == "left out: stopped: not finished: there is no model.pt\n"
 
     lines = table.splitlines()
     methods = [line.split(" | ")[2] for line in lines if line.startswith("| Alien | 1 | ")]
@@ -711,83 +727,44 @@ def test_the_same_runs_give_the_same_files(study, tmp_path, call):
         assert (path / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("picture_format", ["png", "pdf", "svg"])
-def test_no_file_holds_a_date_or_a_random_name(study, tmp_path, picture_format):
-    args, files = plot.Args(out_dir=str(tmp_path), picture_format=picture_format, bootstrap_samples=20), []
-    plot.set_style()
-    collapses = plot.collapses_of(plot.resets_of(plot.read_games(str(study[0] / "runs"))[0], 10), args)
-    for name in ("first", "second"):
-        files.append(pathlib.Path(plot.save(plot.plot_collapse("evaluations", collapses), args, name)).read_bytes())
-    assert files[0] == files[1] and files[0].startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[picture_format])
-    assert b"Date" not in files[0] and b"dc:date" not in files[0] and b"matplotlib.org" not in files[0]
-
-
 @pytest.fixture(scope="module")
 def figures(study):
-    args = plot.Args(bootstrap_samples=20)
-    plot.set_style()
     games = plot.read_games(str(study[0] / "runs"))[0]
     training = [run[plot.RUN + ["total_timesteps", "cost_limit"]].to_dict()
                 | {"phase": "training", "evaluation": -1, "step": step, "score": float(step * len(run.method) + run.seed)}
                 for _, run in games.drop_duplicates("run").iterrows() for step in range(10, 101, 10)]  # fmt: skip
-    games = pd.concat([games, pd.DataFrame(training)], ignore_index=True)
-    shared = plot.comparable(games)[0]
-    alien, collapses = games[games.env_id == ALIEN], plot.collapses_of(plot.resets_of(games, 10), args)
-    figures = {
-        "learning": plot.plot_game("learning_curves", alien, NO_REFERENCES, args),
-        "training": plot.plot_game("training_games", alien, NO_REFERENCES, args),
-        "aggregate": plot.plot_over_games(plot.evaluation_curve, shared, NO_REFERENCES, args),
-        "profiles": plot.plot_performance_profiles(shared, args), "collapse": plot.plot_collapse("evaluations", collapses),
-        "collapse of training": plot.plot_collapse("training games", collapses),
-    }  # fmt: skip
-    yield figures
-    for figure in figures.values():
-        plot.plt.close(figure)
+    return pictures(pd.concat([games, pd.DataFrame(training).assign(normalized=1.0)], ignore_index=True), window=10)
 
 
-@pytest.mark.parametrize("name", ["learning", "training", "aggregate", "profiles", "collapse", "collapse of training"])
-def test_names_stand_in_the_picture_and_apart(figures, name):
-    """Every panel names its methods, inside the picture and without covering one another."""
+NAMES = ["learning_curves_Alien", "training_games_Alien", "aggregate_curves", "performance_profiles", "aggregate_training_games",
+         "collapse", "collapse_training_games"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
     figure = figures[name]
-    figure.canvas.draw()
-    whole = figure.get_window_extent()
-    assert len(figure.axes) == 2
-    for axes in figure.axes:
-        texts = [*axes.texts, *(axes.get_legend().get_texts() if axes.get_legend() else [])]
-        names = {text.get_text(): text for text in texts}
-        assert set(names) == {"SR+DQN", "RDE+DQN"} | ({"DQN"} if "collapse" not in name else set())
-        boxes = [text.get_window_extent() for text in names.values()]
-        for i, box in enumerate(boxes):
-            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
-            assert not any(box.overlaps(other) for other in boxes[:i])
-        assert len({text.get_color() for text in names.values()}) == len(names)
-
-
-def test_the_notes_below_fit_into_one_panel(tmp_path):
-    write_run(tmp_path, RESET_CURVE, games=[(50, 3.0), (61, 2.0)], **SR)
-    games, args = read(tmp_path), plot.Args(bootstrap_samples=20)
-    plot.set_style()
-    collapses = plot.collapses_of(plot.resets_of(games, 20), args)
-    shared = plot.comparable(games)[0]
-    references = pd.DataFrame([("Alien", "BBF", 3.0)], columns=["game", "method", "score"])
-    for figure in (
-        plot.plot_game("learning_curves", games, NO_REFERENCES, args),
-        plot.plot_game("training_games", games, references, args),
-        plot.plot_over_games(plot.evaluation_curve, shared, NO_REFERENCES, args),
-        plot.plot_over_games(plot.training_curve, shared, references, args),
-        plot.plot_collapse("evaluations", collapses),
-    ):
-        figure.canvas.draw()
-        note = figure._supxlabel.get_window_extent()
-        assert note.x0 >= 0 and note.x1 <= figure.get_window_extent().x1
-        plot.plt.close(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    (legend,) = figure.legends
+    methods = ["DQN", "SR+DQN", "RDE+DQN"][name.startswith("collapse") :]
+    assert [text.get_text() for text in legend.get_texts()] == methods and len(figure.axes) == 2
+    for axes, replay_ratio in zip(figure.axes, (1, 4)):
+        assert f"replay ratio {replay_ratio}" in axes.get_title(loc="left") and axes.get_ylabel()
+        assert axes.get_xlabel() or name.startswith("collapse")
+        lines = [line for line in axes.lines if line.get_label() in methods]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(methods)
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    boxes += [legend.get_window_extent(renderer), *(text.get_window_extent(renderer) for text in figure.texts)]
+    whole = figure.get_tightbbox(renderer)  # in inches; all of it is saved
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert whole.x0 <= box.x0 / figure.dpi + 0.01 and box.x1 / figure.dpi <= whole.x1 + 0.01
 
 
 def test_resets_are_marked(figures):
     """A triangle at the mean over seeds of the score right after each reset, none for DQN."""
-    runs = figures["learning"].axes[0]
-    triangles = [line for line in runs.lines if line.get_marker() == "v" and len(line.get_xdata())]
-    assert [list(line.get_xdata()) for line in triangles] == [[60, 80], [60, 80]]
+    triangles = [line for line in figures["learning_curves_Alien"].axes[0].lines
+                 if line.get_marker() == "v" and len(line.get_xdata())]  # fmt: skip
+    assert [list(line.get_xdata()) for line in triangles] == [[0.06, 0.08], [0.06, 0.08]]
 
 
 def test_training_curve_by_hand(tmp_path):
@@ -796,28 +773,26 @@ def test_training_curve_by_hand(tmp_path):
     write_run(tmp_path, [FINAL], seed=2, games=[(1, 5.0), (12, 20.0), (96, 1.0)])
     write_run(tmp_path, [FINAL], seed=3)
     games = read(tmp_path)
-    steps, means, dips = plot.training_curve(games, "score")
-    assert list(steps) == list(range(5, 101, 5)) and means.shape == (3, 20) and not dips.any()
-    known = {(row, int(steps[i])): means[row, i] for row, i in np.argwhere(np.isfinite(means))}
+    points = plot.points_of(games, plot.TRAINING)
+    assert len(points) == 60 and sorted(points.step.unique()) == list(range(5, 101, 5))
+    known = {(row.seed, int(row.step)): row.score for row in points.dropna(subset="score").itertuples()}
     assert known == {
-        (0, 5): 2.0, (0, 10): 14 / 3, (0, 15): 8.0, (0, 20): 6.0, (0, 100): 7.0,
-        (1, 5): 5.0, (1, 10): 5.0, (1, 15): 20.0, (1, 20): 20.0, (1, 100): 1.0,
+        (1, 5): 2.0, (1, 10): 14 / 3, (1, 15): 8.0, (1, 20): 6.0, (1, 100): 7.0,
+        (2, 5): 5.0, (2, 10): 5.0, (2, 15): 20.0, (2, 20): 20.0, (2, 100): 1.0,
     }  # fmt: skip
-
-    figure = plot.plot_game("training_games", games[games.seed < 3], NO_REFERENCES, plot.Args())
-    *_, mean = (line for line in figure.axes[0].lines if line.get_linewidth() > 1.5 and line.get_marker() == "None")
-    both = [3.5, (14 / 3 + 5) / 2, 14.0, 13.0] + 15 * [np.nan] + [4.0]  # only where both seeds have games
-    np.testing.assert_allclose(mean.get_ydata(), both)
-    plot.plt.close(figure)
+    (axes,) = pictures(games[games.seed < 3])["training_games_Alien"].axes
+    steps = [0.005, 0.01, 0.015, 0.02, 0.1]  # only where both seeds have games
+    np.testing.assert_allclose(lines_of(axes)["DQN"], [steps, [3.5, (14 / 3 + 5) / 2, 14.0, 13.0, 4.0]])
 
 
 def test_learning_curve_is_the_mean_over_seeds(study, figures):
     games = plot.read_games(str(study[0] / "runs"))[0]
     rows = plot.evaluations_of(games[(games.env_id == ALIEN) & (games.replay_ratio == 1) & (games.method == "RDE+DQN")])
     mean = np.mean([of_run.score.to_numpy() for _, of_run in rows.groupby("run")], axis=0)
-    drawn = [line for line in figures["learning"].axes[0].lines if line.get_linewidth() > 1.5 and line.get_marker() == "None"]
-    assert [list(line.get_xdata()) for line in drawn][-1] == [50, 60, 60, 80, 80, 100]
-    np.testing.assert_allclose(drawn[-1].get_ydata(), mean)
+    axes = figures["learning_curves_Alien"].axes[0]
+    np.testing.assert_allclose(lines_of(axes)["RDE+DQN"], [[0.05, 0.06, 0.06, 0.08, 0.08, 0.1], mean])
+    curves = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == 6]
+    assert all(any(np.allclose(curve, of_run.score) for curve in curves) for _, of_run in rows.groupby("run"))  # thin ones
 
 
 def test_files_go_to_the_study_by_default(tmp_path, monkeypatch):
@@ -835,4 +810,4 @@ def test_one_run_is_enough(tmp_path, call):
     write_run(tmp_path / "runs", [FINAL], env_id="my/odd game-v0", name="one")
     call(tmp_path / "runs", tmp_path / "out")
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["learning_curves_my_odd_game-v0.png", "results.csv", "table.md", "training_games.csv"]
+    assert names == ["learning_curves_my%2Fodd%20game-v0.png", "results.csv", "table.md", "training_games.csv"]

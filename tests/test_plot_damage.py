@@ -48,84 +48,77 @@ def first_score(text: str):
     return rewrite("evaluations.csv", lambda old: old.replace("50,scheduled,0,1.0", f"50,scheduled,0,{text}"))
 
 
+def rows(name: str, old: str, new: str):
+    return rewrite(name, lambda text: text.replace(old, new))
+
+
+def twice(text: str) -> str:
+    return text.replace("50,scheduled,1,2.0\n", "50,scheduled,1,2.0\n50,scheduled,0,1.0\n50,scheduled,1,2.0\n")
+
+
+EVALUATIONS, EPISODES, KIND = "evaluations.csv", "episodes.csv", "or one of a wrong kind"
+LINE = "line 2 is cut off, or a value in it is not allowed"
+ORDER = ": an evaluation is incomplete, doubled, out of order, or misses before_reset"
 SPOILED = {
     "no args": (lambda f: (f / "args.json").unlink(), "args.json is missing"),
-    "cut args": (rewrite("args.json", lambda text: text[:20]), "args.json is not readable"),
-    "args without args": (rewrite("args.json", lambda text: "[]"), "args.json is not readable"),
-    "args that are none": (rewrite("args.json", lambda text: '{"args": 3}'), "args.json has no env_id"),
-    "nested args": (rewrite("args.json", lambda text: "[" * 100_000), "args.json is not readable"),
+    "cut args": (rewrite("args.json", lambda text: text[:20]), "args.json is damaged"),
+    "args without args": (rewrite("args.json", lambda text: "[]"), "args.json is damaged"),
+    "args that are none": (rewrite("args.json", lambda text: '{"args": 3}'), "args.json is damaged"),
+    "nested args": (rewrite("args.json", lambda text: "[" * 100_000), "args.json is damaged"),
     "nested value": (rewrite("args.json", lambda text: '{"args": {"a": ' + "[" * 900 + "]" * 900 + "}}"), "args.json "),
-    "no seed": (rewrite_args(seed=None), "args.json has no seed"),
-    "seed as text": (rewrite_args(seed="2"), "args.json has no seed, or one of a wrong kind"),
-    "seed of 100 digits": (rewrite_args(seed=10**100), "args.json has no seed, or one of a wrong kind"),
-    "agents as text": (rewrite_args(num_agents="2"), "args.json has no num_agents, or one of a wrong kind"),
-    "interval as list": (rewrite_args(reset_interval=[1]), "args.json has no reset_interval, or one of a wrong kind"),
-    "replay ratio nan": (rewrite_args(replay_ratio=math.nan), "args.json has no replay_ratio, or one of a wrong kind"),
-    "replay ratio of 400 digits": (rewrite_args(replay_ratio=10**400), "args.json has no replay_ratio"),
-    "steps as bool": (rewrite_args(total_timesteps=True), "args.json has no total_timesteps, or one of a wrong kind"),
-    "limit as text": (rewrite_args(cost_limit="25"), "args.json has no cost_limit, or one of a wrong kind"),
-    "limit nan": (rewrite_args(cost_limit=math.nan), "args.json has no cost_limit, or one of a wrong kind"),
-    "no evaluations": (lambda f: (f / "evaluations.csv").unlink(), "evaluations.csv is missing"),
-    "empty evaluations": (rewrite("evaluations.csv", lambda text: ""), "does not begin with global_step,phase"),
-    "heading alone": (rewrite("evaluations.csv", lambda text: text.split("\n")[0] + "\n"), "last evaluation is of step 0"),
-    "other columns": (rewrite("evaluations.csv", lambda text: text.replace("phase", "stage")), "does not begin with"),
-    "unknown column": (rewrite("evaluations.csv", lambda text: text.replace("return", "return,luck")), "does not begin with"),
-    "column without values": (rewrite("evaluations.csv", lambda text: text.replace("return", "return,cost")), "line 2"),
-    "success of 0.5": (
-        rewrite("episodes.csv", lambda text: text.strip() + ",success\n90,1.0,4,3.5,0.5\n"),
-        'episodes.csv, line 2: "90,1.0,4,3.5,0.5" is not a row',
-    ),
-    "binary": (lambda f: (f / "evaluations.csv").write_bytes(b"\xff\xfe\x00"), "not a readable text"),
-    "cut row": (rewrite("evaluations.csv", lambda text: text[:-3]), 'line 5: "100,final,1,2" is not a row, or is cut off'),
-    "short row": (rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,0,1.0", "50,scheduled")), "line 2"),
-    "text score": (first_score("many"), "line 2"),
-    "nan score": (first_score("nan"), "line 2"),
-    "score that overflows": (first_score("1e308"), 'line 2: "50,scheduled,0,1e308" is not a row'),
-    "step of 30 digits": (rewrite("evaluations.csv", lambda text: text.replace("100,final", "1" * 30 + ",final")), "line 4"),
-    "negative step": (rewrite("evaluations.csv", lambda text: text.replace("50,", "-50,")), "line 2"),
-    "huge cell": (first_score("1" * 200_000), "evaluations.csv is not readable as CSV: field larger than field limit"),
-    "other phase": (rewrite("evaluations.csv", lambda text: text.replace("scheduled", "midnight")), "line 2"),
-    "episode lost": (rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,1,2.0\n", "")), "has 1 of 2 episodes"),
-    "first episode lost": (rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,0,1.0\n", "")), "out of order"),
-    "episode doubled": (
-        rewrite("evaluations.csv", lambda text: text.replace("50,scheduled,1,2.0\n", "50,scheduled,1,2.0\n" * 2)),
-        "line 4",
-    ),
-    "evaluation doubled": (
-        rewrite(
-            "evaluations.csv",
-            lambda text: text.replace("50,scheduled,0,1.0\n", "50,scheduled,0,1.0\n50,scheduled,1,2.0\n50,scheduled,0,1.0\n"),
-        ),
-        "is there twice",
-    ),
-    "steps go back": (rewrite("evaluations.csv", lambda text: text.replace("50,", "500,")), "step 100 comes after step 500"),
-    "after without before": (
-        rewrite("evaluations.csv", lambda text: text.replace("scheduled", "after_reset")),
-        "no evaluation before it",
-    ),
-    "no final": (  # the training script calls it finished, and does not go on with it
-        rewrite("evaluations.csv", lambda text: text.replace("final", "scheduled")),
-        "damaged: there is a model.pt, but the last evaluation is of step 100, and none is final",
-    ),
-    "no games": (lambda f: (f / "episodes.csv").unlink(), "episodes.csv is missing"),
-    "empty games": (rewrite("episodes.csv", lambda text: ""), "episodes.csv does not begin with global_step,episodic_return"),
-    "cut game": (rewrite("episodes.csv", lambda text: text + "90,1.0"), 'episodes.csv, line 2: "90,1.0" is not a row'),
-    "cut in its time": (rewrite("episodes.csv", lambda text: text + "90,1.0,4,3"), "episodes.csv, line 2"),
-    "nan game": (rewrite("episodes.csv", lambda text: text + "90,nan,4,3.5\n"), "episodes.csv, line 2"),
-    "no model": (lambda f: (f / "model.pt").unlink(), "not finished: the last evaluation is of step 100 of 100"),
-    "final cut off": (rewrite("evaluations.csv", lambda text: text.split("100,final,1")[0]), "final, has 1 of 2 episodes"),
-    "final too early": (rewrite_args(total_timesteps=200), "the final evaluation is not the one of the last step"),
-    "other arguments": (
-        rewrite_args(tau=0.5),
-        "other arguments than most runs of DQN on Alien, replay ratio 1: tau 0.5 instead of None",
-    ),
-    "same seed": (rewrite_args(seed=1), "the same as AlienNoFrameskip-v4__dqn_atari__1__20260101-000100, which counts"),
-    "pipe as args": (replace_by_pipe("args.json"), "args.json is not a regular file"),
-    "pipe as evaluations": (replace_by_pipe("evaluations.csv"), "evaluations.csv is not a regular file"),
-    "pipe as games": (replace_by_pipe("episodes.csv"), "episodes.csv is not a regular file"),
-    "pipe as model": (replace_by_pipe("model.pt"), "not finished: the last evaluation is of step 100 of 100"),
-    "folder as games": (lambda f: ((f / "episodes.csv").unlink(), (f / "episodes.csv").mkdir()), "not a regular file"),
-}
+    "no seed": (rewrite_args(seed=None), "args.json is damaged: no seed"),
+    "seed as text": (rewrite_args(seed="2"), f"no seed, {KIND}"),
+    "seed of 100 digits": (rewrite_args(seed=10**100), f"no seed, {KIND}"),
+    "agents as text": (rewrite_args(num_agents="2"), f"no num_agents, {KIND}"),
+    "interval as list": (rewrite_args(reset_interval=[1]), f"no reset_interval, {KIND}"),
+    "replay ratio nan": (rewrite_args(replay_ratio=math.nan), f"no replay_ratio, {KIND}"),
+    "replay ratio of 400 digits": (rewrite_args(replay_ratio=10**400), f"no replay_ratio, {KIND}"),
+    "steps as bool": (rewrite_args(total_timesteps=True), f"no total_timesteps, {KIND}"),
+    "no episodes wanted": (rewrite_args(eval_episodes=0), "evaluations.csv is damaged"),
+    "limit as text": (rewrite_args(cost_limit="25"), f"no cost_limit, {KIND}"),
+    "limit nan": (rewrite_args(cost_limit=math.nan), f"no cost_limit, {KIND}"),
+    "no evaluations": (lambda f: (f / EVALUATIONS).unlink(), "evaluations.csv is missing"),
+    "empty evaluations": (rewrite(EVALUATIONS, lambda text: ""), "evaluations.csv is damaged: No columns"),
+    "heading alone": (rewrite(EVALUATIONS, lambda text: text.split("\n")[0] + "\n"), "no final evaluation"),
+    "other columns": (rows(EVALUATIONS, "phase", "stage"), "does not begin with global_step,phase"),
+    "unknown column": (rows(EVALUATIONS, "return", "return,luck"), "does not begin with"),
+    "column without values": (rows(EVALUATIONS, "return", "return,cost"), LINE),
+    "rows too long": (rewrite(EVALUATIONS, lambda text: text.replace("\n", ",1\n").replace("return,1", "return")), "damaged"),
+    "success of 0.5": (rewrite(EPISODES, lambda text: text.strip() + ",success\n90,1.0,4,3.5,0.5\n"), LINE),
+    "binary": (lambda f: (f / EVALUATIONS).write_bytes(b"\xff\xfe\x00"), "evaluations.csv is damaged"),
+    "cut row": (rewrite(EVALUATIONS, lambda text: text[:-3]), "line 5 is cut off"),
+    "short row": (rows(EVALUATIONS, "50,scheduled,0,1.0", "50,scheduled"), "evaluations.csv is damaged"),
+    "text score": (first_score("many"), "evaluations.csv is damaged: could not convert string to float: 'many'"),
+    "nan score": (first_score("nan"), LINE),
+    "score that overflows": (first_score("1e308"), LINE),
+    "step of 30 digits": (rows(EVALUATIONS, "100,final", "1" * 30 + ",final"), "evaluations.csv is damaged"),
+    "negative step": (rows(EVALUATIONS, "50,", "-50,"), LINE),
+    "huge cell": (first_score("1" * 200_000), "evaluations.csv is damaged"),
+    "other phase": (rows(EVALUATIONS, "scheduled", "midnight"), LINE),
+    "episode lost": (rows(EVALUATIONS, "50,scheduled,1,2.0\n", ""), f"line 3{ORDER}"),
+    "first episode lost": (rows(EVALUATIONS, "50,scheduled,0,1.0\n", ""), f"line 2{ORDER}"),
+    "episode doubled": (rows(EVALUATIONS, "50,scheduled,1,2.0\n", "50,scheduled,1,2.0\n" * 2), f"line 4{ORDER}"),
+    "evaluation doubled": (rewrite(EVALUATIONS, twice), f"line 4{ORDER}"),
+    "phase changes": (rows(EVALUATIONS, "50,scheduled,1", "50,before_reset,1"), f"line 3{ORDER}"),
+    "steps go back": (rows(EVALUATIONS, "50,", "500,"), f"line 4{ORDER}"),
+    "after without before": (rows(EVALUATIONS, "scheduled", "after_reset"), f"line 2{ORDER}"),
+    "final cut off": (rewrite(EVALUATIONS, lambda text: text.split("100,final,1")[0]), f"line 4{ORDER}"),
+    "no final": (rows(EVALUATIONS, "final", "scheduled"), "damaged: there is a model.pt, but no final evaluation at the end"),
+    "final too early": (rewrite_args(total_timesteps=200), "damaged: there is a model.pt, but no final evaluation at the end"),
+    "no games": (lambda f: (f / EPISODES).unlink(), "episodes.csv is missing"),
+    "empty games": (rewrite(EPISODES, lambda text: ""), "episodes.csv is damaged"),
+    "cut game": (rewrite(EPISODES, lambda text: text + "90,1.0"), "episodes.csv is damaged"),
+    "cut in its time": (rewrite(EPISODES, lambda text: text + "90,1.0,4,3"), LINE),
+    "nan game": (rewrite(EPISODES, lambda text: text + "90,nan,4,3.5\n"), LINE),
+    "no model": (lambda f: (f / "model.pt").unlink(), "not finished: there is no model.pt"),
+    "other arguments": (rewrite_args(tau=0.5), "other arguments than most runs of DQN there: tau 0.5 instead of None"),
+    "same seed": (rewrite_args(seed=1), "another run of the same seed counts"),
+    "pipe as args": (replace_by_pipe("args.json"), "args.json is missing, or not a regular file"),
+    "pipe as evaluations": (replace_by_pipe(EVALUATIONS), "evaluations.csv is missing, or not a regular file"),
+    "pipe as games": (replace_by_pipe(EPISODES), "episodes.csv is missing, or not a regular file"),
+    "pipe as model": (replace_by_pipe("model.pt"), "not finished: there is no model.pt"),
+    "folder as games": (lambda f: ((f / EPISODES).unlink(), (f / EPISODES).mkdir()), "not a regular file"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SPOILED)
@@ -134,15 +127,6 @@ def test_a_spoiled_folder_has_a_named_line(tmp_path, case):
     left_out = broken(tmp_path, change)
     assert len(left_out) == 1 and left_out[0].startswith("spoiled: ") and message in left_out[0], left_out
     assert "\n" not in left_out[0] and len(left_out[0]) < 300
-
-
-def test_an_evaluation_under_way_is_no_damage(tmp_path):
-    def stop_in_an_evaluation(folder: pathlib.Path) -> None:
-        (folder / "model.pt").unlink()
-        rewrite("evaluations.csv", lambda text: text.replace("100,final,1,2.0\n", ""))(folder)
-
-    (line,) = broken(tmp_path, stop_in_an_evaluation)
-    assert line.startswith("spoiled: not finished: ") and "has 1 of 2 episodes" in line
 
 
 def test_an_empty_run_folder_is_named_and_other_folders_are_not(tmp_path):
@@ -154,7 +138,10 @@ def test_an_empty_run_folder_is_named_and_other_folders_are_not(tmp_path):
     write_run(tmp_path / "deeper" / "still", [FINAL], seed=3)
     games, left_out, _ = plot.read_games(str(tmp_path))
     assert list(games.seed.unique()) == [1, 3]
-    assert left_out == [f"AlienNoFrameskip-v4__dqn_atari__{seed}__20260101-120000: args.json is missing" for seed in (-1, 2)]
+    assert left_out == [
+        f"AlienNoFrameskip-v4__dqn_atari__{seed}__20260101-120000: args.json is missing, or not a regular file"
+        for seed in (-1, 2)
+    ]
 
 
 def test_a_negative_seed_is_a_seed(tmp_path):
@@ -189,8 +176,8 @@ def test_odd_names_stop_nothing(tmp_path, call, capsys):
     os.makedirs(os.fsencode(tmp_path / "runs") + b"/odd__\xff__1__20260101-120000")
     call(tmp_path / "runs", tmp_path / "out")
     output = capsys.readouterr()
-    assert output.err == "left out: odd__\\udcff__1__20260101-120000: args.json is missing\n"
-    lines = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert output.err == "left out: odd__\\udcff__1__20260101-120000: args.json is missing, or not a regular file\n"
+    lines = good.table_of(tmp_path / "out").splitlines()
     rows = [line.replace("\\\\", "").replace("\\|", "") for line in lines if line.startswith(("| Alien", "| a"))]
     assert rows and {row.count("|") for row in rows if "replay" not in row} == {9}
     assert any("| \\$_\\$ |" in line for line in lines) and not any("| $" in line for line in lines)
@@ -201,11 +188,8 @@ def test_odd_names_stop_nothing(tmp_path, call, capsys):
 
 def test_a_formula_in_a_picture_is_its_text(tmp_path):
     write_run(tmp_path, RESET_CURVE, **SR | {"exp_name": "$_$"}, env_id="$x^{$")
-    plot.set_style()
-    figure = plot.plot_game("learning_curves", good.read(tmp_path), good.NO_REFERENCES, plot.Args())
-    figure.canvas.draw()  # a formula that is none would be an error
-    assert "$_$" in {text.get_text() for text in figure.axes[0].texts}
-    plot.plt.close(figure)
+    figure = good.pictures(good.read(tmp_path))["learning_curves_%24x%5E%7B%24"]  # a formula that is none would be an error
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["$_$"]
 
 
 def test_games_of_the_same_file_name_do_not_overwrite_each_other(tmp_path, call):
@@ -213,7 +197,7 @@ def test_games_of_the_same_file_name_do_not_overwrite_each_other(tmp_path, call)
     write_run(tmp_path / "runs", [FINAL], env_id="my game", name="2")
     call(tmp_path / "runs", tmp_path / "out")
     names = sorted(file.name for file in (tmp_path / "out").glob("learning*"))
-    assert names == ["learning_curves_my_game.png", "learning_curves_my_game_2.png"]
+    assert names == ["learning_curves_my%20game.png", "learning_curves_my%2Fgame.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad arguments
@@ -231,12 +215,12 @@ def test_games_of_the_same_file_name_do_not_overwrite_each_other(tmp_path, call)
         (("--reset-window", "0"), "--reset-window is 0"),
         (("--out-dir", "file"), "--out-dir file cannot be written: File exists"),
         (("--out-dir", "taken"), "--out-dir taken cannot be written: Is a directory: taken/results.csv"),
-        (("--out-dir", "piped"), "--out-dir piped cannot be written: not a regular file: piped/table.md"),
-        (("--references", "nowhere"), "--references nowhere is not a file"),
-        (("--references", "piped/table.md"), "--references piped/table.md is not a file"),
-        (("--references", "file"), "--references file"),
-        (("--references", "half.csv"), "--references half.csv: row 2 is not one of the columns game, method and score"),
-        (("--references", "binary.csv"), "--references binary.csv: row 1 is not one of"),
+        (("--references", "nowhere"), "--references nowhere: nowhere is missing"),
+        (("--references", "piped/table.md"), "--references piped/table.md: table.md is missing, or not a regular file"),
+        (("--references", "file"), "--references file: file is damaged: No columns"),
+        (("--references", "half.csv"), "--references half.csv: half.csv is damaged: could not convert string to float: 'many'"),
+        (("--references", "other.csv"), "--references other.csv: other.csv is damaged: Usecols do not match columns"),
+        (("--references", "binary.csv"), "--references binary.csv: binary.csv is damaged"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, capsys, call, numbers_only, options, message):
@@ -244,6 +228,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, call, numbers_only, option
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "half.csv").write_text("game,method,score\nAlien,BBF,3\nAlien,DER,many\n")
+    (tmp_path / "other.csv").write_text("game,who,score\nAlien,BBF,3\n")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe")
     (tmp_path / "taken" / "results.csv").mkdir(parents=True)
     (tmp_path / "piped").mkdir()
