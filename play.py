@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 # Threads that wait for each other by spinning are 26 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# A window that draws with OpenGL gets into the way of MuJoCo, which draws with it too: the X server ends the program.
+os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
 
 import cv2
 import gymnasium as gym
@@ -134,6 +136,12 @@ def load_weights(agent, file: str) -> None:
 # -------------------------------------------------------------------------------------------------- who acts, the picture
 
 
+def selection_function(script, args) -> str | None:
+    """The name of the function by which an ensemble's script chooses; None if there is nothing to choose."""
+    names = [name for name in ("safe_selection_probabilities", "selection_probabilities") if hasattr(script, name)]
+    return names[0] if names and getattr(args, "num_agents", 1) > 1 else None
+
+
 class Composition:
     """How the ensemble comes to its action while it is played: made visible, and on demand replaced by one member alone.
 
@@ -144,11 +152,9 @@ class Composition:
     def __init__(self, script, agent):
         self.agent, self.member, self.acting = agent, None, None
         self.num_agents = getattr(agent.args, "num_agents", 1)
-        if self.num_agents == 1:
+        if (name := selection_function(script, agent.args)) is None:
             return
-        safe = hasattr(script, "safe_selection_probabilities")
-        name = "safe_selection_probabilities" if safe else "selection_probabilities"
-        select, act = getattr(script, name), agent.act
+        select, act, has_cost = getattr(script, name), agent.act, name.startswith("safe")
 
         def selected(*judgements_and_betas):
             probabilities = select(*judgements_and_betas)
@@ -156,7 +162,7 @@ class Composition:
                 alone = torch.full(probabilities.shape[:1], self.member, device=probabilities.device)
                 probabilities = F.one_hot(alone, self.num_agents).to(probabilities.dtype)
             self.values = {"Q": judgements_and_betas[0][0].tolist()}
-            self.values |= {"cost": judgements_and_betas[1][0].tolist()} if safe else {}
+            self.values |= {"cost": judgements_and_betas[1][0].tolist()} if has_cost else {}
             self.values["p"] = probabilities[0].tolist()
             return probabilities
 
@@ -305,8 +311,7 @@ def main() -> None:
     except script.RunError as error:
         fail(str(error))
     file, step = find_weights(folder, options.checkpoint)
-    num_agents = getattr(args, "num_agents", 1)
-    members = [str(i) for i in range(num_agents)] if num_agents > 1 else []
+    members = [str(i) for i in range(args.num_agents)] if selection_function(script, args) else []
     if options.agent not in ("ensemble", *(["all"] if members else []), *members):
         fail(f"--agent is {options.agent}, but must be one of ensemble, all, {', '.join(members)}" if members else
              f"--agent is {options.agent}, but the run has one agent alone")  # fmt: skip
@@ -332,7 +337,7 @@ def main() -> None:
         policy = until_window_is_closed(policy)
 
     epsilon = f", epsilon {args.eval_epsilon:g}" if hasattr(args, "eval_epsilon") else ""
-    judge = f"; agent {agent.oldest.item()} of {num_agents} judges" if members else ""
+    judge = f"; agent {agent.oldest.item()} of {len(members)} judges" if members else ""
     print(f"{args.env_id}, {script.SCRIPT}, {os.path.relpath(file, folder)}{epsilon}{judge}")
     table = {}
     for player in ["ensemble", *members] if options.agent == "all" else [options.agent]:
@@ -348,7 +353,7 @@ def main() -> None:
             sys.exit(f"error: {one_line(error)}")
         player = f"agent {player}" if player in members else player
         for i, episode in enumerate(episodes):
-            columns = ", ".join(f"{name} {value}" for name, value in summary([episode]).items())
+            columns = ", ".join(" ".join(column) for column in summary([episode]).items())
             print(f"{player + ', ' if members else ''}episode {i}: {columns}")
         table[player] = summary(episodes)
     if len(episodes) > 1 or len(table) > 1:

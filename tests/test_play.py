@@ -14,8 +14,21 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, equal, load_module, load_script, made_once, model, only_run, read_csv, run_main
-from conftest import shared_folder, snapshot  # isort: skip
+
+from conftest import (
+    ROOT,
+    environment,
+    equal,
+    load_module,
+    load_script,
+    made_once,
+    model,
+    only_run,
+    read_csv,
+    run_main,
+    shared_folder,
+    snapshot,
+)
 
 TINY = "--eval-interval 0 --batch-size 16 --learning-starts 100 --hidden-dim 8 --replay-ratio 0.25"
 # Whole runs with two resets each, so that the agents differ and the choice is not uniform.
@@ -238,8 +251,10 @@ def run_command(*arguments, **variables: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")
-def test_window(play, folder):
-    path = folder("cartpole")
+@pytest.mark.parametrize("name", ["cartpole", pytest.param("safety", marks=pytest.mark.slow)])
+def test_window(play, folder, name):
+    """On a display. A window of OpenGL's beside MuJoCo's pictures would be ended by the X server."""
+    path = folder(name)
     reader, writer = os.pipe()
     display = subprocess.Popen(["Xvfb", "-displayfd", str(writer)], pass_fds=[writer], stderr=subprocess.DEVNULL)
     os.close(writer)
