@@ -495,10 +495,10 @@ def tables_of(games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 # Okabe and Ito's colours, which colour-blind people can tell apart: of PREFIXES, and of other methods.
-COLORS = ["#0072B2", "#D55E00", "#A8487F", "#007F5F", "#B37400", "#2A8CC0", "#000000", "#7F4F24", "#6A51A3", "#777777"]
+COLORS = ["#0072B2", "#D55E00", "#A8487F", "#007F5F", "#000000", "#2A8CC0", "#B37400", "#7F4F24", "#6A51A3", "#777777"]
 STYLE = {"text.parse_math": False, "axes.titlelocation": "left", "axes.titlesize": 9, "savefig.dpi": 150}
-LEGEND = """bands: 95 % bootstrap intervals; thin lines: single seeds; ▼ right after a reset
-training games: moving mean over a tenth of the run; over games: without the evaluations right after a reset"""
+LEGEND = """bands: 95 % intervals; thin lines: single seeds; ▼ right after a reset (not over games)
+training games: moving mean over a tenth of the run"""  # narrower than a panel, beside which the other legend stands
 CURVES = {  # picture: what its curves are made of, columns with the names of their axes; the last two are over games
     "learning_curves": (EVALUATIONS, {"score": "score of the evaluations"}),
     "training_games": (TRAINING, {"score": "return of the training games"}),
