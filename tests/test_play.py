@@ -36,7 +36,7 @@ RUNS = {
     "minigrid": ("rde_dqn", f"{TINY} --env-id MiniGrid-LavaGapS5-v0 --total-timesteps 600 --reset-interval 80 "
                  "--buffer-size 500 --eval-episodes 3 --keep-models 3 --num-agents 3 --eval-epsilon 0.3"),
     "cartpole": ("rde_dqn", f"{TINY} --env-id CartPole-v1 --total-timesteps 500 --reset-interval 80 --buffer-size 500 "
-                 "--eval-episodes 2 --eval-epsilon 0 --num-agents 1"),
+                 "--eval-episodes 4 --eval-epsilon 0.5 --num-agents 1"),
     "safety": ("rde_sac_safety", f"{TINY} --env-id SafetyPointMaze-v0 --total-timesteps 400 --reset-interval 60 "
                "--buffer-size 500 --eval-episodes 2"),
 }  # fmt: skip
@@ -132,10 +132,10 @@ def test_weights_that_were_kept_on_the_way(play, folder):
 
 
 def test_an_episode_is_the_same_however_many_there_are(play, folder):
-    path = folder("minigrid")
+    path = folder("cartpole")
     before = snapshot(path)
     three = scores(played(play, path, "--episodes", 3))
-    assert len(three) == 3 and three[:1] == scores(played(play, path))
+    assert len(set(three)) > 1 and len(three) == 3 and three[:1] == scores(played(play, path))
     assert scores(played(play, path, "--episodes", 3, "--seed", 1)) != three
     assert snapshot(path) == before
 
@@ -161,7 +161,7 @@ def test_epsilon(play, folder):
         _, _, terminated, truncated, _ = env.step(action)
         done, length = terminated or truncated, length + 1
     assert scores(played(play, path, "--epsilon", 1)) == [(str(length), str(length))]
-    assert scores(played(play, path, "--epsilon", 0)) == scores(played(play, path))  # the run's own is 0
+    assert scores(played(play, path, "--epsilon", 0.5)) == scores(played(play, path))  # the run's own
 
 
 # --------------------------------------------------------------------------------------------------------------- members
