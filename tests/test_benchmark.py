@@ -1,15 +1,18 @@
 """benchmark.sh against quick stand-ins of the training scripts."""
 
 import ast
+import fcntl
 import json
 import os
 import pathlib
+import pty
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -40,7 +43,7 @@ class Args:
 RESET_AND_ENSEMBLE
     wait_at: int = -1  # the step at which it waits for a signal, or for the file $JOURNAL.go
     save_seconds: float = 0.0
-    run_seconds: float = 0.0
+    slow_seed: int = -1  # its run takes 2.5 s
     failing_seed: int = -1
     busy_seed: int = -1  # another process is at its run
     note: str = ""
@@ -75,12 +78,15 @@ if "Pogn" in args.env_id:
 
 
 def journal(event, **more):
-    line = {"event": event, "pid": os.getpid(), "env_id": args.env_id, "script": Args.exp_name, "seed": args.seed,
+    line = {"event": event, "time": time.time(), "pid": os.getpid(), "env_id": args.env_id, "script": Args.exp_name, "seed": args.seed,
             "replay_ratio": args.replay_ratio, "threads": os.environ.get("OMP_NUM_THREADS"), "options": sys.argv[1:]} | more
     with open(os.environ["JOURNAL"], "a") as file:
         file.write(json.dumps(line) + "\\n")
 
 
+if args.seed == args.busy_seed:
+    print("another process is at work", file=sys.stderr)
+    sys.exit(75)
 if check_only:
     journal("checked")
     sys.exit(0)
@@ -100,9 +106,6 @@ if args.seed == args.failing_seed:
     journal("failing")
     print("the emulator caught fire", file=sys.stderr)
     sys.exit(7)
-if args.seed == args.busy_seed:
-    print("the run is under way")
-    sys.exit(75)
 
 saved_args = {name: value for name, value in vars(args).items() if name != "resume"}
 folder, step = None, 0
@@ -131,7 +134,7 @@ def save():
     journal("saved", step=step)
 
 
-time.sleep(args.run_seconds)
+time.sleep(2.5 if args.seed == args.slow_seed else 0)
 while step < args.total_timesteps:
     step += 1
     if step == args.wait_at:
@@ -174,9 +177,18 @@ class Study:
         runs_dir = [] if "--runs-dir" in options else ["--runs-dir", str(self.runs)]
         return ["bash", str(BENCHMARK), *runs_dir, *options]
 
-    def start(self, *options: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(*options), env=self.environment | environment, cwd=self.path, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    def start(self, *options: str, terminal: int | None = None, before: tuple = (), **environment: str) -> subprocess.Popen:
+        """In a session of its own, with the terminal if one is given, and no signal ignored as under nohup."""
+
+        def prepare():
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            if terminal is not None:
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        return subprocess.Popen([*before, *self.command(*options)], env=self.environment | environment, cwd=self.path, text=True,
+                                stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                preexec_fn=prepare)  # fmt: skip
 
     def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(self.command(*options), env=self.environment | environment, cwd=self.path, text=True,
@@ -279,7 +291,10 @@ def test_sac_and_own_scripts(study):
 
 def test_suites(study):
     def scripts(*options):
-        return [" ".join([pathlib.Path(c[1]).name, c[3], *c[8:-4]]) for c in dry_run(study, *options, "--seeds", "1", "--replay-ratios", "1")]
+        return [
+            " ".join([pathlib.Path(c[1]).name, c[3], *c[8:-4]])
+            for c in dry_run(study, *options, "--seeds", "1", "--replay-ratios", "1")
+        ]
 
     for suite, script, game, methods in (
         ("minigrid", "rde_dqn.py", "MiniGrid-LavaGapS5-v0", "dqn,sr_dqn,rde_dqn"),
@@ -349,20 +364,19 @@ def test_the_real_scripts_have_the_options(study, options):
 BAD_OPTIONS = [
     (("--frobnicate", "3"), "--frobnicate is not an option"), (("--games",), "--games needs a value"),
     (("--games", ""), "--games needs a value"), (("--games", ","), "make 0 runs"), (("Alien",), "Alien is not an option"),
-    (("--methods", "ppo"), "ppo"), (("--methods", "missing.py"), "missing.py"), (("--methods", "dqn,sac"), "no suite has them all"),
-    (("--suite", "chess"), "--suite is chess"), (("--suite", "dmc", "--methods", "dqn"), "dmc has no dqn"),
-    (("--methods", "dqn rde_dqn"), "commas separate methods"), (("--methods", "rde_dqn --seed 3"), "--seed is not for the scripts"),
+    (("--methods", "ppo"), "atari has no ppo"), (("--methods", "missing.py"), "missing.py"), (("--methods", "dqn,sac"), "dmc has no dqn"),
+    (("--suite", "chess"), "--suite is chess"), (("--suite", "dmc", "--methods", "dqn"), "dmc has no dqn"), (("--methods", ","), "has no "),
+    (("--methods", "dqn rde_dqn"), "commas separate methods"), (("--methods", "dqn\nrde_dqn"), "commas separate methods"),
+    (("--methods", "rde_dqn --seed 3"), "--seed is set for every run"), (("--methods", "rde_dqn --beta 2 --runs_dir=x"), "--runs-dir is set"),
     (("--seeds", "5-1"), "5-1 holds no seed"), (("--seeds", "0"), "no seed"), (("--seeds", "x"), "x"),
-    (("--jobs", "0"), "--jobs is 0"), (("--jobs", "two"), "two"), (("--jobs", "1001"), "from 1 to 1000"),
-    (("--jobs", "9223372036854775808"), "from 1 to 1000"), (("--seeds", "100000"), "1200000 runs, but 1 to 100,000"),
+    (("--jobs", "0"), "--jobs is 0"), (("--jobs", "two"), "two"), (("--jobs", "1000"), "from 1 to 999"),
+    (("--jobs", "9223372036854775808"), "from 1 to 999"), (("--seeds", "100000"), "1200000 runs, but 1 to 100,000"),
     (("--seeds", "9999999999"), "100,000"), (("--seeds", "99999999999999999999"), "neither a seed nor a range"),
-    (("--setting", "unofficial"), "unofficial"), (("--setting", "official", "--methods", "sac"), "dmc has no --setting official"),
-    (("--smoke", "--methods", "sac"), "dmc has no --smoke"),
-    (("--games", "Pong,Pong"), "twice in a list: --games Pong"), (("--replay-ratios", "1,1"), "twice in a list: --replay-ratios 1"),
-    (("--seeds", "2,1-3"), "twice in a list: --seeds 2"), (("--methods", "dqn,rde_dqn,dqn"), "twice in a list: --methods dqn"),
-    (("--", "--runs-dir", "X"), "use --runs-dir before any --"), (("--", "--env-id", "X"), "use --games"),
-    (("--", "--env_id=X"), "use --games"), (("--", "--seed", "3"), "use --seeds"), (("--", "--replay-ratio=3"), "use --replay-ratios"),
-    (("--", "--resume", "auto"), "--resume is not for the scripts"), (("--", "--check-only"), "use --dry-run"),
+    (("--setting", "unofficial"), "atari has no setting unofficial"), (("--setting", "official", "--methods", "sac"), "dmc has no setting"),
+    (("--smoke", "--methods", "sac"), "dmc has no setting smoke"),
+    (("--", "--runs-dir", "X"), "--runs-dir is set for every run by the options before any --"), (("--", "--env-id", "X"), "--env-id is set"),
+    (("--", "--env_id=X"), "--env-id is set"), (("--", "--seed", "3"), "--seed is set"), (("--", "--replay-ratio=3"), "--replay-ratio is set"),
+    (("--", "--resume", "auto"), "--resume is set"), (("--", "--note", "x", "--check-only"), "--check-only is set"),
 ]  # fmt: skip
 
 
@@ -400,7 +414,12 @@ def test_what_scripts_refuse_is_known_before_the_first_run(study, options, messa
 
 
 def test_the_check_costs_one_command_for_each_method_or_game(study):
-    assert study.run("--games", "Pong,Alien,Qbert", "--methods", "dqn,rde_dqn", "--replay-ratios", "1,2", "--seeds", "4").returncode == 0
+    assert (
+        study.run(
+            "--games", "Pong,Alien,Qbert", "--methods", "dqn,rde_dqn", "--replay-ratios", "1,2", "--seeds", "4"
+        ).returncode
+        == 0
+    )
     assert names(study.events("checked")) == [
         (PONG, "dqn_atari", 1.0, 1), (ALIEN, "rde_dqn_atari", 2.0, 1), ("QbertNoFrameskip-v4", "dqn_atari", 1.0, 1)]  # fmt: skip
 
@@ -420,13 +439,13 @@ def test_runs_in_order_then_skips_and_plots(study):
     assert all(event["threads"] is None for event in study.events("start"))
     assert result.stdout.splitlines()[-1] == f"PLOT --runs-dir {study.runs}"
     lines = [line for line in result.stdout.splitlines() if ": finished; " in line]
-    pattern = r"\[1/8\] Pong rde_dqn, replay ratio 1, seed 1: finished; 1 of 8 done, \d+ s a run, about \d+ s left"
+    pattern = r"\[1/8\] Pong rde_dqn, replay ratio 1, seed 1: finished; 1 of 8 done, about \d+ min left"
     assert re.fullmatch(pattern, lines[0]) and len(lines) == 8
     assert lines[7] == "[8/8] Alien rde_dqn, replay ratio 2, seed 2: finished; 8 of 8 done"
 
     again = study.run(*SMALL, "--no-plot")
     assert again.returncode == 0 and again.stdout.count(": is finished already; ") == 8 and "PLOT" not in again.stdout
-    assert "a run, about" not in again.stdout and len(study.events("start")) == 8  # nothing is known of the time of a run
+    assert "min left" not in again.stdout and len(study.events("start")) == 8  # nothing is known of the time of a run
 
     more_seeds = study.run(*SMALL, "--seeds", "3")
     assert more_seeds.returncode == 0 and names(study.events("start"))[8:] == [
@@ -435,35 +454,38 @@ def test_runs_in_order_then_skips_and_plots(study):
 
 
 def test_time_left_is_that_of_the_runs_of_this_call(study):
-    options = ("--", "--run-seconds", "1.5", "--failing-seed", "4")
+    options = ("--", "--slow-seed", "3", "--failing-seed", "4")
     assert study.run(*ONE_GAME, "--seeds", "2", *options).returncode == 0
-    lines = study.run(*ONE_GAME, "--seeds", "5", *options).stdout.splitlines()
-    done = [line.split(": ", 1)[1] for line in lines if " done" in line]
-    assert done[:2] == ["is finished already; 1 of 5 done", "is finished already; 2 of 5 done"]
-    [a_run, left] = map(int, re.fullmatch(r"finished; 3 of 5 done, (\d+) s a run, about (\d+) s left", done[2]).groups())
-    assert 1 <= a_run <= 20 and left == 2 * a_run  # finished ones do not count, with a time of nearly 0
-    assert f"4 of 5 done, {a_run} s a run, about {a_run} s left" in done[3]  # and a failed one does not
-    duration = BENCHMARK.read_text().split("\nduration() {")[1].split("\n}")[0]
-    calls = "".join(f"\nduration {seconds}" for seconds in (0, 119, 120, 1520, 7199, 7200, 21600))
-    result = subprocess.run(["bash", "-c", "duration() {" + duration + "\n}" + calls], capture_output=True, text=True)
-    assert result.stdout.splitlines() == ["0 s", "119 s", "2 min", "25 min", "120 min", "2 h", "6 h"]
+    start, done = time.time(), []
+    process = study.start(*ONE_GAME, "--seeds", "202", *options)
+    while len(done) < 4:
+        if " done" in (line := process.stdout.readline()):
+            done.append(line.split(": ", 1)[1].rstrip())
+    longest = time.time() - start + 1
+    process.terminate()
+    process.communicate(timeout=100)
+    assert done[:2] == ["is finished already; 1 of 202 done", "is finished already; 2 of 202 done"]
+    left = int(re.fullmatch(r"finished; 3 of 202 done, about (\d+) min left", done[2])[1])
+    assert 199 * 2 // 60 + 1 <= left <= 199 * longest / 60 + 1  # finished ones do not count, with a time of nearly 0
+    then = int(re.search(r"caught fire; 4 of 202 done, about (\d+) min left", done[3])[1])
+    assert then in (left - 1, left)  # and a failed one does not
 
 
 def test_failures_are_listed_and_stop_nothing(study):
-    options = (*ONE_GAME, "--seeds", "4", "--", "--failing-seed", "2", "--busy-seed", "3")
+    options = (*ONE_GAME, "--seeds", "4", "--", "--busy-seed", "1", "--failing-seed", "2")
     result = study.run(*options)
-    assert result.returncode == 1 and [run[3] for run in names(study.events("end"))] == [1, 4]
+    assert result.returncode == 1 and [run[3] for run in names(study.events("end"))] == [3, 4]
     title, *listed = result.stderr.splitlines()
     assert title == "1 of 4 runs FAILED:" and len(listed) == 1
-    assert "  Pong dqn, replay ratio 1, seed 2 (exit code 7), log: " in listed[0]
+    assert "  [2/4] Pong dqn, replay ratio 1, seed 2 (exit code 7), log: " in listed[0]
     log = pathlib.Path(listed[0].split("log: ")[1])
     command, message = log.read_text().splitlines()
     assert message == "the emulator caught fire" and "FAILED (exit code 7): the emulator caught fire" in result.stdout
     assert shlex.split(command)[0] == "$" and shlex.split(command)[2] == str(study.scripts / "dqn_atari.py")
-    assert "seed 3: another process is at it, left to that; 3 of 4 done" in result.stdout and "PLOT" in result.stdout
+    assert "seed 1: another process is at it, left to that; 1 of 4 done" in result.stdout and "PLOT" in result.stdout
 
     again = study.run(*options)
-    assert again.returncode == 1 and [event["seed"] for event in study.events("start", "failing")] == [1, 2, 4, 2]
+    assert again.returncode == 1 and [event["seed"] for event in study.events("start", "failing")] == [2, 3, 4, 2]
 
 
 def test_a_log_that_cannot_be_written_fails_its_run_and_stops_nothing(study):
@@ -479,6 +501,17 @@ def test_a_log_that_cannot_be_written_fails_its_run_and_stops_nothing(study):
     assert "Alien dqn, replay ratio 1, seed 1: FAILED (exit code 1): its log cannot be written" in result.stdout
     assert "1 of 3 runs FAILED:" in result.stderr and any(study.runs.glob("Freeway*/model.pt"))
     assert "benchmark.sh: line" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_is_in_the_list_twice_happens_once(study, jobs):
+    process = study.start("--games", "Pong,Pong", *ONE_GAME[2:], "--seeds", "1", "--jobs", jobs, "--", "--wait-at", "3")
+    study.wait_for("waiting")
+    time.sleep(0.5)  # the second one is looking at the first
+    study.go()
+    output, _ = process.communicate(timeout=100)
+    how = {"1": "is finished already; 2 of 2 done", "2": "another process is at it, left to that; 1 of 2 done"}[jobs]
+    assert process.returncode == 0 and how in output and len(study.events("start")) == 1 == len(study.finished())
 
 
 def test_a_failing_plot_fails(study):
@@ -524,19 +557,7 @@ def test_odd_names(tmp_path):
     study.runs = tmp_path / 'runs [of] $HOME; "a" *'
     (tmp_path / "starlight").mkdir()  # a * in the list must not become this name
     games = ["$(touch-hacked)-v0", "it's-v0", '"q"-v1', "*", "a;b&c|d-v0", "ALE/Pong-v5", "Übung-v0", "back\\slash-v0"]
-    options = (
-        "--games",
-        " ".join(games),
-        "--methods",
-        "dqn",
-        "--replay-ratios",
-        "1",
-        "--seeds",
-        "1",
-        "--",
-        "--note",
-        "a b\"'$x\n*",
-    )
+    options = ("--games", " ".join(games), *ONE_GAME[2:], "--seeds", "1", "--", "--note", "a b\"'$x\n*")
     result = study.run("--jobs", "2", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     expected = {game if "-" in game or "/" in game else f"{game}NoFrameskip-v4" for game in games}
@@ -567,23 +588,34 @@ def wait_until_dead(pids: list[int]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_and_continued(study, number):
-    options = (*ONE_GAME, "--seeds", "4", "--jobs", "2", "--", "--wait-at", "3", "--save-seconds", "0.5")
-    process = study.start(*options)
+def send(process: subprocess.Popen, how: str, terminal: int) -> None:
+    if how == "Ctrl-C":
+        os.write(terminal, b"\x03")  # the terminal sends SIGINT to the group of processes in its foreground
+    elif how.endswith(" to the group"):
+        os.killpg(process.pid, getattr(signal, how.split()[0]))
+    else:
+        process.send_signal(getattr(signal, how.split()[0]))
+
+
+@pytest.mark.parametrize(
+    "how", ["Ctrl-C", "SIGTERM", "SIGHUP", "SIGHUP to the group", "SIGTERM to timeout", "SIGTERM twice at once"]
+)
+def test_stopped_and_continued(study, how):
+    options = (*ONE_GAME, "--seeds", "4", "--jobs", "2", "--", "--wait-at", "3", "--save-seconds", "0.8")
+    terminal, end = pty.openpty()
+    before = ("timeout", "1000") if how == "SIGTERM to timeout" else ()  # which sends it to its command, and to the group
+    process = study.start(*options, terminal=end, before=before)
     study.wait_for("waiting", 2)
-    os.killpg(process.pid, number)  # as a terminal does it: to the group of processes in the foreground
+    send(process, how, terminal)
+    if how == "SIGTERM twice at once":
+        time.sleep(0.2)
+        process.terminate()
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + (signal.SIGINT if how == "Ctrl-C" else getattr(signal, how.split()[0]))
     pids = [event["pid"] for event in study.events("start")]
     assert len(pids) == 2 and not any(map(is_alive, pids))
     assert len(study.events("signal")) == 2  # one each; a second one would have kept them from saving
-    assert [event["step"] for event in study.events("saved")] == [
-        3,
-        3,
-        3,
-        3,
-    ]  # each before it waited, and then because of the signal
+    assert [event["step"] for event in study.events("saved")] == [3] * 4  # each before it waited, and because of the signal
     assert "stopped; the same command goes on from here" in output and "FAILED" not in output and "PLOT" not in output
     assert study.finished() == []
 
@@ -595,14 +627,28 @@ def test_stopped_and_continued(study, number):
     assert len(list(study.runs.glob("*/args.json"))) == 4
 
 
-def test_stopped_twice_ends_at_once(study):
+def test_runs_save_when_the_terminal_is_closed(study):
+    terminal, end = pty.openpty()
+    process = study.start(*ONE_GAME, "--seeds", "1", "--", "--wait-at", "3", "--save-seconds", "0.5", terminal=end)
+    study.wait_for("waiting")
+    os.close(end)
+    os.close(terminal)
+    process.stdout.close()  # nobody reads what it says
+    process.wait(100)
+    wait_until_dead([event["pid"] for event in study.events("start")])
+    assert len(study.events("signal")) == 1 and len(study.events("saved")) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_twice_ends_at_once(study, number):
     process = study.start(*ONE_GAME, "--seeds", "1", "--", "--wait-at", "3", "--save-seconds", "1000")
     pid = study.wait_for("waiting")[0]["pid"]
-    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(number)
     study.wait_for("signal")
-    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(2.1)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 130 and "[1/1] Pong dqn, replay ratio 1, seed 1: stopped" in output
+    assert process.returncode == 128 + number and "[1/1] Pong dqn, replay ratio 1, seed 1: stopped" in output
     assert not is_alive(pid) and study.finished() == []
 
 
