@@ -40,7 +40,7 @@ class Args:
     out_dir: str | None = None
     """where the files are written; by default the subfolder results of --runs-dir"""
     references: str | None = None
-    """a CSV file of published scores (columns game, method, score), drawn and listed beside the training games"""
+    """a CSV file of published scores (columns game, method, score), listed and (over games) drawn beside training games"""
     merge_versions: bool = False
     """take the runs of a method as one, even if different versions of its script made them"""
     reset_window: int = 2_000
@@ -82,7 +82,7 @@ def suite_of(env_id: str) -> str | None:
     """Atari-100k, DeepMind Control (domain-task, without a version), or None: no common scale."""
     if game_name(env_id) in RANDOM_AND_HUMAN_SCORES:
         return ATARI
-    return DMC if re.fullmatch(r"[a-z0-9_]+-[a-z0-9_]+(?<!-v\d)", env_id) else None
+    return DMC if re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id) else None
 
 
 def normalized_score(env_id: str, score):
@@ -170,9 +170,8 @@ def parse_rows(text: str, columns: list[str]) -> pd.DataFrame:
     if [*rows] != [*columns, *rows.columns.intersection(["success", "cost"])] or rows.index.nlevels > 1:
         raise ValueError(f"it does not begin with {','.join(columns)}")
     too_large = (rows.select_dtypes("number").abs() > 1e15).any(axis=1)  # sums would overflow
-    wrong = (
-        rows.isna().any(axis=1) | too_large | (rows.global_step < 0) | (rows.index == len(rows) - 1) & (not text.endswith("\n"))
-    )
+    wrong = rows.isna().any(axis=1) | too_large | (rows.global_step < 0)
+    wrong |= (rows.index == len(rows) - 1) & (not text.endswith("\n"))
     if wrong.any():
         raise ValueError(f"line {wrong.argmax() + 2} is cut off, or a value in it is not allowed")
     return rows.reindex(columns=[*columns, "success", "cost"]).astype({"success": float})
@@ -190,9 +189,7 @@ def parse_evaluations(text: str, num_episodes: int) -> pd.DataFrame:
     wrong |= (first.global_step < before.global_step) | (first.phase == "after_reset") & ~has_before
     wrong |= rows.evaluation == whole  # that is there only if it is incomplete
     if wrong.any():
-        raise ValueError(
-            f"line {wrong.argmax() + 2}: an evaluation is incomplete, doubled, out of order, or misses before_reset"
-        )
+        raise ValueError(f"line {wrong.argmax() + 2}: an evaluation is cut off, doubled, out of order, or misses before_reset")
     return rows
 
 
@@ -348,13 +345,11 @@ def comparable(games: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def bootstrap(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """`function` of scores (seeds, games, ...), or of a list of them, and its 95 % interval (2, ...): NaN of one seed."""
+    """`function` of scores (seeds, games, ...), or of a list of them; its stratified 95 % interval (2, ...), or NaN."""
     arrays = scores if isinstance(scores, list) else [scores]
     if min(map(len, arrays)) < 2:
         return (point := function(*arrays)), np.full((2, *point.shape), math.nan)
-    np.random.seed(
-        args.seed
-    )  # stratified over games; rliable draws from the global generator, whatever random_state it is given
+    np.random.seed(args.seed)  # rliable draws from the global generator, whatever random_state it is given
     points, intervals = library.get_interval_estimates({"": scores}, function, reps=args.bootstrap_samples)
     return points[""], intervals[""]
 
@@ -574,15 +569,17 @@ def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
         ends = [left, left + 0.6 / len(methods), math.nan]
         panel = (f"{source}, replay ratio {row.replay_ratio:g}", "", "score after / before a reset")
         curves.append(new_curve(panel, row.method, ends, row.ratio, [[row.low], [row.high]], row.of_seeds))
-    grid = draw_panels(curves, width=max(4.4, 0.6 * len(env_ids)))
+    grid = draw_panels(curves, width=max(4.4, 0.35 * len(env_ids)))
     for axes in grid.axes_dict.values():
         axes.axhline(1, color="grey", linewidth=1, linestyle="--")
         axes.set_xticks(range(len(env_ids)), map(game_name, env_ids), rotation=90 if len(env_ids) > 3 else 0)
         axes.set(xlim=(-0.6, len(env_ids) - 0.4), ylim=(min(-0.05, axes.get_ylim()[0]), None))
-    return grid.figure
+    return grid.tight_layout().figure
 
 
-def pictures_of(games, shared, collapses, published, args: Args) -> Iterator[tuple[str, plt.Figure]]:
+def pictures_of(
+    games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame, published: pd.DataFrame, args: Args
+) -> Iterator[tuple[str, plt.Figure]]:
     """Name and picture."""
     plt.switch_backend("agg")
     sns.set_theme(style="whitegrid", font="DejaVu Sans", font_scale=0.85, rc=STYLE)

@@ -189,7 +189,7 @@ def test_scores_are_those_of_the_scripts():
 def test_scales():
     assert plot.normalized_score(ALIEN, 227.8 + 0.25 * (7127.7 - 227.8)) == pytest.approx(0.25)
     assert plot.normalized_score("hopper-hop", 250.0) == 0.25
-    env_ids = (ALIEN, "finger-turn_hard", "LunarLander-v3", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
+    env_ids = (ALIEN, "finger-turn_hard", "lander-v13", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
     assert [plot.suite_of(env_id) for env_id in env_ids] == [plot.ATARI, plot.DMC, None, None, None]
 
 
@@ -743,7 +743,6 @@ NAMES = ["learning_curves_Alien", "training_games_Alien", "aggregate_curves", "p
 @pytest.mark.parametrize("name", NAMES)
 def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
     figure = figures[name]
-    renderer = FigureCanvasAgg(figure).get_renderer()
     (legend,) = figure.legends
     methods = ["DQN", "SR+DQN", "RDE+DQN"][name.startswith("collapse") :]
     assert [text.get_text() for text in legend.get_texts()] == methods and len(figure.axes) == 2
@@ -752,12 +751,24 @@ def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(fig
         assert axes.get_xlabel() or name.startswith("collapse")
         lines = [line for line in axes.lines if line.get_label() in methods]
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(methods)
+    nothing_covers_another(figure)
+
+
+def nothing_covers_another(figure) -> None:
+    """Panels with their names, the legend, and the explanation below."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
-    boxes += [legend.get_window_extent(renderer), *(text.get_window_extent(renderer) for text in figure.texts)]
+    boxes += [text.get_window_extent(renderer) for text in (*figure.legends, *figure.texts)]
     whole = figure.get_tightbbox(renderer)  # in inches; all of it is saved
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert whole.x0 <= box.x0 / figure.dpi + 0.01 and box.x1 / figure.dpi <= whole.x1 + 0.01
+
+
+def test_collapse_of_many_games(tmp_path):
+    for game in ("ChopperCommand", "KungFuMaster", "PrivateEye", "Qbert", "Seaquest"):
+        write_run(tmp_path, RESET_CURVE, **SR, env_id=f"{game}NoFrameskip-v4")
+    nothing_covers_another(pictures(read(tmp_path))["collapse"])
 
 
 def test_resets_are_marked(figures):

@@ -58,7 +58,7 @@ def twice(text: str) -> str:
 
 EVALUATIONS, EPISODES, KIND = "evaluations.csv", "episodes.csv", "or one of a wrong kind"
 LINE = "line 2 is cut off, or a value in it is not allowed"
-ORDER = ": an evaluation is incomplete, doubled, out of order, or misses before_reset"
+ORDER = ": an evaluation is cut off, doubled, out of order, or misses before_reset"
 SPOILED = {
     "no args": (lambda f: (f / "args.json").unlink(), "args.json is missing"),
     "cut args": (rewrite("args.json", lambda text: text[:20]), "args.json is damaged"),
