@@ -169,15 +169,15 @@ def rows(path: pathlib.Path, name: str) -> list[tuple]:
     return [tuple(value for key, value in row.items() if key != "wall_seconds") for row in read_csv(path / name)]
 
 
-def scalars(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard was told, as (step, value), the speed left out."""
+def scalars(path: pathlib.Path, with_speed: bool = False) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard was told, as (step, value); the speed, which no two runs share, is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag != "charts/SPS"
+        if with_speed or tag != "charts/SPS"
     }
 
 

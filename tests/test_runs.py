@@ -180,6 +180,9 @@ def test_the_curves_of_tensorboard(runs, name):
     for tag in losses:
         assert [step for step, _ in curves[tag]] == [step for step in log_points if step > learning_starts], tag
         assert np.isfinite([value for _, value in curves[tag]]).all()
+    speeds = scalars(path, with_speed=True)["charts/SPS"]
+    assert [step for step, _ in speeds] == [step for step in log_points if step > learning_starts]
+    assert all(1 < speed < 1e6 for _, speed in speeds)
     if name != "sac":
         epsilons = [
             (step, pytest.approx(max(0.01, 1 - 0.99 * (step - (2 if name == "rde" else 1)) / 60))) for step in log_points
