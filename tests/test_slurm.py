@@ -182,7 +182,7 @@ def test_array_on_a_real_slurm(slurm, study):
     job = call(*submit)
     first = study.wait_for("waiting")[0]
     index = [(1, "dqn_atari"), (1, "rde_dqn_atari"), (2, "dqn_atari"), (2, "rde_dqn_atari")].index(
-        (first["seed"], first["script"])
+        (first["seed"], first["exp_name"])
     )
     tasks = dict(line.split() for line in call("squeue", "-h", "-r", "-t", "R", "-o", "%K %A").splitlines())
     call("scontrol", "requeue", tasks[str(index)])  # what a preemption does
@@ -197,8 +197,8 @@ def test_array_on_a_real_slurm(slurm, study):
 
     runs = sorted((PONG, script, 1.0, seed) for seed in (1, 2) for script in ("dqn_atari", "rde_dqn_atari"))
     assert study.finished() == runs and len(study.events("end")) == 4 == len(list(study.runs.glob("*/args.json")))
-    starts = [(event["seed"], event["script"], event["step"]) for event in study.events("start")]
-    assert len(starts) == 5 and (first["seed"], first["script"], 3) in starts  # the preempted one went on from its checkpoint
+    starts = [(event["seed"], event["exp_name"], event["step"]) for event in study.events("start")]
+    assert len(starts) == 5 and (first["seed"], first["exp_name"], 3) in starts  # the preempted one went on from its checkpoint
     assert len(study.events("signal")) == 1
 
     call(*submit)
