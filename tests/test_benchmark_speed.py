@@ -72,14 +72,15 @@ def test_table(tmp_path):
         "emulator alone, 4 frames", "emulator + wrappers (the ceiling)", "training loop, N = 1, replay ratio 1",
         "update alone, N = 1", "training loop, N = 2, replay ratio 1", "update alone, N = 2",
         "training loop, N = 2, replay ratio 1, --bf16", "naive loop, N = 1", "naive loop, N = 2",
-        "stable-baselines3's DQN (N = 1)", "physics (the ceiling of SAC)", "SAC training loop, N = 1",
-        "stable-baselines3's SAC (N = 1)",
+        "stable-baselines3's DQN (N = 1)", "update alone, N = 2, with one competing process",
+        "stable-baselines3's DQN (N = 1), with one competing process", "physics (the ceiling of SAC)", "SAC training loop, N = 1",
+        "stable-baselines3's SAC (N = 1)", "stable-baselines3's SAC (N = 1), with one competing process",
     ]  # fmt: skip
     assert all(float(steps) * float(milliseconds) == pytest.approx(1e3, rel=0.05) for _, steps, milliseconds, _ in lines)
     with open(tmp_path / "speed.csv") as file:
         assert list(csv.reader(file))[1:] == lines
     for text in ("over emulator alone, 4 frames: ", "over naive loop, N = 2: ", "over stable-baselines3's DQN (N = 1): ",
-                 "floor of one DQN agent's update: ", "floor of one SAC agent's update: ", "replay buffer of 100,000"):  # fmt: skip
+                 "update alone, N = 2: ", " times as long, with one competing process", "floor of one DQN agent's update: ", "floor of one SAC agent's update: ", "replay buffer of 100,000"):  # fmt: skip
         assert text in result.stdout
 
 
