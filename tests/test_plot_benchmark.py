@@ -346,12 +346,14 @@ def test_suites_and_replay_ratios_are_not_mixed(tmp_path, call, numbers_only):
 
 def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
     write_run(tmp_path, RESET_CURVE, **SR)
-    freeway = [(50, "scheduled", (0.0, 0.0)), (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))]
+    freeway = [(50, "scheduled", (0.0, 0.0)), (60, "before_reset", (3.0, 3.0)), (60, "after_reset", (2.0, 2.0)),
+               (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))]  # fmt: skip
     write_run(tmp_path, freeway, **SR, env_id=FREEWAY)
     shared = plot.comparable(read(tmp_path))[0]
     (curve,) = plot.curves_of("aggregate_curves", shared, NOTHING_PUBLISHED, plot.Args())
-    assert curve.x.tolist() == [0.05, 0.1] and not curve.dip.any()
-    np.testing.assert_allclose(curve.y, [(200 - 227.8) / 6899.9 / 2, ((305 - 227.8) / 6899.9 + 1 / 29.6) / 2])
+    assert curve.x.tolist() == [0.05, 0.06, 0.1] and not curve.dip.any()
+    alien, freeway = (np.array([200, 500, 305]) - 227.8) / 6899.9, np.array([0, 3, 1]) / 29.6
+    np.testing.assert_allclose(curve.y, (alien + freeway) / 2)
 
 
 def test_training_curves_over_games_are_of_the_games_means(tmp_path):
