@@ -54,7 +54,7 @@ def test_what_a_page_links_to_exists(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_programs_that_a_page_names_exist(path):
     for name in re.findall(r"`(?:python |bash )?((?:tests/|baselines/)?\w+\.(?:py|sh))\b", path.read_text()):
-        assert (ROOT / name).exists() or name.startswith(("my_", "_")), name
+        assert (ROOT / name).exists() or "my_" in name or name.startswith("_"), name
 
 
 def test_readme_fits_on_two_screens_and_names_every_script():
