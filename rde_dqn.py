@@ -27,7 +27,7 @@ Where is what:
     epsilon_at, ...               how much is explored; when there is a gradient step, a reset, an evaluation
     train                         the training loop
     -- the line --                below it nothing is of the algorithm
-    Task, MiniGridView            the environment
+    MiniGridView, Task            the environment
     ReplayBuffer                  transitions
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
