@@ -173,9 +173,10 @@ def scalars(path: pathlib.Path, with_speed: bool = False) -> dict[str, list[tupl
     """What TensorBoard was told, as (step, value); the speed, which no two runs share, is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    # A resumed run has several files. Their names need not sort as they were written, and then points would be thrown away.
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
         for tag in events.Tags()["scalars"]
         if with_speed or tag != "charts/SPS"
     }
