@@ -176,7 +176,7 @@ def scalars(path: pathlib.Path, with_speed: bool = False) -> dict[str, list[tupl
     # A resumed run has several files. Their names need not sort as they were written, and then points would be thrown away.
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
     return {
-        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
+        tag: sorted([(event.step, event.value) for event in events.Scalars(tag)], key=lambda point: point[0])
         for tag in events.Tags()["scalars"]
         if with_speed or tag != "charts/SPS"
     }
