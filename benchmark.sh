@@ -145,7 +145,7 @@ num_done=0 num_timed=0 seconds=0 failures=() stop_signal="" stopped_at=-9
 stop_runs() { # signal; the scripts save a checkpoint at the first TERM, and end at once at the second one
     ((SECONDS > stopped_at + 1)) || return 0 # twice at once is once: the program `timeout` does so
     stop_signal=$1 stopped_at=$SECONDS
-    [[ $1 == TERM && -n ${SLURM_JOB_ID:-} ]] || kill -TERM "${!title_of[@]}" || true # SLURM sends its TERM to all processes itself
+    [[ $1 == TERM && -n ${SLURM_JOB_ID:-} ]] || kill -TERM "${!title_of[@]}" || true # SLURM sends TERM to all processes
     echo "stopping: the runs save a checkpoint first; again to end them at once"
 }
 trap 'stop_runs HUP' HUP; trap 'stop_runs INT' INT; trap 'stop_runs TERM' TERM; trap 'stop_runs USR1' USR1 # USR1: of SLURM
