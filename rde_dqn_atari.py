@@ -5,7 +5,7 @@ proposes its greedy action, and the oldest agent, whose reset lies longest back,
 
     python rde_dqn_atari.py --env-id AlienNoFrameskip-v4 --reset-depth last1
 
-In two minutes, to see everything happen once (two resets among it):
+In two minutes, to see everything happen once (three resets among it):
 
     python rde_dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 --learning-starts 500
         --reset-interval 1600 --eval-interval 1000 --eval-episodes 2
@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Literal
 
-# Threads that wait for each other by spinning are 26 times slower as soon as another process competes for a core.
+# Threads that wait for each other by spinning are 17 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
 import ale_py

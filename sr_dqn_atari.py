@@ -5,7 +5,7 @@ kept.
 
     python sr_dqn_atari.py --env-id AlienNoFrameskip-v4 --reset-depth last1
 
-In two minutes, to see everything happen once (two resets among it):
+In two minutes, to see everything happen once (three resets among it):
 
     python sr_dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 --learning-starts 500
         --reset-interval 800 --eval-interval 1000 --eval-episodes 2
@@ -58,7 +58,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Literal
 
-# Threads that wait for each other by spinning are 26 times slower as soon as another process competes for a core.
+# Threads that wait for each other by spinning are 17 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
 import ale_py
