@@ -19,7 +19,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 
-# Threads that wait for each other by spinning are 17 times slower as soon as another process competes for a core.
+# Threads that wait for each other by spinning are 12 to 80 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 # A window that draws with OpenGL gets into the way of MuJoCo, which draws with it too: the X server ends the program.
 os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
