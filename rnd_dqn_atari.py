@@ -25,6 +25,7 @@ Where is what:
     Args                          every argument, its meaning and its range
     QNetwork                      the network
     RandomNetworkDistillation     predictor, fixed random network, running statistics, bonus
+    RoomsSeen                     how far Montezuma's Revenge is explored
     Agent                         act, update
     gradient_steps_due, ...       when there is a gradient step, an evaluation
     train                         the training loop
@@ -363,6 +364,29 @@ class RandomNetworkDistillation:
             restored(getattr(self, name), state)
 
 
+class RoomsSeen:
+    """The rooms of Montezuma's Revenge that training has entered: what exploration is measured by there (Bellemare et al. 2016).
+
+    The game has 24 in its first level; random play stays in the first one. Other games are not looked at.
+    """
+
+    KEPT = ("seen",)
+
+    def __init__(self, args: Args):
+        self.counts = args.env_id.startswith("MontezumaRevenge")
+        self.seen = np.zeros(256, bool)  # by the number that the emulator's memory holds
+
+    def look(self, env: gym.Env) -> int | None:
+        """The number of the room, if it is a new one."""
+        if not self.counts or self.seen[room := env.unwrapped.ale.getRAM()[3]]:
+            return None
+        self.seen[room] = True
+        return int(room)
+
+    def scalars(self) -> dict[str, float]:
+        return {"charts/rooms_seen": int(self.seen.sum())} if self.counts else {}
+
+
 # -------------------------------------------------------------------------------------------------------------- agent
 
 
@@ -551,7 +575,7 @@ def train(args: Args, path: str | None = None) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches, args.n_step)
-    agent = Agent(args, *spaces, buffer, run.device)
+    agent, rooms = Agent(args, *spaces, buffer, run.device), RoomsSeen(args)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
@@ -563,7 +587,7 @@ def train(args: Args, path: str | None = None) -> None:
     prepare = CudaGraph(agent.prepare, mini_batches, run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
-             "mini_batches": mini_batches}  # fmt: skip
+             "mini_batches": mini_batches, "rooms": rooms}  # fmt: skip
     if not run.restore(parts):
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
@@ -606,6 +630,9 @@ def train(args: Args, path: str | None = None) -> None:
         for i, env in enumerate(envs):
             next_observation, reward, terminated, truncated, info = env.step(actions[i])
             buffer.add(i, actions[i], reward, next_observation[-1], terminated)
+            if (room := rooms.look(env)) is not None:
+                run.say(f"enters room {room}")
+                run.log_scalars({"charts/new_room": room})
             if terminated or truncated:
                 next_observation, reset_info = env.reset()
                 buffer.start_episode(i, next_observation[-1])
@@ -617,7 +644,7 @@ def train(args: Args, path: str | None = None) -> None:
         # Log, and see what is due.
         run.count_step()
         if run.log_is_due():
-            run.log(agent, {"charts/epsilon": epsilon} | (agent.scalars() if run.gradient_steps else {}))
+            run.log(agent, {"charts/epsilon": epsilon} | rooms.scalars() | (agent.scalars() if run.gradient_steps else {}))
         run.agenda = run.upkeep_due() + events_due(args, run.global_step)
 
     run.finish(agent.weights())
