@@ -1,0 +1,1874 @@
+"""Reset deep ensemble on a data-efficient base (RDE+DrQ) on Atari.
+
+The base is DrQ(epsilon): dueling double DQN, 10-step returns and randomly shifted frames; by default its Q-values are
+distributions (C51). N such agents learn from one replay buffer. They are reset one after another against primacy bias, and
+act as one: every agent proposes its greedy action, and the oldest agent, whose reset lies longest back, judges the proposals
+with its Q-values. The baselines are this script, too: SR+DrQ is `--num-agents 1`, DrQ `--num-agents 1 --reset-interval 0`.
+
+    python rde_drq_atari.py --env-id BoxingNoFrameskip-v4
+
+On a CPU in half of the time: `--width 0.5`. In two minutes, to see everything happen once (three resets among it):
+
+    python rde_drq_atari.py --env-id BreakoutNoFrameskip-v4 --width 0.5 --total-timesteps 3000 --learning-starts 500
+        --reset-interval 1600 --eval-interval 1000 --eval-episodes 2
+
+Kim, Shin, Park, Sung, "Sample-Efficient and Safe Deep RL via Reset Deep Ensemble Agents", NeurIPS 2023 (arXiv 2310.20287).
+Yarats, Kostrikov, Fergus, "Image Augmentation Is All You Need" (DrQ), ICLR 2021 (arXiv 2004.13649).
+Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021: DrQ(epsilon).
+Bellemare, Dabney, Munos, "A Distributional Perspective on Reinforcement Learning" (C51), ICML 2017 (arXiv 1707.06887).
+D'Oro et al., "Sample-Efficient RL by Breaking the Replay Ratio Barrier" (SR-SPR), ICLR 2023: resets that shrink and perturb.
+Schwarzer et al., "Bigger, Better, Faster" (BBF), ICML 2023 (arXiv 2305.19452): horizons that are annealed after a reset.
+
+Where is what:
+    Args                          every argument, its meaning and its range
+    QNetwork                      the network
+    random_shift, projected       augmentation; the projection of C51
+    selection_probabilities       which agent acts
+    dormant_units, ...            what is measured of plasticity
+    Agent                         act, update, reset
+    gradient_steps_due, ...       when there is a gradient step, a reset, an evaluation
+    train                         the training loop
+    -- the line --                below it nothing is of the algorithm; equal in all Atari scripts
+    AtariGame, AtariView          the environment
+    NStepReplayBuffer             transitions over n steps; every frame once
+    -- the second line --         equal in all scripts
+    derive_seed, CudaGraph, ...   seeds, devices, evaluation
+    Run                           folder, logs, checkpoints, signals
+    check_args, main              what is refused; the start
+"""
+
+import atexit
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import fcntl
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+import warnings
+import zipfile
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal
+
+# Threads that wait for each other by spinning are 12 to 80 times slower as soon as another process competes for a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1500")
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # ------------------------------------------------------------ the run
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, a part of the run folder's name"""
+    seed: Annotated[int, "[0, inf)"] = 1
+    """seed of every random generator of the run"""
+    runs_dir: str = "runs"
+    """the folder in which the run's own folder is made"""
+    resume: str = ""
+    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
+    "auto" = the run with the same script and arguments: said to be finished, gone on with, or begun"""
+    allow_changed_script: bool = False
+    """resume also a run that another version of this script has begun"""
+    check_only: bool = False
+    """check the arguments, and end"""
+    checkpoint_interval: Annotated[int, "[0, inf)"] = 25_000
+    """environment steps between two checkpoints; 0 = only at the end and when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
+    keep_models: Annotated[int, "[0, 10000]"] = 0
+    """how many times during the run the weights are kept, as models/step_00050000.pt"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "rde"
+    """the project's name in Weights & Biases"""
+    wandb_entity: str | None = None
+    """the entity (team) of the project in Weights & Biases"""
+
+    # ------------------------------------------------------------ the machine
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    torch_deterministic: bool = True
+    """CUDA: let cuDNN choose deterministic kernels only"""
+    cuda_graphs: bool = True
+    """CUDA: capture acting and learning as CUDA graphs"""
+    bf16: bool = False
+    """compute the networks in bfloat16 (parameters and targets stay float32)"""
+
+    # ------------------------------------------------------------ the environment
+    env_id: str = "AlienNoFrameskip-v4"
+    """the game, as <Game>NoFrameskip-v4"""
+    total_timesteps: Annotated[int, "[1, inf)"] = 100_000
+    """environment steps (agent actions, 4 emulator frames each) of the whole run"""
+    num_envs: Annotated[int, "[1, inf)"] = 1
+    """environments that are advanced together, once in a loop step"""
+
+    # ------------------------------------------------------------ learning
+    replay_ratio: Annotated[float, "(0, inf)"] = 1.0
+    """gradient steps per environment step; fractions are allowed (sensible: 1 to 8)"""
+    learning_starts: Annotated[int, "[0, inf)"] = 2_000
+    """environment steps before the first gradient step"""
+    buffer_size: Annotated[int, "[1, inf)"] = 100_000
+    """transitions in the replay buffer"""
+    batch_size: Annotated[int, "[1, inf)"] = 32
+    """transitions in a mini-batch"""
+    learning_rate: Annotated[float, "(0, inf)"] = 1e-4
+    """learning rate of Adam (sensible: 5e-5 to 5e-4)"""
+    adam_eps: Annotated[float, "(0, inf)"] = 1.5e-4
+    """Adam's epsilon (Rainbow, Dopamine)"""
+    n_step: Annotated[int, "[1, inf)"] = 10
+    """environment steps whose rewards a target sums before it bootstraps (sensible: 3 to 20)"""
+    gamma: Annotated[float, "[0, 1]"] = 0.99
+    """discount factor"""
+    tau: Annotated[float, "[0, 1]"] = 0.005
+    """how far the target network moves towards the online network after a gradient step (sensible: 0.001 to 0.02)"""
+    max_grad_norm: Annotated[float, "(0, inf)"] = 10.0
+    """the norm at which an agent's gradient is clipped"""
+
+    # ------------------------------------------------------------ the base
+    num_atoms: Annotated[int, "[1, inf)"] = 51
+    """atoms of the distribution that a Q-value is (C51); 1 = a number, learned with Huber's loss: DrQ(epsilon)"""
+    v_min: float = -10.0
+    """the lowest atom"""
+    v_max: float = 10.0
+    """the highest atom"""
+    width: Annotated[float, "(0, inf)"] = 1.0
+    """times the channels of the convolutions (0.5 takes half of the time on a CPU)"""
+    augmentation: bool = True
+    """learn from frames that are shifted by up to 4 pixels and made up to a tenth brighter or darker, at random"""
+    anneal: bool = False
+    """after each of its resets an agent's n falls from --n-step to 3, and its discount rises from 0.97 to 0.997 (--gamma is not
+    looked at), over 10,000 gradient steps, as in BBF"""
+
+    # ------------------------------------------------------------ exploration
+    start_e: Annotated[float, "[0, 1]"] = 1.0
+    """epsilon at the start"""
+    end_e: Annotated[float, "[0, 1]"] = 0.01
+    """epsilon at the end of its decay"""
+    exploration_steps: Annotated[int, "[0, inf)"] = 5_000
+    """environment steps, from the beginning of learning on, in which epsilon decays"""
+
+    # ------------------------------------------------------------ evaluation
+    eval_interval: Annotated[int, "[0, inf)"] = 5_000
+    """environment steps between two evaluations; 0 = only at the end (and around resets, if there are any)"""
+    eval_episodes: Annotated[int, "[1, inf)"] = 10
+    """whole games in an evaluation"""
+    eval_epsilon: Annotated[float, "[0, 1]"] = 0.001
+    """epsilon in evaluations (Dopamine, SPR and BBF: 0.001; DQN's paper: 0.05)"""
+    capture_video: bool = False
+    """record the first game of every evaluation as a video in the run folder"""
+
+    # ------------------------------------------------------------ resets
+    reset_interval: Annotated[int, "[0, inf)"] = 40_000
+    """gradient steps of one agent between two of its own resets (SR-SPR and BBF: 40,000); 0 = never"""
+    shrink: Annotated[float, "[0, 1]"] = 0.8
+    """what a reset leaves of the convolutions, as a fraction, the rest being fresh ones; 1 = keeps them, 0 = re-initialises them.
+    The other layers are always re-initialised"""
+
+    # ------------------------------------------------------------ the ensemble
+    num_agents: Annotated[int, "[1, inf)"] = 2
+    """agents in the ensemble (sensible: 2 to 4; 1 = SR+DrQ)"""
+    beta: Annotated[float, "[0, inf)"] = 50.0
+    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest"""
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+
+
+class QNetwork(nn.Module):
+    """Dueling distributions of Q-values as logits: (batch, 4, 84, 84) in [0, 1] to (batch, num_actions, num_atoms).
+
+    V(s) + A(s, a) - mean over actions of A(s, .), atom by atom; V and A are linear in one layer of 512, as in Dopamine's agents.
+    With one atom that is Q itself. PyTorch's initialisation.
+    """
+
+    def __init__(self, num_actions: int, num_atoms: int, width: float):
+        super().__init__()
+        channels = [max(1, round(width * count)) for count in (32, 64, 64)]
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(4, channels[0], 8, stride=4), nn.ReLU(),
+            nn.Conv2d(channels[0], channels[1], 4, stride=2), nn.ReLU(),
+            nn.Conv2d(channels[1], channels[2], 3, stride=1), nn.ReLU(),
+            nn.Flatten(),
+        )  # fmt: skip
+        self.hidden = nn.Sequential(nn.Linear(49 * channels[2], 512), nn.ReLU())
+        self.value = nn.Linear(512, num_atoms)
+        self.advantage = nn.Linear(512, num_actions * num_atoms)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        features = self.hidden(self.convolutions(observations))  # (batch, 512)
+        value = self.value(features).unsqueeze(1)  # (batch, 1, num_atoms)
+        advantages = self.advantage(features).view(len(features), -1, value.shape[2])  # (batch, num_actions, num_atoms)
+        return value + advantages - advantages.mean(dim=1, keepdim=True)
+
+
+def network_input(frames: torch.Tensor, brightness: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Stacks of frames, uint8, as the network wants them: float32 in [0, 1], channels last (faster convolutions)."""
+    return frames.float().div_(255 / brightness).contiguous(memory_format=torch.channels_last)
+
+
+def random_shift(frames: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Shifts stacks (batch, 4, 84, 84) by 0 to 8 - 4 pixels down and to the right (2, batch), and repeats the edges.
+
+    The four frames of a stack move together: what moves on the screen must not seem to move otherwise (Yarats et al.).
+    """
+    rows = torch.arange(-4, 88, device=frames.device).clamp(0, 83)  # (92,), the edges four times more
+    left, right = frames[..., :1].expand(-1, -1, -1, 4), frames[..., -1:].expand(-1, -1, -1, 4)
+    padded = torch.cat([left, frames, right], dim=3).index_select(2, rows)  # (batch, 4, 92, 92)
+    windows = padded.unfold(2, 84, 1).unfold(3, 84, 1)  # (batch, 4, 9, 9, 84, 84), a view: one window for every shift
+    return windows[torch.arange(len(frames), device=frames.device), :, *(8 - shifts)]
+
+
+def projected(target_atoms: torch.Tensor, probabilities: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+    """A distribution over other atoms, as one over `atoms` (num_atoms,): each gives its mass to its two neighbours.
+
+    (batch, num_atoms) both, and so is what is returned; mass beyond the support goes to its end (Bellemare et al., equation 7).
+    In this form an atom that falls on another has no case of its own (with rounding up and down its mass gets lost).
+    """
+    distances = (target_atoms.clamp(atoms[0], atoms[-1]).unsqueeze(1) - atoms.unsqueeze(1)).abs()  # (batch, to, from)
+    shares = (1 - distances / (atoms[1] - atoms[0])).clamp_(0, 1)
+    return (shares * probabilities.unsqueeze(1)).sum(dim=2)
+
+
+def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
+    """p_i = softmax_i(beta * q_i / max_j |q_j|), uniform if all q are 0: (batch, N) to (batch, N).
+
+    Dividing by the largest absolute value, not by the largest value, keeps the order of proposals whose values are
+    negative (the official code clips there, and chooses uniformly).
+    """
+    scale = q_values.abs().amax(dim=1, keepdim=True)
+    return torch.softmax(beta * torch.where(scale > 0, q_values / scale, 0.0), dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------- plasticity
+
+
+def random_observations(env: gym.Env, count: int) -> torch.Tensor:
+    """What random play shows at every fourth step, (count, 4, 84, 84) uint8: always the same, whatever the seed of the run."""
+    generator, observations = np.random.default_rng(0), []
+    observation, _ = env.reset(seed=0)
+    for step in range(4 * count):
+        if step % 4 == 0:
+            observations.append(observation)
+        observation, _, terminated, truncated, _ = env.step(generator.integers(env.action_space.n))
+        if terminated or truncated:
+            observation, _ = env.reset()
+    return torch.from_numpy(np.stack(observations))
+
+
+def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> float:
+    """The fraction of the units of all layers that hardly ever answer (Sokar et al., "The Dormant Neuron Phenomenon", 2023).
+
+    A unit's score is its mean activation over the batch, as a part of its layer's mean; dormant up to the threshold.
+    Activations are (batch, units) or, of a convolution, (batch, units, height, width).
+    """
+    dormant, count = 0, 0
+    for activation in activations:
+        scores = activation.abs().transpose(0, 1).flatten(1).mean(dim=1)  # (units,)
+        dormant += (scores <= threshold * scores.mean()).sum().item()
+        count += len(scores)
+    return dormant / count
+
+
+def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
+    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
+    values = torch.linalg.svdvals(features.double())
+    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
+
+
+# -------------------------------------------------------------------------------------------------------------- agent
+
+
+class Agent:
+    """The reset deep ensemble: N agents that learn from the same mini-batches, are reset in turn, and act as one."""
+
+    KEPT = ("q_networks", "target_networks", "optimizer", "steps_since_reset", "num_resets", "metrics", "acting_counts",
+            "choices")  # fmt: skip
+    METRICS = ("td_loss", "q_values")
+
+    def __init__(
+        self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
+    ):
+        self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
+        # PyTorch's global generator initialises networks and serves no other purpose.
+        torch.manual_seed(derive_seed(args.seed, INITIALISATION))
+        self.q_networks = nn.ModuleList(self.fresh_network() for _ in range(args.num_agents))
+        self.q_networks.to(device, memory_format=torch.channels_last)
+        self.target_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
+        # One Adam for all agents: a step count per parameter, so that a reset can start one agent's anew.
+        self.optimizer = optim.Adam(
+            self.q_networks.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True, capturable=device.type == "cuda"
+        )
+        self.atoms = torch.linspace(args.v_min, args.v_max, args.num_atoms, device=device)
+        self.steps_since_reset = torch.zeros(args.num_agents, dtype=torch.int64, device=device)  # gradient steps
+        self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
+        self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
+        self.num_resets = 0
+        self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
+        self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
+        self.choices = torch.zeros(3, device=device)  # since the last log: how many, sum of entropies, of saturated values
+
+    def fresh_network(self) -> QNetwork:
+        return QNetwork(self.num_actions, self.args.num_atoms, self.args.width)
+
+    @staticmethod
+    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
+        """Parameters, targets, gradients and Adam's two moments, float32."""
+        network = QNetwork(int(action_space.n), args.num_atoms, args.width)
+        return args.num_agents * 5 * 4 * sum(parameter.numel() for parameter in network.parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        """Of one agent's network."""
+        return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
+
+    @property
+    def num_resets(self) -> int:
+        return self._num_resets
+
+    @num_resets.setter
+    def num_resets(self, num_resets: int) -> None:
+        self._num_resets = num_resets
+        self.oldest.fill_(num_resets % self.args.num_agents)
+        self.beta.fill_(self.args.beta if num_resets else 0.0)
+
+    def q_values(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the distributions amount to: (..., num_atoms) to (...), float32."""
+        if self.args.num_atoms == 1:
+            return logits.float().squeeze(-1)
+        return (torch.softmax(logits.float(), dim=-1) * self.atoms).sum(dim=-1)
+
+    @torch.no_grad()
+    def choose(self, observations: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """The ensemble's greedy actions and the agents that proposed them, (num_envs,) both, for (num_envs, 4, 84, 84) uint8;
+        and with what probability each agent was chosen, and by which judgement of its proposal, (num_envs, N) both.
+        """
+        observations = network_input(observations)
+        with self.autocast():
+            logits = torch.stack([q_network(observations) for q_network in self.q_networks])
+        q_values = self.q_values(logits)  # (N, num_envs, num_actions)
+        proposals = q_values.argmax(dim=2).T  # (num_envs, N)
+        judgement = q_values.index_select(0, self.oldest).squeeze(0).gather(1, proposals)  # (num_envs, N)
+        probabilities = selection_probabilities(judgement, self.beta)
+        # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
+        clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+        acting_agents = clocks.argmin(dim=1)  # (num_envs,)
+        return proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents, probabilities, judgement
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Actions and acting agents, (2, num_envs), for observations (num_envs, 4, 84, 84) uint8; counted for the log."""
+        actions, acting_agents, probabilities, judgement = self.choose(observations, generator)
+        entropy = torch.special.entr(probabilities).sum()
+        saturated = (judgement.abs() > 0.95 * self.atoms.abs().max()).float().mean(dim=1).sum()
+        self.choices.add_(torch.stack([torch.full_like(entropy, len(observations)), entropy, saturated]))
+        return torch.stack([actions, acting_agents])
+
+    def horizons(self) -> tuple[int | torch.Tensor, float | torch.Tensor]:
+        """n and the discount factor of the next gradient step: numbers, or with --anneal of every agent its own, (N,) both.
+
+        BBF's schedules: n and 1 - discount change by the same factor at every step.
+        """
+        if not self.args.anneal:
+            return self.args.n_step, self.args.gamma
+        left = (1 - self.steps_since_reset.double() / ANNEALING_STEPS).clamp_min(0)
+        n = ANNEALED_N * (self.args.n_step / ANNEALED_N) ** left
+        gamma = 1 - (1 - ANNEALED_GAMMA) * ((1 - ANNEALING_GAMMA) / (1 - ANNEALED_GAMMA)) ** left
+        return n.round().long(), gamma
+
+    def learning_input(self, frames: torch.Tensor) -> torch.Tensor:
+        """Stacks of frames (batch, 4, 84, 84) uint8 for the network, augmented: every stack by its own draws."""
+        if not self.args.augmentation:
+            return network_input(frames)
+        draw = {"device": self.device, "generator": self.buffer.generator}
+        shifts = torch.randint(0, 9, (2, len(frames)), **draw)
+        brightness = 1 + 0.05 * torch.randn((len(frames), 1, 1, 1), **draw).clamp_(-2, 2)
+        return network_input(random_shift(frames, shifts), brightness)
+
+    def update(self) -> None:
+        """One gradient step of every agent on one mini-batch."""
+        args, count = self.args, self.args.num_agents
+        batch = self.buffer.sample(args.batch_size, *self.horizons())
+        observations = self.learning_input(batch.observations)  # (batch_size, 4, 84, 84)
+        next_frames = batch.next_observations.view(-1, 4, 84, 84)  # the same for all agents, unless --anneal
+        next_observations = self.learning_input(next_frames).view(-1, args.batch_size, 4, 84, 84).expand(count, -1, -1, -1, -1)
+        returns = batch.returns.expand(count, -1)  # (N, batch_size)
+        discounts = (batch.discounts * (1 - batch.terminated)).expand(count, -1)  # (N, batch_size)
+        self.optimizer.zero_grad()
+        losses, mean_q_values = [], []
+        for i, (q_network, target_network) in enumerate(zip(self.q_networks, self.target_networks)):
+            with self.autocast():
+                with torch.no_grad():
+                    # Double: the online network chooses, the target network values.
+                    next_actions = self.q_values(q_network(next_observations[i])).argmax(dim=1)  # (batch_size,)
+                    next_logits = chosen(target_network(next_observations[i]).float(), next_actions)
+                logits = chosen(q_network(observations).float(), batch.actions)  # (batch_size, num_atoms)
+            loss = self.loss(logits, next_logits, returns[i].unsqueeze(1), discounts[i].unsqueeze(1))
+            loss.backward()
+            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
+            losses.append(loss.detach())
+            mean_q_values.append(self.q_values(logits.detach()).mean())
+        self.optimizer.step()
+        with torch.no_grad():  # all target networks in one call
+            torch._foreach_lerp_(list(self.target_networks.parameters()), list(self.q_networks.parameters()), args.tau)
+        self.steps_since_reset += 1
+        self.metrics.copy_(torch.stack(losses + mean_q_values).view(2, -1))
+
+    def loss(
+        self, logits: torch.Tensor, next_logits: torch.Tensor, returns: torch.Tensor, discounts: torch.Tensor
+    ) -> torch.Tensor:
+        """Of logits (batch_size, num_atoms) against returns + discounts * what comes next, (batch_size, 1) both: cross entropy to
+        the projected distribution; of numbers (num_atoms = 1) Huber's loss.
+        """
+        if self.args.num_atoms == 1:
+            return F.smooth_l1_loss(logits, returns + discounts * next_logits)
+        td_targets = projected(returns + discounts * self.atoms, torch.softmax(next_logits, dim=1), self.atoms)
+        return -(td_targets * torch.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+    @torch.no_grad()
+    def reset(self) -> int:
+        """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
+        index = self.num_resets % self.args.num_agents
+        q_network, target_network = self.q_networks[index], self.target_networks[index]
+        for name, fresh in self.fresh_network().named_parameters():
+            parameter, fresh = q_network.get_parameter(name), fresh.to(self.device)
+            if name.startswith("convolutions"):
+                fresh = self.args.shrink * parameter + (1 - self.args.shrink) * fresh
+            parameter.copy_(fresh)
+        target_network.load_state_dict(q_network.state_dict())
+        for parameter in q_network.parameters():
+            for moment_or_step in self.optimizer.state[parameter].values():
+                moment_or_step.zero_()
+        self.steps_since_reset[index] = 0
+        self.num_resets += 1
+        return index
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def evaluation_policy(self, generator: torch.Generator):
+        """What evaluations play: (batch, 4, 84, 84) uint8 to (batch,) actions."""
+        greedy = lambda observations: self.choose(observations, generator)[0]
+        return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
+
+    def scalars(self) -> dict[str, float]:
+        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, how undecided the choice
+        was (at most log N), and how many judged values lay in the outermost twentieth of the support, where all look alike.
+        """
+        counts, (num_choices, entropy, saturated) = self.acting_counts / max(1, self.acting_counts.sum()), self.choices.tolist()
+        self.acting_counts[:] = 0
+        self.choices.zero_()
+        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars |= {f"rde/acting_fraction_{i}": count for i, count in enumerate(counts)}
+        scalars["rde/choice_entropy"] = entropy / max(1, num_choices)
+        return scalars | ({"rde/saturated_values": saturated / max(1, num_choices)} if self.args.num_atoms > 1 else {})
+
+    @torch.no_grad()
+    def plasticity(self, observations: torch.Tensor) -> dict[str, float]:
+        """For TensorBoard, per agent, on observations (batch, 4, 84, 84) uint8."""
+        scalars = {}
+        for i, q_network in enumerate(self.q_networks):
+            activations, x = [], network_input(observations.to(self.device))
+            for layer in [*q_network.convolutions, *q_network.hidden]:
+                x = layer(x)
+                activations += [x] if isinstance(layer, nn.ReLU) else []
+            scalars[f"plasticity/dormant_units_{i}"] = dormant_units(activations)
+            scalars[f"plasticity/effective_rank_{i}"] = effective_rank(x)
+            scalars[f"plasticity/weight_norm_{i}"] = torch.stack([p.norm() for p in q_network.parameters()]).norm().item()
+        return scalars
+
+    def weights(self) -> dict:
+        """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
+        q_networks = copy.deepcopy(self.q_networks).cpu()
+        return {
+            "q_networks": [q_network.state_dict() for q_network in q_networks],
+            "oldest_agent": self.oldest.item(),
+            "num_resets": self.num_resets,
+        }
+
+    def load_weights(self, weights: dict) -> None:
+        for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
+            q_network.load_state_dict(state)
+        self.num_resets = weights["num_resets"]
+
+
+def chosen(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """The distributions of the actions (batch,): (batch, num_actions, num_atoms) to (batch, num_atoms)."""
+    return logits.gather(1, actions.view(-1, 1, 1).expand(-1, 1, logits.shape[2])).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+# After a reset, with --anneal: from a short view and quick learning to a long one (Schwarzer et al., section 4).
+ANNEALING_STEPS, ANNEALED_N, ANNEALING_GAMMA, ANNEALED_GAMMA = 10_000, 3, 0.97, 0.997
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """`start` at step 0, `end` from step `duration` on."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+def gradient_steps_due(args: Args, global_step: int) -> int:
+    """Gradient steps that belong to the first `global_step` environment steps; exact for fractions such as 0.29."""
+    return math.floor(Fraction(str(args.replay_ratio)) * max(0, global_step - args.learning_starts))
+
+
+def resets_due(args: Args, gradient_steps: int) -> int:
+    """Reset events that belong to so many gradient steps: one every T / N, so that each agent has T between its own."""
+    return gradient_steps * args.num_agents // args.reset_interval if args.reset_interval else 0
+
+
+def events_due(args: Args, global_step: int, gradient_steps: int, num_resets: int) -> list[str]:
+    """The evaluations (by their phase), the look at plasticity and the reset after the loop step that ends at `global_step`."""
+    if global_step >= args.total_timesteps:
+        return ["final", "plasticity"]  # and no reset: nothing would learn from it
+    if resets_due(args, gradient_steps) > num_resets:
+        return ["before_reset", "plasticity", "reset", "after_reset"]
+    return ["scheduled", "plasticity"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
+
+
+def check_schedules(args: Args) -> None:
+    """Refuses schedules and supports that cannot work."""
+    if gradient_steps_due(args, args.total_timesteps) == 0:
+        fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
+    shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
+    if 0 < args.reset_interval < shortest:
+        fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
+             f"use at least {shortest}, or 0 for never")  # fmt: skip
+    if (args.n_step - 1) * args.num_envs >= (stored := min(args.learning_starts, args.buffer_size)):
+        fail(f"--n-step {args.n_step} in {args.num_envs} environment(s) leaves nothing to draw of the {stored} transitions that are "
+             "stored when learning starts; lower it, or raise --learning-starts or --buffer-size")  # fmt: skip
+    if args.num_atoms > 1 and not (args.v_min <= 0 <= args.v_max and args.v_min < args.v_max):
+        fail(f"--v-min {args.v_min} and --v-max {args.v_max} must have 0 between them: it is the value of an end")
+
+
+# ------------------------------------------------------------------------------------------------------- training loop
+
+
+def train(args: Args, path: str | None = None) -> None:
+    """A whole run, or (in the folder `path`) the rest of one."""
+    run = Run(args, path)
+    envs = run.make_envs(args.num_envs)
+    spaces = envs[0].observation_space, envs[0].action_space
+    exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
+    mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
+    selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches, args.n_step)
+    agent = Agent(args, *spaces, buffer, run.device)
+
+    observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
+    device_observations = torch.from_numpy(observations).to(run.device, copy=True)
+    act = CudaGraph(lambda: agent.act(device_observations, selection), selection, run.captures)
+    update = CudaGraph(agent.update, mini_batches, run.captures)
+
+    parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
+             "mini_batches": mini_batches, "selection": selection}  # fmt: skip
+    if not run.restore(parts):
+        for i, env in enumerate(envs):
+            observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
+            buffer.start_episode(i, observations[i, -1])
+    probe = random_observations(run.make_envs(1)[0], 512)  # what plasticity is measured on
+    run.announce(args.num_agents, agent.num_parameters, resets_due(args, gradient_steps_due(args, run.last_loop_step)))
+
+    while run.goes_on():
+        # Between two steps: an evaluation, a look at plasticity, a reset of the oldest agent, a checkpoint.
+        if run.agenda:
+            if run.agenda[0] == "reset":
+                reset_agent = agent.reset()
+                run.log_scalars({"rde/reset_agent": reset_agent})
+                run.say(f"reset of agent {reset_agent} after {run.gradient_steps} gradient steps")
+                run.agenda.pop(0)
+            elif run.agenda[0] == "plasticity":
+                run.log_scalars(agent.plasticity(probe))
+                run.agenda.pop(0)
+            else:
+                run.attend(agent)
+            continue
+
+        # Act: the ensemble's greedy actions, and on top, per environment, random ones with probability epsilon.
+        steps_of_decay = max(0, run.global_step - args.learning_starts)
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_steps, steps_of_decay)
+        explore = exploration.random(args.num_envs) < epsilon  # (num_envs,)
+        actions = exploration.integers(agent.num_actions, size=args.num_envs)
+        if not explore.all():
+            upload(observations, device_observations)
+            choice = Download(act())
+
+        # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.
+        learns = run.global_step >= args.learning_starts
+        while learns and run.gradient_steps < gradient_steps_due(args, run.global_step + args.num_envs):
+            update()
+            run.count_gradient_step()
+
+        # Step the environments and store what happened.
+        if not explore.all():
+            greedy_actions, acting_agents = choice.numpy()
+            actions = np.where(explore, actions, greedy_actions)
+            agent.acting_counts += np.bincount(acting_agents[~explore], minlength=args.num_agents)
+        run.global_step += args.num_envs
+        for i, env in enumerate(envs):
+            next_observation, reward, terminated, truncated, info = env.step(actions[i])
+            buffer.add(i, actions[i], reward, next_observation[-1], terminated)
+            if terminated or truncated:
+                next_observation, reset_info = env.reset()
+                buffer.start_episode(i, next_observation[-1])
+                info = info | reset_info
+            observations[i] = next_observation
+            if "episode" in info:
+                run.log_episode(info["episode"])
+
+        # Log, and see what is due.
+        run.count_step()
+        if run.log_is_due():
+            run.log(agent, {"charts/epsilon": epsilon} | agent.scalars())
+        run.agenda = run.upkeep_due() + events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+
+    run.finish(agent.weights())
+
+
+# =========================================================================================================== the line
+# Above it stands the algorithm. Below it stands what it is built on, equal to the byte in all Atari scripts.
+
+
+# ------------------------------------------------------------------------------------------------------- environments
+
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+gym.register_envs(ale_py)
+
+ENVIRONMENT_BYTES = 1_600_000  # what an environment adds to the memory of the process
+
+
+def environment_versions() -> dict[str, str]:
+    return {"ale-py": ale_py.__version__, "opencv": cv2.__version__}
+
+
+def episode_columns(args: Args) -> tuple[str, ...]:
+    """What `info["episode"]` holds beside the return "r" and the length "l"."""
+    return ()
+
+
+class AtariGame(gym.Wrapper):
+    """Whole games, 4 emulator frames a step, after 1 to 30 no-ops; the last two RGB screens' maximum, (210, 160, 3) uint8.
+
+    At the end of a game `info["episode"]` holds the unclipped return "r" and the length "l" in emulator frames, the no-ops
+    included (as stable-baselines3's Monitor counts it). The cut of a game at its frame cap can fall into the four frames.
+    Then the last two frames before the cut are taken, because a truncation bootstraps from them. (At a game's end the
+    screens are stale: nothing looks at them.)
+    """
+
+    KEPT = ("emulator", "random_generator", "episodic_return", "episodic_length", "screen", "previous_screen")
+
+    def __init__(self, env: gym.Env, frame_skip: int = 4):
+        super().__init__(env)
+        self.ale, self.frame_skip = env.unwrapped.ale, frame_skip
+        self.ale_actions = self.ale.getMinimalActionSet()
+        self.frame_cap = self.ale.getInt("max_num_frames_per_episode")  # 108,000; 0 = none
+        height, width = self.ale.getScreenDims()
+        self.screen, self.previous_screen = np.zeros((2, height, width, 3), np.uint8)
+        self.episodic_return, self.episodic_length = 0.0, 0
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        self.episodic_return, self.episodic_length = 0.0, 0
+        for _ in range(self.random_generator.integers(1, 31)):
+            _, terminated, truncated = self.act(0)
+            if terminated or truncated:
+                self.env.reset()
+                self.episodic_return, self.episodic_length = 0.0, 0
+        self.read_screen()
+        return self.screen, info
+
+    def step(self, action: int):
+        num_frames = self.frame_skip
+        if self.frame_cap:
+            num_frames = min(num_frames, self.frame_cap - self.ale.getEpisodeFrameNumber())
+        total_reward = 0.0
+        for frame in range(num_frames):
+            reward, terminated, truncated = self.act(action)
+            total_reward += reward
+            if terminated or truncated:
+                break
+            if frame == num_frames - 2:
+                self.read_screen()
+        self.read_screen()
+        info = {}
+        if terminated or truncated:
+            info["episode"] = {"r": self.episodic_return, "l": self.episodic_length}
+        return np.maximum(self.screen, self.previous_screen), total_reward, terminated, truncated, info
+
+    def act(self, action: int) -> tuple[float, bool, bool]:
+        """One frame. Of four frames two are looked at, so the screen is read elsewhere."""
+        try:
+            reward = self.ale.act(self.ale_actions[action])
+        except RuntimeError as error:
+            raise RunError(f"the emulator failed: {error}; {WHAT_STAYS}") from error
+        self.episodic_return += reward
+        self.episodic_length += 1
+        return reward, self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+
+    def read_screen(self) -> None:
+        self.screen, self.previous_screen = self.previous_screen, self.screen
+        self.ale.getScreenRGB(self.screen)
+
+    @property
+    def random_generator(self) -> np.random.Generator:
+        return self.unwrapped.np_random
+
+    @property
+    def emulator(self) -> bytes:
+        """The exact state of the emulator in the middle of a game."""
+        return self.ale.cloneSystemState().serialize()
+
+    @emulator.setter
+    def emulator(self, state: bytes) -> None:
+        self.env.reset()
+        self.ale.act(0)  # sets a flag that the emulator's state lacks: without it Qbert goes on wrongly
+        self.ale.restoreSystemState(ale_py.ALEState(state))
+
+
+class AtariView(gym.Wrapper):
+    """What the agent sees and earns of a game: (4, 84, 84) uint8, the sign of the reward, and lives as episodes.
+
+    The last 4 frames, oldest first, in grayscale and resized by area interpolation, with zeros before the first frame of an
+    episode or life. The loss of a life is terminal for learning; `reset` goes on with the game then, which is itself only
+    reset when it is over. Games that wait for FIRE get it, and the action after it, at the start of a game or life.
+    """
+
+    KEPT = ("game", "lives", "game_is_over", "frames")
+
+    def __init__(self, env: gym.Env, game: AtariGame, num_frames: int = 4):
+        super().__init__(env)
+        self.game = game
+        self.observation_space = gym.spaces.Box(0, 255, (num_frames, 84, 84), np.uint8)
+        self.frames = np.zeros((num_frames, 84, 84), np.uint8)
+        self.lives, self.game_is_over = 0, True
+        self.first_actions = (1, 2) if "FIRE" in env.unwrapped.get_action_meanings() else ()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Begins a game, or goes on after a lost life. If a no-op or FIRE ends a game, info["episode"] says so."""
+        screen, info = self.begin(seed, options)
+        for action in self.first_actions:
+            screen, _, terminated, truncated, step_info = self.play(action)
+            info = info | step_info
+            if terminated or truncated:
+                screen, reset_info = self.begin()
+                info = info | reset_info
+        self.frames[:] = 0
+        self.frames[-1] = self.gray(screen)
+        return self.frames.copy(), info
+
+    def step(self, action: int):
+        screen, reward, terminated, truncated, info = self.play(action)
+        self.frames[:-1] = self.frames[1:]
+        self.frames[-1] = self.gray(screen)
+        return self.frames.copy(), float(np.sign(reward)), terminated, truncated, info
+
+    def begin(self, seed: int | None = None, options: dict | None = None):
+        """A new game, or the next life of the present one, with a no-op (which can end it)."""
+        if self.game_is_over or seed is not None:
+            screen, info = self.env.reset(seed=seed, options=options)
+        else:
+            screen, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                screen, _ = self.env.reset()
+        self.lives = self.game.ale.lives()
+        return screen, info
+
+    def play(self, action: int):
+        """A step of the game, in which the loss of a life terminates."""
+        screen, reward, terminated, truncated, info = self.env.step(action)
+        self.game_is_over = terminated or truncated
+        lives = self.game.ale.lives()
+        if 0 < lives < self.lives:  # not at 0: BankHeist plays its last life there, and its end is the end of the game
+            terminated = True
+        self.lives = lives
+        return screen, reward, terminated, truncated, info
+
+    def gray(self, screen: np.ndarray) -> np.ndarray:
+        return cv2.resize(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA)
+
+
+def make_env(args: Args, video_folder: str | None = None, **kwargs) -> gym.Env:
+    """The game as stable-baselines3's `make_atari_env` and `VecFrameStack` show it, to the byte."""
+    game = AtariGame(gym.make(args.env_id, render_mode="rgb_array" if video_folder else None, **kwargs))
+    return AtariView(record_video(game, video_folder, fps=15) if video_folder else game, game)
+
+
+def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
+    """Refuses what is no game, and returns the spaces of observations and actions."""
+    games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
+    if args.env_id not in games:
+        stem = args.env_id.removeprefix("ALE/").split("-v")[0].removesuffix("NoFrameskip")
+        known = f"{stem}NoFrameskip-v4"
+        near = [known] if known in games else difflib.get_close_matches(known, games, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "an example is AlienNoFrameskip-v4"
+        if args.env_id in gym.registry and str(gym.spec(args.env_id).entry_point).startswith("ale_py") and near:
+            fail(f"--env-id {args.env_id} skips frames by itself or has sticky actions, and either would be applied twice or "
+                 f"against the protocol; use {near[0]}")  # fmt: skip
+        fail(f"--env-id {args.env_id} is not a game of the form <Game>NoFrameskip-v4; {hint}")
+    if args.buffer_size < 5 * args.num_envs:
+        fail(f"--buffer-size {args.buffer_size} is too small for stacks of 4 frames and the next one in {args.num_envs} "
+             f"environment(s); it must be at least {5 * args.num_envs}")  # fmt: skip
+    env = make_env(args)
+    return env.observation_space, env.action_space
+
+
+# Mean scores of a random player and of a human, the 26 games of Atari-100k (as in Dopamine, SPR, BBF and DreamerV3).
+RANDOM_AND_HUMAN_SCORES = {
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5), "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
+}  # fmt: skip
+
+
+def normalized_scores(env_id: str, score: float) -> dict[str, float]:
+    """The human-normalized score (score - random) / (human - random), where the game is one of the 26."""
+    if (game := env_id.removesuffix("NoFrameskip-v4")) not in RANDOM_AND_HUMAN_SCORES:
+        return {}
+    random_score, human_score = RANDOM_AND_HUMAN_SCORES[game]
+    return {"human_normalized_score": (score - random_score) / (human_score - random_score)}
+
+
+def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Generator):
+    """The policy that plays as `greedy` does, (batch, ...) to (batch,), but a random action with probability epsilon."""
+    if epsilon == 0:
+        return greedy
+
+    def policy(observations: torch.Tensor) -> torch.Tensor:
+        actions = greedy(observations)
+        explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
+        return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
+
+    return policy
+
+
+# ------------------------------------------------------------------------------------------------------ replay buffer
+
+
+class NStepReplayBuffer:
+    """The last `capacity` transitions, to be drawn uniformly and summed over n steps; every 84x84 frame is stored once, as
+    uint8, on `device`.
+
+    A transition is a row of numbers, written in one copy: the places of its five frames (its stack of 4 and the next one), action,
+    reward, terminated, ended. Frames before the first one of an episode or life are the place of a black frame. So the
+    boundaries of episodes, lives and truncations are settled once, when a transition is written, and a mini-batch is gathered by
+    look-ups. The frames are written into a ring of their own; a transition leaves the buffer before one of its frames is
+    overwritten.
+
+    The environments are advanced together, so the next transition of the same one lies `num_envs` rows further, and n steps are a
+    look-up, too. They end with the episode or life: a sum has the k <= n rewards up to there. The newest (max_n - 1) * num_envs
+    transitions, some of which lack rewards still, are drawn later.
+
+    What comes after k steps: after a truncation the episode's own last frames, from which it bootstraps. After a terminal step,
+    which does not bootstrap, the first frames of the next episode or life. That is what follows for a value that no end
+    terminates (Burda et al.: the observation after the reset).
+    """
+
+    KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "newest", "oldest_frames")
+
+    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator, max_n: int):
+        self.capacity, self.num_envs, self.device, self.generator = capacity, num_envs, device, generator
+        self.max_n, self.steps = max_n, torch.arange(max_n, device=device)
+        self.num_frames = self.frame_capacity(capacity, num_envs)
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
+        self.rows = torch.zeros((capacity, 9), dtype=torch.float64, device=device)  # float64 is exact for all of them
+        # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
+        self.oldest, self.size = 0, 0
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, how many)
+        # Frames are numbered as they are written; None stands for black.
+        self.frames_written = 0
+        self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations
+        self.newest: list[int | None] = [None] * num_envs  # positions of the last transitions
+        self.oldest_frames = np.zeros(capacity, np.int64)  # no frame before this one is needed by the transition
+
+    @staticmethod
+    def frame_capacity(capacity: int, num_envs: int) -> int:
+        """One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games."""
+        return capacity + 10 * num_envs + capacity // 100
+
+    @staticmethod
+    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
+        frames = NStepReplayBuffer.frame_capacity(args.buffer_size, args.num_envs) + 1
+        return frames * 84 * 84 + args.buffer_size * (9 * 8 + 8)
+
+    @property
+    def used_frames(self) -> torch.Tensor:
+        """The part of the frames that has been written, (frames, 84, 84) uint8, without a copy."""
+        return self.frames[: min(self.frames_written, self.num_frames)]
+
+    def start_episode(self, env_index: int, frame: np.ndarray) -> None:
+        """Begins an episode or life with its first frame, (84, 84) uint8, and so ends the one before."""
+        number, newest = self._write_frame(frame), self.newest[env_index]
+        if newest is not None:
+            upload(np.array([1.0]), self.rows[newest, 8:])
+            if self.stacks[env_index][3] is None:  # it terminated, and this is what comes next
+                upload(np.array([float(number % self.num_frames)]), self.rows[newest, 4:5])
+        self.stacks[env_index] = [None, None, None, number]
+
+    def add(self, env_index: int, action: int, reward: float, next_frame: np.ndarray, terminated: bool) -> None:
+        """Stores a transition. The next frame of a terminated one is never looked at and not stored.
+
+        After a truncation, too, `next_frame` is the episode's own last frame, from which the transition bootstraps;
+        `start_episode` must follow, as after a terminated one. ValueError if the environments do not take turns.
+        """
+        stack, newest = self.stacks[env_index], self.newest[env_index]
+        oldest_frame = min(number for stack in self.stacks for number in stack if number is not None)
+        next_number = None if terminated else self._write_frame(next_frame)
+        if self.size == self.capacity:
+            self.oldest, self.size = (self.oldest + 1) % self.capacity, self.size - 1
+        position = (self.oldest + self.size) % self.capacity
+        if newest is not None and position != (newest + self.num_envs) % self.capacity:
+            raise ValueError(f"environment {env_index} is out of turn")
+        places = [self.num_frames if number is None else number % self.num_frames for number in (*stack, next_number)]
+        upload(np.array([*places, action, reward, terminated, terminated], np.float64), self.rows[position])
+        self.oldest_frames[position] = oldest_frame
+        self.size += 1
+        self._publish_drawable()
+        self.stacks[env_index], self.newest[env_index] = [*stack[1:], next_number], position
+
+    def _write_frame(self, frame: np.ndarray) -> int:
+        number = self.frames_written
+        while self.size and self.oldest_frames[self.oldest] <= number - self.num_frames:  # only with many truncations
+            self.oldest, self.size = (self.oldest + 1) % self.capacity, self.size - 1
+            self._publish_drawable()
+        upload(frame, self.frames[number % self.num_frames])
+        self.frames_written += 1
+        return number
+
+    def _publish_drawable(self) -> None:
+        upload(np.array([self.oldest, max(0, self.size - (self.max_n - 1) * self.num_envs)]), self.drawable)
+
+    def sample(self, batch_size: int, n: int | torch.Tensor, gamma: float | torch.Tensor) -> "NStepBatch":
+        """Draws transitions uniformly, with replacement, and sums their rewards over n steps (1 to max_n), discounted by gamma.
+
+        n and gamma may be tensors (N,) on the device, one for each of N agents. Then what depends on them has a dimension N in
+        front: the N sums start at the same transitions.
+        """
+        draws = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=self.generator)
+        oldest, size = self.drawable
+        positions = (oldest + (draws * size).long()) % self.capacity  # (batch_size,)
+        rows = self._rows_after(positions.unsqueeze(1), self.steps)  # (batch_size, max_n, 9)
+        rewards, ended = rows[:, :, 6], rows[:, :, 8]
+        before_the_end = ended.cumsum(dim=1) - ended == 0  # (batch_size, max_n)
+        n, gamma = (x[:, None, None] if isinstance(x, torch.Tensor) else x for x in (n, gamma))
+        counted = before_the_end & (self.steps < n)  # (N, batch_size, max_n), without N for one n
+        returns = (counted * rewards * gamma**self.steps).sum(dim=-1)
+        num_steps = counted.sum(dim=-1)  # (N, batch_size)
+        last = self._rows_after(positions, num_steps - 1)  # (N, batch_size, 9)
+        next_places, terminated = last[..., 1:5].long(), last[..., 7]
+        next_places[..., :3].masked_fill_(terminated.unsqueeze(-1) > 0, self.num_frames)  # an episode begins with black frames
+        return NStepBatch(
+            positions=positions,
+            observations=self._frames_at(rows[:, 0, :4].long()),
+            actions=rows[:, 0, 5].long(),
+            returns=returns.float(),
+            next_observations=self._frames_at(next_places),
+            discounts=(gamma ** num_steps.unsqueeze(-1)).squeeze(-1).float(),
+            terminated=terminated.float(),
+            num_steps=num_steps,
+        )
+
+    def next_frames(self, positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """The last frames of the observations that steps + 1 steps lead to, (batch_size, 84, 84) uint8; steps < num_steps."""
+        return self._frames_at(self._rows_after(positions, steps)[:, 4].long())
+
+    def _rows_after(self, positions: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """The transitions so many steps after those at the positions, (..., 9), for shapes that go together."""
+        later = (positions + steps * self.num_envs) % self.capacity
+        return self.rows.index_select(0, later.flatten()).view(*later.shape, 9)
+
+    def _frames_at(self, places: torch.Tensor) -> torch.Tensor:
+        return self.frames.index_select(0, places.flatten()).view(*places.shape, 84, 84)
+
+
+class NStepBatch(typing.NamedTuple):
+    """What `NStepReplayBuffer.sample` draws. (N, ...) are without N if n and gamma are numbers."""
+
+    positions: torch.Tensor  # (batch_size,) int64, where they lie in the buffer
+    observations: torch.Tensor  # (batch_size, 4, 84, 84) uint8
+    actions: torch.Tensor  # (batch_size,) int64
+    returns: torch.Tensor  # (N, batch_size) float32: the k rewards, the i-th times gamma ** i
+    next_observations: torch.Tensor  # (N, batch_size, 4, 84, 84) uint8, after these k steps
+    discounts: torch.Tensor  # (N, batch_size) float32: gamma ** k
+    terminated: torch.Tensor  # (N, batch_size) float32: 1 = the k-th step was terminal
+    num_steps: torch.Tensor  # (N, batch_size) int64: k, n or fewer where an episode or life ends
+
+
+ReplayBuffer = NStepReplayBuffer  # as all scripts call theirs
+
+
+# ==================================================================================================== the second line
+# Below it all scripts are equal to the byte.
+
+
+# -------------------------------------------------------------------------------------------- seeds, devices, copying
+
+# One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+
+
+def derive_seed(seed: int, purpose: int, *indices: int) -> int:
+    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
+    return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
+
+
+def upload(array: np.ndarray, destination: torch.Tensor) -> None:
+    """Copies the array into the tensor. On CUDA asynchronously, from pinned memory, which PyTorch keeps until it is done."""
+    source = torch.from_numpy(array)
+    destination.copy_(source.pin_memory() if destination.is_cuda else source, non_blocking=True)
+
+
+class Download:
+    """The copy of a tensor on its way to the host; `numpy` waits for it, and for nothing that was launched after it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.event = tensor, None
+        if tensor.is_cuda:
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def numpy(self) -> np.ndarray:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor.numpy()
+
+
+class CudaGraph:
+    """A function without arguments that reads and writes fixed tensors, captured as a CUDA graph and replayed.
+
+    The first calls run as they are, for PyTorch to set itself up, and count like all others; the capture itself computes
+    nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
+    """
+
+    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
+        self.function, self.generator, self.enabled = function, generator, enabled
+        self.graph, self.warm_up_calls = None, 3
+
+    def __call__(self):
+        if not self.enabled:
+            return self.function()
+        if self.warm_up_calls:
+            self.warm_up_calls -= 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device, stop: "StopSignal"
+) -> list[dict] | None:
+    """Plays one whole episode in each environment, side by side, and returns their `info["episode"]` (None if stopped).
+
+    `policy` maps observations (batch, ...) to actions (batch, ...). The results depend on the policy, the seed and the step
+    alone: the environments are seeded anew (Atari games are loaded anew: some keep state from one game to the next), and the
+    random numbers are their own. So an evaluation changes nothing in the training, and the two around a reset play from
+    the same starts.
+    """
+    observations, episodes, playing = [], [{}] * len(envs), list(range(len(envs)))
+    for i, env in enumerate(envs):
+        if stop.received:
+            return None
+        observations.append(env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0])
+    while playing:
+        if stop.received:
+            return None
+        actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).cpu().numpy()
+        for i, action in zip(tuple(playing), actions):
+            observations[i], _, terminated, truncated, info = envs[i].step(action)
+            if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
+                observations[i], info = envs[i].reset()
+            if "episode" in info:
+                episodes[i] = info["episode"]
+                playing.remove(i)
+    return episodes
+
+
+def record_video(env: gym.Env, folder: str, fps: int | None = None) -> gym.Env:
+    """The environment, of which `Run.evaluate` records the first episode of every evaluation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "overwriting existing videos": an evaluation that is played again does
+        return gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda episode: True, fps=fps, disable_logger=True)
+
+
+# ------------------------------------------------------------------------------------------------- what a run consists of
+
+SCRIPT = os.path.basename(__file__)
+with open(__file__, "rb") as script_file:
+    SCRIPT_SHA256 = hashlib.sha256(script_file.read()).hexdigest()
+
+LOG_INTERVAL = 100  # environment steps between two points of the training curves
+NOT_SAVED = ("resume", "allow_changed_script", "check_only")  # arguments of a command, not of a run
+WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
+FINISHED, INTERRUPTED, UNDER_WAY = range(3)
+EXIT_CODE_UNDER_WAY = 75  # another process is at the run (EX_TEMPFAIL of sysexits.h)
+
+
+class RunError(Exception):
+    """Something that its message explains to the person who typed the command, without a stack trace."""
+
+
+def state_of(part):
+    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
+
+    A class names the attributes that have to be kept in KEPT. PyTorch's modules, optimizers and generators, NumPy's
+    generators, arrays and tensors keep themselves; everything else has to be a plain value.
+    """
+    if hasattr(part, "KEPT"):
+        return {name: state_of(getattr(part, name)) for name in part.KEPT}
+    if isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+        return [state_of(item) for item in part]
+    if isinstance(part, (nn.Module, optim.Optimizer)):
+        return part.state_dict()
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, np.random.Generator):
+        return part.bit_generator.state
+    if isinstance(part, torch.Tensor):  # through NumPy, because of a view torch.save would write the whole memory
+        return torch.from_numpy(part.detach().cpu().numpy())
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+
+
+def restored(part, state):
+    """The part as it was kept: the same object, in place (captured CUDA graphs hold addresses), or a plain value."""
+    if hasattr(part, "KEPT"):
+        for name in part.KEPT:
+            attribute = getattr(part, name)
+            if (value := restored(attribute, state[name])) is not attribute:
+                setattr(part, name, value)
+    elif isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+        for item, item_state in zip(part, state, strict=True):
+            restored(item, item_state)
+    elif isinstance(part, (nn.Module, optim.Optimizer)):
+        part.load_state_dict(state)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, np.random.Generator):
+        part.bit_generator.state = state
+    elif isinstance(part, torch.Tensor):
+        part.copy_(state)
+    elif isinstance(part, np.ndarray):
+        part[...] = state.numpy()
+    else:
+        return state
+    return part
+
+
+class StopSignal:
+    """Remembers SIGTERM (from a cluster's scheduler) or SIGINT (Ctrl-C); the second one ends the process at once."""
+
+    def __init__(self):
+        self.received, self.time = 0, math.inf
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        self.received, self.time = number, time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Run:
+    """A run: its folder, logs, checkpoints and counters, its evaluations, and the signal that stops it.
+
+    In the folder: args.json, TensorBoard events, episodes.csv, evaluations.csv, checkpoint.pt, model.pt, models/, videos/.
+    """
+
+    KEPT = ("global_step", "gradient_steps", "num_episodes", "agenda", "last_returns", "speed_steps", "speed_seconds",
+            "wall_seconds")  # fmt: skip
+    progress: tqdm | None = None  # a process has one bar, and closes it before it says its last line
+
+    def __init__(self, args: Args, path: str | None = None):
+        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `restore`."""
+        self.args, self.stop = args, StopSignal()
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.captures = args.cuda_graphs and self.device.type == "cuda"
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.columns = episode_columns(args)
+        self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
+        self.agenda: list[str] = []  # what is to be done before the next step, see `attend` and `train`
+        self.last_returns: list[float] = []
+        self.speed_steps, self.speed_seconds = 0, 0.0  # since learning began, without evaluations
+        self.wall_seconds = 0.0
+        self.eval_envs: list[gym.Env] = []
+        if path is None:
+            with new_run_folder(args) as self.path:
+                self.lock = lock_folder(self.path)
+                self.write_args()
+        else:
+            self.path, self.lock = path, lock_folder(path)
+            if self.lock is None:
+                leave_to_another_process(path)
+            check_files(path)
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.time() - self.start_time
+
+    @wall_seconds.setter
+    def wall_seconds(self, seconds: float) -> None:
+        self.start_time = time.time() - seconds
+
+    @property
+    def last_loop_step(self) -> int:
+        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
+        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
+
+    def make_envs(self, count: int, video_folder: str | None = None) -> list[gym.Env]:
+        """That many environments, of which the first one can be recorded."""
+        envs: list[gym.Env] = []
+        while len(envs) < count:
+            if self.stop.received:
+                self.end(f"stopped before the run went on; to continue: {self.command_to_continue()}")
+            envs.append(make_env(self.args, video_folder if not envs else None))
+        return envs
+
+    # ------------------------------------------------------------ begin, go on, end
+
+    def restore(self, parts: dict) -> bool:
+        """Opens the run's files for all that is to be logged. True if there is a checkpoint, which all parts then are as."""
+        self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
+        self.parts = {"run": self, "initialisation": torch.default_generator} | parts
+        checkpoint = self.file("checkpoint.pt")
+        if resumed := os.path.exists(checkpoint):
+            content = load_checkpoint(checkpoint, self.args, self.device)
+            for name, size in content["file_sizes"].items():
+                if not os.path.exists(self.file(name)) or os.path.getsize(self.file(name)) < size:
+                    raise RunError(f"{self.file(name)} is shorter than it was at the checkpoint, or gone: it is damaged")
+            try:
+                for name, part in self.parts.items():
+                    restored(part, content["parts"][name])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
+            if self.global_step < self.args.total_timesteps:  # if that was the end, it was postponed
+                self.agenda = ["scheduled" if item == "final" else item for item in self.agenda]
+            torch.set_num_threads(content["num_threads"])  # with another number sums are rounded in another order
+        self.open(content["file_sizes"] if resumed else {})
+        if resumed:
+            tqdm.write(f"continuing {self.path} at step {self.global_step}, with {torch.get_num_threads()} thread(s) as before")
+        Run.progress = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", smoothing=0.02,
+                             mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
+        return resumed
+
+    def open(self, file_sizes: dict[str, int]) -> None:
+        """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
+        self.write_args()  # --total-timesteps may have been raised
+        if self.args.track:
+            import wandb
+
+            identity = os.path.basename(os.path.normpath(self.path))
+            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
+                       resume="allow", config=saved_arguments(self.args), sync_tensorboard=True)  # fmt: skip
+        for path in filter(os.path.exists, self.growing_files()):
+            if os.path.basename(path) in file_sizes:
+                os.truncate(path, file_sizes[os.path.basename(path)])
+            else:
+                os.remove(path)
+        columns = ("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns)
+        self.episodes = self.open_csv("episodes.csv", columns)
+        columns = ("global_step", "phase", "episode", "episodic_return", *self.columns)
+        self.evaluations = self.open_csv("evaluations.csv", columns)
+        self.writer = SummaryWriter(self.path)
+        atexit.register(self.flush_at_exit)
+
+    def flush_at_exit(self) -> None:
+        """However the process ends (but for a kill), what TensorBoard was told is written."""
+        with contextlib.suppress(OSError):  # a full disk has been reported already
+            self.writer.flush()
+
+    def open_csv(self, name: str, columns: tuple[str, ...]):
+        file = open(self.file(name), "a", newline="", buffering=1)  # every row is written as it ends
+        rows = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            rows.writerow(columns)
+        return rows
+
+    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+        """Says in one line what the run will do."""
+        args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
+                f"parameters, {gradient_steps_due(args, args.total_timesteps):,} gradient steps, {num_resets} reset(s), "
+                f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
+        if self.speed_steps:  # of a run that goes on the speed is known
+            seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
+            line += f", about {seconds / 60:.0f} min left"
+        tqdm.write(f"{line}; in {self.path}")
+
+    def spaces(self) -> tuple[gym.Space, gym.Space]:
+        return self.eval_envs[0].observation_space, self.eval_envs[0].action_space
+
+    def goes_on(self) -> bool:
+        """Whether anything is left to do. Ends the process, after a checkpoint, if a signal asks for it."""
+        if self.stop.received:
+            self.save()
+            self.end(f"stopped at step {self.global_step}; to continue: {self.command_to_continue()}")
+        self.turn_started = time.perf_counter()
+        return bool(self.agenda) or self.global_step < self.args.total_timesteps
+
+    def command_to_continue(self) -> str:
+        return f"python {sys.argv[0]} --resume {shlex.quote(self.path)}"
+
+    def end(self, message: str) -> None:
+        """Ends the process as a shell expects of one that a signal ended."""
+        self.close_progress()
+        print(message, file=sys.stderr)
+        sys.exit(128 + self.stop.received)
+
+    @staticmethod
+    def close_progress() -> None:
+        if Run.progress is not None:
+            Run.progress.close()
+
+    def finish(self, weights: dict) -> None:
+        """Leaves the weights and takes away the checkpoint, which is of no use any more."""
+        self.close_progress()
+        self.write_model("model.pt", weights)
+        remove_leftovers(self.path)
+        self.writer.close()
+        for env in self.parts["envs"] + self.eval_envs:
+            env.close()
+        tqdm.write(f"the run is in {self.path}")
+
+    # ------------------------------------------------------------ what happens at a step
+
+    def count_gradient_step(self) -> None:
+        self.gradient_steps += 1
+        if time.monotonic() > self.stop.time + 10:  # too many for one step: there is no state to save between them
+            self.end(f"stopped in the middle of step {self.global_step}; {WHAT_STAYS} {shlex.quote(self.path)}")
+
+    def count_step(self) -> None:
+        self.progress.update(self.args.num_envs)
+        if self.gradient_steps:
+            self.speed_steps += self.args.num_envs
+            self.speed_seconds += time.perf_counter() - self.turn_started
+
+    def log_is_due(self) -> bool:
+        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
+
+    def upkeep_due(self) -> list[str]:
+        """What `attend` has to do for the folder after the loop step that ends at the present step."""
+        args, step, due = self.args, self.global_step, []
+        if args.keep_models and interval_has_passed(Fraction(args.total_timesteps, args.keep_models), step, args.num_envs):
+            due.append("weights")
+        # A checkpoint at the end, too: a full disk or a kill before model.pt is written then loses nothing.
+        if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
+            due.append("checkpoint")
+        return due
+
+    def attend(self, agent: "Agent") -> None:
+        """Does the first item of the agenda, unless a signal stops it: keep weights, save a checkpoint, or evaluate."""
+        if self.agenda[0] == "weights":
+            os.makedirs(self.file("models"), exist_ok=True)
+            self.write_model(f"models/step_{self.global_step:08d}.pt", agent.weights())
+        elif self.agenda[0] == "checkpoint":
+            self.agenda.pop(0)  # so that the checkpoint does not ask for itself
+            try:
+                self.save()
+            except RunError as error:
+                if self.global_step < self.args.total_timesteps:
+                    raise
+                tqdm.write(f"warning: {error}", file=sys.stderr)  # model.pt is smaller, and may fit
+            return
+        else:
+            generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
+            if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
+                return
+        self.agenda.pop(0)
+
+    def evaluate(self, phase: str, policy) -> bool:
+        """False if a signal stopped it, and nothing was logged."""
+        self.finite_metrics()
+        recorder = self.eval_envs[0] if self.args.capture_video else None
+        if recorder is not None:
+            recorder.set_wrapper_attr("name_prefix", f"step-{self.global_step}-{phase}")
+            recorder.set_wrapper_attr("episode_id", -1)
+        try:
+            episodes = evaluate(policy, self.eval_envs, self.args.seed, self.global_step, self.device, self.stop)
+        finally:
+            if recorder is not None and recorder.get_wrapper_attr("recording"):
+                recorder.get_wrapper_attr("stop_recording")()
+        if episodes is not None:
+            self.log_evaluation(phase, episodes)
+        return episodes is not None
+
+    # ------------------------------------------------------------ logs
+
+    def say(self, message: str) -> None:
+        tqdm.write(f"step {self.global_step}: {message}")
+
+    def log_scalars(self, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.global_step)
+
+    def log(self, agent: "Agent", scalars: dict[str, float]) -> None:
+        """A point of the training curves. Only here, and before evaluations and checkpoints, the losses are looked at."""
+        if self.gradient_steps:
+            scalars["charts/SPS"] = self.speed_steps / self.speed_seconds
+            for name, values in zip(agent.METRICS, self.finite_metrics()):
+                for i, value in enumerate(np.atleast_1d(values)):
+                    scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
+        self.log_scalars(scalars)
+        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "-"
+        epsilon = f" epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
+        speed = f"{scalars.get('charts/SPS', 0):.0f}"
+        self.progress.set_postfix_str(f"return={mean_return}{epsilon} SPS={speed}", refresh=False)
+
+    def finite_metrics(self) -> np.ndarray:
+        """The agent's metrics, on the host. Nothing is evaluated or saved once one of them is not finite."""
+        agent = self.parts["agent"]
+        metrics = agent.metrics.cpu().numpy()
+        for name, values in zip(agent.METRICS, metrics):
+            if not np.isfinite(values).all():
+                raise FloatingPointError(
+                    f"{name} is not finite any more at step {self.global_step} ({values.tolist()}); try a lower --learning-rate"
+                )
+        return metrics
+
+    def log_episode(self, episode: dict) -> None:
+        extra = {name: episode[name] for name in self.columns}
+        wall_seconds = f"{self.wall_seconds:.2f}"
+        self.episodes.writerow((self.global_step, episode["r"], episode["l"], wall_seconds, *extra.values()))
+        self.num_episodes += 1
+        self.last_returns = [*self.last_returns[-9:], episode["r"]]
+        self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
+        self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
+
+    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+        for i, episode in enumerate(episodes):
+            extra = [episode[name] for name in self.columns]
+            self.evaluations.writerow((self.global_step, phase, i, episode["r"], *extra))
+        returns = [episode["r"] for episode in episodes]
+        scalars = normalized_scores(self.args.env_id, float(np.mean(returns)))
+        scalars |= {f"episodic_{name}": float(np.mean([episode[name] for episode in episodes])) for name in self.columns}
+        line = f"evaluation ({phase.replace('_', ' ')}) mean {np.mean(returns):.1f}"
+        for name, value in scalars.items():
+            line += f", {name.replace('_', ' ')} {value:.3f}"
+        self.say(f"{line}, episodes {' '.join(f'{score:g}' for score in returns)}")
+        scalars["episodic_return"] = float(np.mean(returns))
+        # A curve has one point at a step: what a reset cost stands in curves of its own.
+        if phase in ("before_reset", "after_reset"):
+            self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
+        if phase != "after_reset":
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+
+    def write_args(self) -> None:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        content = {"script": SCRIPT, "script_sha256": SCRIPT_SHA256} | commit_of_script()
+        content |= {"args": saved_arguments(self.args), "versions": package_versions(), "device": device}
+        with replaced_when_written(self.file("args.json")) as file:
+            file.write(json.dumps(content, indent=2).encode())
+
+    def write_model(self, name: str, weights: dict) -> None:
+        try:
+            with replaced_when_written(self.file(name)) as file:
+                torch.save(weights, file)
+        except RuntimeError as error:  # PyTorch's way to say that the disk is full
+            raise RunError(f"{self.file(name)} was not written: {free_space(self.path)}; {WHAT_STAYS}") from error
+
+    # ------------------------------------------------------------ checkpoints
+
+    def growing_files(self) -> list[str]:
+        events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
+        return events + [self.file("episodes.csv"), self.file("evaluations.csv")]
+
+    def file_sizes(self) -> dict[str, int]:
+        """The sizes of the files that grow, so much of which is on the disk."""
+        self.writer.flush()
+        sizes = {}
+        for path in self.growing_files():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                sizes[os.path.basename(path)] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def save(self) -> None:
+        """Replaces the checkpoint; the last one stays until the new one is on the disk."""
+        self.finite_metrics()
+        content = {
+            "script": SCRIPT, "script_sha256": SCRIPT_SHA256, "args": saved_arguments(self.args),
+            "versions": package_versions() | {"device": self.device.type}, "num_threads": torch.get_num_threads(),
+            "file_sizes": self.file_sizes(), "parts": {name: state_of(part) for name, part in self.parts.items()},
+        }  # fmt: skip
+        try:
+            with replaced_when_written(self.file("checkpoint.pt")) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise RunError(
+                f"{self.file('checkpoint.pt')} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}"
+            ) from error
+
+
+def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
+    """What `Run.save` wrote. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError:
+        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
+    except Exception as error:  # a flipped bit can have any consequence
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise RunError(f"{path} is damaged, cut off, or of another version of the scripts{reason}") from None
+    if content["script"] != SCRIPT:
+        raise RunError(f"{path} was written by {content['script']}, not by {SCRIPT}")
+    if content["script_sha256"] != SCRIPT_SHA256 and not args.allow_changed_script:
+        refuse_changed_script(path)
+    for name, value in saved_arguments(args).items():
+        if name not in ("runs_dir", "total_timesteps") and content["args"].get(name) != value:
+            raise RunError(f"{path} was written with {name} = {content['args'].get(name)}, but args.json says {value}")
+    for name, value in (package_versions() | {"device": device.type}).items():
+        if (written := content["versions"].get(name)) != value:
+            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
+    return content
+
+
+@contextlib.contextmanager
+def replaced_when_written(path: str):
+    """A binary file that takes the place of `path` when it is wholly on the disk; until then the old one stays."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except BaseException:
+        if os.path.isfile(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+def free_space(path: str) -> str:
+    return f"{shutil.disk_usage(path).free / 1e6:.0f} MB are free"
+
+
+# ---------------------------------------------------------------------------------------------------- folders of runs
+
+
+@contextlib.contextmanager
+def new_run_folder(args: Args):
+    """A new folder. Until the context is left, in which it gets its args.json, no other process looks for runs, or begins one.
+
+    Runs of one script, environment and seed that start in the same second wait for the next.
+    """
+    try:
+        os.makedirs(args.runs_dir, exist_ok=True)
+        lock = lock_folder(args.runs_dir, wait=True)
+        if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
+            leave_to_another_process(found[0])
+        while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
+            time.sleep(0.2)
+        os.mkdir(path)
+    except OSError as error:
+        fail(f"a run folder in --runs-dir {args.runs_dir} cannot be made: {error.strerror}")
+    try:
+        yield path
+    finally:
+        os.close(lock)
+
+
+def run_name(args: Args) -> str:
+    return f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def lock_folder(path: str, wait: bool = False) -> int | None:
+    """Keeps other processes out for as long as the descriptor is open. None if another process was first."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(folder)
+        return None
+    return folder
+
+
+def leave_to_another_process(path: str) -> None:
+    print(f"another process is at work in {path}", file=sys.stderr)
+    sys.exit(EXIT_CODE_UNDER_WAY)
+
+
+def check_files(path: str) -> None:
+    """Refuses a folder in which something else stands in the place of a run's files: a folder, a link to nothing, ..."""
+    for name in ("args.json", "episodes.csv", "evaluations.csv", "checkpoint.pt", "model.pt"):
+        for file in (os.path.join(path, name), os.path.join(path, f"{name}.tmp")):
+            if os.path.lexists(file) and not os.path.isfile(file):
+                raise RunError(f"{file} is in the way: it is not a file, or a link to nothing")
+
+
+def is_finished(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "model.pt"))
+
+
+def remove_leftovers(path: str) -> None:
+    """Of a finished run, also of one that was killed after it had written its weights."""
+    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(path, name))
+
+
+def saved_arguments(args: Args) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+
+
+def find_run(args: Args) -> tuple[str, int] | None:
+    """The run folder with the same script and arguments, and its state; the newest interrupted one if none is finished."""
+    pattern = os.path.join(glob.escape(args.runs_dir), f"{glob.escape(run_name(args))}__*", "args.json")
+    paths, found = glob.glob(pattern), []
+    for path in sorted(map(os.path.dirname, paths)):  # the names end in the time of the start
+        try:
+            saved = read_args(path, args.allow_changed_script)
+        except RunError:
+            continue
+        if saved_arguments(dataclasses.replace(saved, runs_dir=args.runs_dir)) == saved_arguments(args):
+            state = FINISHED if is_finished(path) else UNDER_WAY if is_locked(path) else INTERRUPTED
+            found.append((path, state))
+    for wanted in (FINISHED, UNDER_WAY, INTERRUPTED):
+        for path, state in reversed(found):
+            if state == wanted:
+                return path, state
+    return None
+
+
+def is_locked(path: str) -> bool:
+    if (lock := lock_folder(path)) is None:
+        return True
+    os.close(lock)
+    return False
+
+
+def read_args(path: str, allow_changed_script: bool = False) -> Args:
+    """The arguments of the run in a folder; `RunError` if it is not one of this script."""
+    try:
+        check_files(path)
+        with open(os.path.join(path, "args.json")) as file:
+            content = json.load(file)
+        script, sha256, saved = content["script"], content["script_sha256"], content["args"]
+        if script != SCRIPT:
+            raise RunError(f"{path} is a run folder of {script}, not of {SCRIPT}")
+        if sha256 != SCRIPT_SHA256 and not allow_changed_script:
+            refuse_changed_script(path)
+        args = Args(**saved)
+        if saved_arguments(args).keys() != saved.keys():
+            raise KeyError
+        if message := wrong_value(args):
+            raise RunError(f"{path} is not a run folder any more: in its args.json {message}")
+        return args
+    except OSError as error:
+        raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunError(f"{path} is not a run folder of {SCRIPT}: its args.json does not fit") from None
+
+
+def refuse_changed_script(path: str) -> None:
+    raise RunError(f"{path} is of another version of {SCRIPT}: the run would go on with changed code; "
+                   "if that is meant: --allow-changed-script")  # fmt: skip
+
+
+def resume_args(args: Args, path: str) -> Args:
+    """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
+    command = {name: getattr(args, name) for name in NOT_SAVED}
+    saved = dataclasses.replace(read_args(path, args.allow_changed_script), **command)
+    args = dataclasses.replace(tyro.cli(Args, description=__doc__, default=saved), runs_dir=saved.runs_dir)
+    for name, value in vars(saved).items():
+        if name != "total_timesteps" and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "
+                 "a resumed run keeps its arguments, only --total-timesteps may be raised")  # fmt: skip
+    if args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
+    if is_finished(path):
+        if args.total_timesteps > saved.total_timesteps:
+            fail(f"the run in {path} is finished, and its replay buffer is gone: --total-timesteps cannot be raised any more")
+        remove_leftovers(path)
+        print(f"the run in {path} is finished already")
+        sys.exit(0)
+    if args.total_timesteps > saved.total_timesteps:
+        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} what is a fraction of "
+              "the run, as the decay of epsilon, is another one from here on", file=sys.stderr)  # fmt: skip
+    return args
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    return versions | {"gymnasium": gym.__version__} | environment_versions()
+
+
+def commit_of_script() -> dict:
+    """The commit that the script lies at, and whether it was changed since; None outside of a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = lambda *words: subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return {"commit": commit, "changed_since_commit": bool(git("status", "--porcelain", "--", SCRIPT).stdout)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "changed_since_commit": None}
+
+
+# ----------------------------------------------------------------------------------------------- arguments, and the start
+
+
+def interval_has_passed(interval: int | Fraction, global_step: int, num_envs: int) -> bool:
+    """Whether the loop step that ends at `global_step` reached or passed a multiple of the interval; 0 = never."""
+    return interval > 0 and global_step // interval > (global_step - num_envs) // interval
+
+
+def fail(message: str) -> None:
+    """Ends the program because of a wrong argument: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def wrong_value(args: Args) -> str | None:
+    """What is wrong with the first value that is not of its argument's type, or not in the interval written beside it."""
+    for name, hint in typing.get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        kind, *intervals = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        if typing.get_origin(kind) is Literal:
+            if value not in typing.get_args(kind):
+                return f"{flag} is {value!r}, but must be one of {', '.join(typing.get_args(kind))}"
+        elif type(value) not in {float: (float, int)}.get(kind, typing.get_args(kind) or (kind,)):
+            return f"{flag} is {value!r}, but must be of the type {getattr(kind, '__name__', kind)}"
+        endless = value == math.inf and any(interval.endswith("inf]") for interval in intervals)
+        if isinstance(value, (float, int)) and not abs(value) < 1e30 and not endless:
+            return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
+        for interval in intervals:  # as "[0, 1)"
+            low, high = map(float, interval[1:-1].split(", "))
+            if not (low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")):
+                return f"{flag} is {value}, but must lie in {interval}"
+    return None
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before anything is created."""
+    if message := wrong_value(args):
+        fail(message)
+    if not args.exp_name or "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    if args.batch_size > min(args.learning_starts, args.buffer_size):
+        fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
+             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
+    for name in ("eval_interval", "checkpoint_interval"):
+        if 0 < getattr(args, name) < args.num_envs:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
+                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
+    check_schedules(args)
+    for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
+        if wanted and importlib.util.find_spec(package) is None:
+            fail(f"{flag} needs the package {package}: pip install {package}")
+
+    spaces = check_environment(args)
+    on_gpu = args.cuda and torch.cuda.is_available()
+    buffer_bytes, agent_bytes = ReplayBuffer.num_bytes(args, *spaces), Agent.num_bytes(args, *spaces)
+    environment_bytes = ENVIRONMENT_BYTES * (args.num_envs + args.eval_episodes)
+    check_memory(psutil.virtual_memory().available, "in memory", {
+        "the environments of --num-envs and --eval-episodes": environment_bytes,
+        "the replay buffer of --buffer-size": 0 if on_gpu else buffer_bytes, "the agents": 0 if on_gpu else agent_bytes,
+    })  # fmt: skip
+    if on_gpu:
+        check_memory(torch.cuda.mem_get_info()[0], "on the GPU", {
+            "the replay buffer of --buffer-size": buffer_bytes, "the agents": agent_bytes,
+        })  # fmt: skip
+
+
+def check_memory(free_bytes: int, where: str, needed: dict[str, int]) -> None:
+    if sum(needed.values()) > free_bytes:
+        parts = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in needed.items() if size)
+        fail(
+            f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({parts}), but only {free_bytes / 1e9:.2f} GB are free {where}"
+        )
+
+
+def main() -> None:
+    args, path = tyro.cli(Args, description=__doc__), None
+    try:
+        if args.resume == "auto":
+            if (found := find_run(args)) is not None:
+                path, state = found
+                if state == UNDER_WAY:
+                    leave_to_another_process(path)
+        elif args.resume:
+            path = args.resume
+        if path is not None:
+            args = resume_args(args, path)
+        check_args(args)
+        if not args.check_only:
+            train(args, path)
+    except (RunError, FloatingPointError) as error:
+        give_up(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has an error of its own on a GPU, and none on a CPU
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
+            raise
+        give_up(f"memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        give_up(f"{error}; {WHAT_STAYS}")
+
+
+def give_up(message: str) -> None:
+    """Ends a run that cannot go on: one line, exit code 1."""
+    Run.close_progress()
+    sys.exit(f"error: {message}")
+
+
+if __name__ == "__main__":
+    main()
