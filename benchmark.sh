@@ -6,10 +6,10 @@ set -euf -o pipefail
 
 # A method is a script and the options that make it this method, under [suite:method].
 declare -A METHODS=(
-    [atari:dqn]="dqn_atari.py"
-    [atari:sr_dqn]="sr_dqn_atari.py"
-    [atari:rde_dqn]="rde_dqn_atari.py"
-    [atari:rnd_dqn]="rnd_dqn_atari.py"
+    [atari:dqn]="dqn_atari.py" [atari:sr_dqn]="sr_dqn_atari.py" [atari:rde_dqn]="rde_dqn_atari.py" [atari:rnd_dqn]="rnd_dqn_atari.py"
+    [atari:drq]="rde_drq_atari.py --num-agents 1 --reset-interval 0"
+    [atari:sr_drq]="rde_drq_atari.py --num-agents 1"
+    [atari:rde_drq]="rde_drq_atari.py"
     [dmc:sac]="rde_sac_dmc.py --num-agents 1 --reset-interval 0"
     [dmc:sr_sac]="rde_sac_dmc.py --num-agents 1"
     [dmc:rde_sac]="rde_sac_dmc.py"

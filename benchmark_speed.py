@@ -2,7 +2,7 @@
 
     python benchmark_speed.py                     # prints one table, all rows measured in this process and in turn
     python benchmark_speed.py --csv speed.csv --rounds 5
-    python benchmark_speed.py --suites dmc --hidden-dim 1024 --batch-size 1024
+    python benchmark_speed.py --suites dmc safety --hidden-dim 1024 --batch-size 1024
 
 Every row is measured in every round, for about --seconds each; a row's figure is the median over the rounds, and a ratio is
 the median of the ratios within a round. So what else goes on on the machine hits all rows alike.
@@ -25,7 +25,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import rde_dqn_atari as rde  # isort: skip  (first: it says how threads wait, before PyTorch is imported)
+import rde_dqn as mlp  # isort: skip
+import rde_drq_atari as drq  # isort: skip
 import rde_sac_dmc as sac  # isort: skip
+import rde_sac_safety as safety  # isort: skip
+import rnd_dqn_atari as rnd  # isort: skip
 
 import gymnasium as gym
 import numpy as np
@@ -43,8 +47,8 @@ class Args:
     """the game, as <Game>NoFrameskip-v4"""
     task: str = "walker-run"
     """the task of the DeepMind Control Suite, as domain-task"""
-    suites: tuple[Literal["atari", "dmc"], ...] = ("atari", "dmc")
-    """what is measured: DQN on the game, SAC on the task"""
+    suites: tuple[Literal["atari", "dmc", "safety", "minigrid"], ...] = ("atari", "dmc", "safety", "minigrid")
+    """what is measured: DQN, RND and DrQ on the game; SAC on the task; SAC with costs; DQN on MiniGrid"""
     hidden_dim: int = 256
     """SAC: width of the hidden layers"""
     batch_size: int = 256
@@ -97,12 +101,14 @@ class RandomPlay:
 class TrainingLoop:
     """The meat of the script's loop: act, learn, step, store. Exploration and logging are left out."""
 
-    def __init__(self, env_id: str, device: torch.device, **arguments):
-        self.args = args = rde.Args(env_id=env_id, buffer_size=10_000, **arguments)
-        self.env, self.device = rde.make_env(args), device
-        self.buffer = rde.ReplayBuffer(args.buffer_size, 1, device, torch.Generator(device).manual_seed(0))
-        self.agent = rde.Agent(args, self.env.observation_space, self.env.action_space, self.buffer, device)
-        self.agent.reset()  # so that the oldest agent judges
+    def __init__(self, env_id: str, device: torch.device, script=rde, **arguments):
+        self.args = args = script.Args(env_id=env_id, buffer_size=10_000, **arguments)
+        self.env, self.device = script.make_env(args), device
+        n_step = (args.n_step,) if hasattr(args, "n_step") else ()
+        self.buffer = script.ReplayBuffer(args.buffer_size, 1, device, torch.Generator(device).manual_seed(0), *n_step)
+        self.agent = script.Agent(args, self.env.observation_space, self.env.action_space, self.buffer, device)
+        if script is not rnd:
+            self.agent.reset()  # so that the oldest agent judges
         selection = torch.Generator(device).manual_seed(1)
         self.device_observations = torch.zeros((1, 4, 84, 84), dtype=torch.uint8, device=device)
         capture = args.cuda_graphs and device.type == "cuda"
@@ -134,8 +140,8 @@ class TrainingLoop:
 class UpdateAlone:
     """Nothing but the gradient steps of all agents: in a loop a GPU does them while the emulator runs."""
 
-    def __init__(self, env_id: str, device: torch.device, num_agents: int):
-        self.step = TrainingLoop(env_id, device, num_agents=num_agents).update
+    def __init__(self, loop):
+        self.step = loop.update
 
 
 class NaiveLoop:
@@ -214,12 +220,12 @@ class RandomMotion:
 class SACTrainingLoop:
     """The meat of SAC's loop: act, learn, step, store."""
 
-    def __init__(self, task: str, device: torch.device, **arguments):
-        args = sac.Args(env_id=task, buffer_size=10_000, **arguments)
-        self.env, self.device = sac.make_env(args), device
+    def __init__(self, task: str, device: torch.device, script=sac, **arguments):
+        args = script.Args(env_id=task, buffer_size=10_000, **arguments)
+        self.env, self.device = script.make_env(args), device
         spaces = self.env.observation_space, self.env.action_space
-        self.buffer = sac.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
-        self.agent = sac.Agent(args, *spaces, self.buffer, device)
+        self.buffer = script.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
+        self.agent = script.Agent(args, *spaces, self.buffer, device)
         self.agent.reset()  # so that the oldest agent judges
         selection = torch.Generator(device).manual_seed(1)
         self.device_observations = torch.zeros((1, *spaces[0].shape), device=device)
@@ -232,8 +238,9 @@ class SACTrainingLoop:
             self.play(generator.uniform(-1, 1, spaces[1].shape).astype(np.float32))
 
     def play(self, action: np.ndarray) -> None:
-        next_observation, reward, terminated, truncated, _ = self.env.step(action)
-        self.buffer.add(self.observation, action, reward, terminated, next_observation)
+        next_observation, reward, terminated, truncated, info = self.env.step(action)
+        cost = (info["cost"],) if "cost" in info else ()
+        self.buffer.add(self.observation, action, reward, *cost, terminated, next_observation)
         self.observation = self.env.reset()[0] if terminated or truncated else next_observation
 
     def step(self) -> None:
@@ -249,6 +256,57 @@ class StableBaselines3SAC:
     def __init__(self, task: str, device: torch.device, hidden_dim: int, batch_size: int):
         self.model = SAC("MlpPolicy", sac.make_env(sac.Args(env_id=task)), buffer_size=10_000, learning_starts=500, batch_size=batch_size,
                          policy_kwargs={"net_arch": [hidden_dim, hidden_dim]}, device=device, seed=0)  # fmt: skip
+        self.model.learn(550)
+
+    def steps(self, count: int) -> None:
+        self.model.learn(count, reset_num_timesteps=False)
+
+
+class MLPTrainingLoop:
+    """The meat of the MLPs' loop on MiniGrid: act, learn, step, store; one gradient step per environment step."""
+
+    def __init__(self, device: torch.device, num_agents: int):
+        self.args = args = mlp.Args(buffer_size=10_000, num_agents=num_agents)
+        self.env = mlp.make_env(args)
+        spaces = self.env.observation_space, self.env.action_space
+        self.buffer = mlp.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
+        self.agent = mlp.Agent(args, *spaces, self.buffer, device)
+        self.agent.reset()  # so that the oldest agent judges
+        selection = torch.Generator(device).manual_seed(1)
+        self.device_observations = torch.zeros((1, *spaces[0].shape), device=device)
+        capture = args.cuda_graphs and device.type == "cuda"
+        self.act = mlp.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
+        self.update = mlp.CudaGraph(self.agent.update, self.buffer.generator, capture)
+        self.num_updates = 0
+        self.observation, _ = self.env.reset(seed=0)
+        generator = np.random.default_rng(0)
+        for _ in range(500):
+            self.play(generator.integers(spaces[1].n, size=1))
+
+    def play(self, action: np.ndarray) -> None:
+        next_observation, reward, terminated, truncated, _ = self.env.step(action[0])
+        self.buffer.add(self.observation, action, reward, terminated, next_observation)
+        self.observation = self.env.reset()[0] if terminated or truncated else next_observation
+
+    def step(self) -> None:
+        mlp.upload(self.observation[None], self.device_observations)
+        choice = mlp.Download(self.act())
+        self.update()
+        self.num_updates += 1
+        if self.num_updates % self.args.target_update_interval == 0:
+            self.agent.copy_to_targets()
+        self.play(choice.numpy()[0])
+
+
+class StableBaselines3MLP:
+    """Its DQN with MlpPolicy, with networks and mini-batches of the same sizes, one gradient step per environment step."""
+
+    def __init__(self, device: torch.device):
+        args = mlp.Args()
+        self.model = DQN("MlpPolicy", mlp.make_env(args), learning_rate=args.learning_rate, buffer_size=10_000, learning_starts=500,
+                         batch_size=args.batch_size, train_freq=1, gradient_steps=1, target_update_interval=args.target_update_interval,
+                         exploration_fraction=1e-9, exploration_final_eps=0.01, device=device, seed=0,
+                         policy_kwargs={"net_arch": [args.hidden_dim] * args.num_hidden_layers})  # fmt: skip
         self.model.learn(550)
 
     def steps(self, count: int) -> None:
@@ -366,13 +424,25 @@ ATARI_CEILING, DMC_CEILING = "emulator + wrappers (the ceiling)", "physics (the 
 CONTENDED = ", with one competing process"
 
 
+UPDATES = {  # of other scripts for Atari, whose loops differ in this from rde_dqn_atari.py's
+    "RND-DQN": (rnd, {}),
+    "RND-DQN, --intrinsic-coef 0": (rnd, {"intrinsic_coef": 0.0}),
+    "DrQ, N = 1": (drq, {"num_agents": 1}),
+    "DrQ, N = 1, --no-augmentation": (drq, {"num_agents": 1, "augmentation": False}),
+    "DrQ, N = 1, --width 0.5": (drq, {"num_agents": 1, "width": 0.5}),
+    "DrQ, N = 1, --width 0.5 --num-atoms 1": (drq, {"num_agents": 1, "width": 0.5, "num_atoms": 1}),
+}
+
+
 def atari_rows(args: Args, device: torch.device) -> dict:
     rows = {"emulator alone, 4 frames": EmulatorAlone(args.env_id), ATARI_CEILING: RandomPlay(args.env_id)}
     for num_agents in args.num_agents:
         for replay_ratio in args.replay_ratios:
             name = f"training loop, N = {num_agents}, replay ratio {replay_ratio}"
             rows[name] = TrainingLoop(args.env_id, device, num_agents=num_agents, replay_ratio=replay_ratio)
-        rows[f"update alone, N = {num_agents}"] = UpdateAlone(args.env_id, device, num_agents)
+        rows[f"update alone, N = {num_agents}"] = UpdateAlone(TrainingLoop(args.env_id, device, num_agents=num_agents))
+    for name, (script, arguments) in UPDATES.items():
+        rows[f"update alone, {name}"] = UpdateAlone(TrainingLoop(args.env_id, device, script, **arguments))
     rows["training loop, N = 2, replay ratio 1, --bf16"] = TrainingLoop(args.env_id, device, num_agents=2, bf16=True)
     if device.type == "cuda":
         name = "training loop, N = 2, replay ratio 1, --no-cuda-graphs"
@@ -405,6 +475,30 @@ def dmc_rows(args: Args, device: torch.device) -> dict:
     return rows | contended(rows)
 
 
+def safety_rows(args: Args, device: torch.device) -> dict:
+    """Observations and actions of both tasks have the same sizes."""
+    sizes = {"num_agents": 1, "hidden_dim": args.hidden_dim, "batch_size": args.batch_size}
+    costs = SACTrainingLoop("SafetyHalfCheetahVelocity-v1", device, safety, **sizes)
+    return {
+        "update alone, SAC (cheetah-run)": UpdateAlone(SACTrainingLoop("cheetah-run", device, **sizes)),
+        "update alone, SAC-Lag (SafetyHalfCheetahVelocity-v1)": UpdateAlone(costs),
+    }
+
+
+def minigrid_rows(args: Args, device: torch.device) -> dict:
+    rows = {f"MLP training loop, N = {count}": MLPTrainingLoop(device, count) for count in args.num_agents}
+    return rows | {"stable-baselines3's DQN with MLPs (N = 1)": StableBaselines3MLP(device)}
+
+
+ROWS = {"atari": atari_rows, "dmc": dmc_rows, "safety": safety_rows, "minigrid": minigrid_rows}
+CEILINGS = {
+    "atari": ATARI_CEILING,
+    "dmc": DMC_CEILING,
+    "safety": None,
+    "minigrid": None,
+}  # rows that no loop can be faster than
+
+
 def check_args(args: Args) -> None:
     for name in ("rounds", "seconds", "batch_size", "num_agents", "num_sac_agents", "replay_ratios"):
         values = getattr(args, name) if isinstance(getattr(args, name), tuple) else (getattr(args, name),)
@@ -432,8 +526,8 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = rde.Args().torch_deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    rows = atari_rows(args, device) if "atari" in args.suites else {}
-    rows |= dmc_rows(args, device) if "dmc" in args.suites else {}
+    suites = {suite: ROWS[suite](args, device) for suite in ROWS if suite in args.suites}
+    rows = {name: row for suite in suites.values() for name, row in suite.items()}
 
     counts = {name: steps_in(row, args.seconds, device) for name, row in rows.items()}
     seconds = {name: [] for name in rows}
@@ -447,11 +541,10 @@ def main() -> None:
 
     table = []
     for name in rows:
-        ceiling = DMC_CEILING if "SAC" in name else ATARI_CEILING
+        ceiling = CEILINGS[next(suite for suite, names in suites.items() if name in names)]
         per_second = statistics.median(1 / value for value in seconds[name])
-        table.append(
-            (name, f"{per_second:.1f}", f"{statistics.median(seconds[name]) * 1e3:.2f}", f"{ratio(name, ceiling):.3f}")
-        )
+        over_ceiling = f"{ratio(name, ceiling):.3f}" if ceiling else "-"
+        table.append((name, f"{per_second:.1f}", f"{statistics.median(seconds[name]) * 1e3:.2f}", over_ceiling))
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
                             capture_output=True, text=True, check=False).stdout.strip() or "no commit"  # fmt: skip
@@ -470,11 +563,20 @@ def main() -> None:
         ("training loop, N = 2, replay ratio 1, --bf16", "naive loop, N = 2"),
         ("training loop, N = 1, replay ratio 1", "stable-baselines3's DQN (N = 1)"),
         ("SAC training loop, N = 1", "stable-baselines3's SAC (N = 1)"),
+        ("MLP training loop, N = 1", "stable-baselines3's DQN with MLPs (N = 1)"),
+        ("MLP training loop, N = 2", "MLP training loop, N = 1"),
     ]:
         if first in rows and second in rows:
             print(f"{first}, over {second}: {ratio(first, second):.2f}")
     if {"update alone, N = 2", "update alone, N = 8"} <= rows.keys():
         print(f"time of an update, N = 8 over N = 2: {ratio('update alone, N = 2', 'update alone, N = 8'):.2f}")
+    for name in [f"update alone, {name}" for name in UPDATES]:
+        if {name, "update alone, N = 1"} <= rows.keys():
+            print(
+                f"time of an update, {name.removeprefix('update alone, ')} over DQN, N = 1: {ratio('update alone, N = 1', name):.2f}"
+            )
+    if "safety" in suites:
+        print(f"time of an update, SAC-Lag over SAC: {ratio(*suites['safety']):.2f}")
     for name in rows:
         if name.endswith(CONTENDED):
             print(f"{name.removesuffix(CONTENDED)}: {ratio(name.removesuffix(CONTENDED), name):.2f} times as long{CONTENDED}")

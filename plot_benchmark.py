@@ -98,7 +98,8 @@ RUN = [*GROUP, "seed", "run"]
 RUN_FOLDER = re.compile(r".+__.+__-?\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
 # Scripts and methods of benchmark.sh. A method with options of its own has an --exp-name that goes on with them.
 BASES = {"dqn": "DQN", "dqn_atari": "DQN", "dqn_minigrid": "DQN", "sac": "SAC", "sac_dmc": "SAC", "sac_lag": "SAC-Lag",
-         "sac_safety": "SAC-Lag", "rnd_dqn": "RND-DQN", "rnd_dqn_atari": "RND-DQN"}  # fmt: skip
+         "sac_safety": "SAC-Lag", "rnd_dqn": "RND-DQN", "rnd_dqn_atari": "RND-DQN", "drq": "DrQ",
+         "drq_atari": "DrQ"}  # fmt: skip
 PREFIXES = ["", "SR", "Ensemble", "RDE"]  # in the order of the tables
 # What may differ between the seeds of a method: it does not change what is computed.
 INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "allow_changed_script", "check_only", "checkpoint_interval",

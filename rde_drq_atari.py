@@ -154,9 +154,9 @@ class Args:
     # ------------------------------------------------------------ the base
     num_atoms: Annotated[int, "[1, inf)"] = 51
     """atoms of the distribution that a Q-value is (C51); 1 = a number, learned with Huber's loss: DrQ(epsilon)"""
-    v_min: float = -10.0
+    v_min: Annotated[float, "[-1e6, 0]"] = -10.0
     """the lowest atom"""
-    v_max: float = 10.0
+    v_max: Annotated[float, "[0, 1e6]"] = 10.0
     """the highest atom"""
     width: Annotated[float, "(0, inf)"] = 1.0
     """times the channels of the convolutions (0.5 takes half of the time on a CPU)"""
@@ -566,8 +566,8 @@ def check_schedules(args: Args) -> None:
     if (args.n_step - 1) * args.num_envs >= (stored := min(args.learning_starts, args.buffer_size)):
         fail(f"--n-step {args.n_step} in {args.num_envs} environment(s) leaves nothing to draw of the {stored} transitions that are "
              "stored when learning starts; lower it, or raise --learning-starts or --buffer-size")  # fmt: skip
-    if args.num_atoms > 1 and not (args.v_min <= 0 <= args.v_max and args.v_min < args.v_max):
-        fail(f"--v-min {args.v_min} and --v-max {args.v_max} must have 0 between them: it is the value of an end")
+    if args.num_atoms > 1 and args.v_min == args.v_max:
+        fail(f"--num-atoms {args.num_atoms} need a --v-min below --v-max, but both are {args.v_min}")
 
 
 # ------------------------------------------------------------------------------------------------------- training loop

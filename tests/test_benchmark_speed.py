@@ -71,15 +71,21 @@ def test_table(tmp_path):
     assert [line[0] for line in lines] == [
         "emulator alone, 4 frames", "emulator + wrappers (the ceiling)", "training loop, N = 1, replay ratio 1",
         "update alone, N = 1", "training loop, N = 2, replay ratio 1", "update alone, N = 2",
+        "update alone, RND-DQN", "update alone, RND-DQN, --intrinsic-coef 0", "update alone, DrQ, N = 1",
+        "update alone, DrQ, N = 1, --no-augmentation", "update alone, DrQ, N = 1, --width 0.5",
+        "update alone, DrQ, N = 1, --width 0.5 --num-atoms 1",
         "training loop, N = 2, replay ratio 1, --bf16", "naive loop, N = 1", "naive loop, N = 2",
         "stable-baselines3's DQN (N = 1)", "update alone, N = 2, with one competing process",
         "stable-baselines3's DQN (N = 1), with one competing process", "physics (the ceiling of SAC)", "SAC training loop, N = 1",
         "stable-baselines3's SAC (N = 1)", "stable-baselines3's SAC (N = 1), with one competing process",
+        "update alone, SAC (cheetah-run)", "update alone, SAC-Lag (SafetyHalfCheetahVelocity-v1)",
+        "MLP training loop, N = 1", "MLP training loop, N = 2", "stable-baselines3's DQN with MLPs (N = 1)",
     ]  # fmt: skip
     assert all(float(steps) * float(milliseconds) == pytest.approx(1e3, rel=0.05) for _, steps, milliseconds, _ in lines)
     with open(tmp_path / "speed.csv") as file:
         assert list(csv.reader(file))[1:] == lines
-    for text in ("over emulator alone, 4 frames: ", "over naive loop, N = 2: ", "over stable-baselines3's DQN (N = 1): ",
+    for text in ("DrQ, N = 1 over DQN, N = 1: ", "RND-DQN over DQN, N = 1: ", "SAC-Lag over SAC: ", "over MLP training loop, N = 1: ",
+                 "over stable-baselines3's DQN with MLPs (N = 1): ", "over emulator alone, 4 frames: ", "over naive loop, N = 2: ", "over stable-baselines3's DQN (N = 1): ",
                  "update alone, N = 2: ", " times as long, with one competing process", "floor of one DQN agent's update: ", "floor of one SAC agent's update: ", "replay buffer of 100,000"):  # fmt: skip
         assert text in result.stdout
 

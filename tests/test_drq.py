@@ -1,0 +1,744 @@
+"""The reset ensemble on the base of DrQ and C51, in numbers."""
+
+import copy
+import signal
+import subprocess
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_capture import watched
+
+from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions
+from conftest import (
+    QUICK,
+    assert_same_end,
+    command,
+    environment,
+    equal,
+    error_line,
+    load_script,
+    model,
+    only_run,
+    run_main,
+    run_script,
+    scalars,
+)
+
+drq = load_script("rde_drq_atari")
+SMALL = ["--width", "0.1", "--eval-episodes", "1", "--exploration-steps", "50"]
+
+
+def make_agent(seed: int = 1, **arguments):
+    """A narrow agent on a buffer of 200 transitions, with a support in which Q-values do not lie in the middle."""
+    defaults = {"buffer_size": 200, "seed": seed, "width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3}
+    args = drq.Args(**defaults | arguments)
+    buffer = drq.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
+    AtariTransitions(buffer, seed, terminated=0.15).store(200)
+    return drq.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
+
+
+def pictures(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (*shape, 84, 84), dtype=np.uint8))
+
+
+def parameters(module: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def moments(agent, index: int) -> list[torch.Tensor]:
+    return [
+        agent.optimizer.state[p][key] for p in agent.q_networks[index].parameters() for key in ("exp_avg", "exp_avg_sq", "step")
+    ]
+
+
+class Table(nn.Module):
+    """In the place of a Q-network: logits (states, num_actions, num_atoms); the first pixel says which state it is."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.logits[(observations[:, 0, 0, 0] * 255).round().long()]
+
+
+def states(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 4, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- references, in float64
+
+
+def reference_layers(weights: dict, x: torch.Tensor) -> list[torch.Tensor]:
+    """What the four layers with a ReLU answer."""
+    layers = []
+    for layer, stride in ((0, 4), (2, 2), (4, 1)):
+        x = F.conv2d(x, weights[f"convolutions.{layer}.weight"], weights[f"convolutions.{layer}.bias"], stride).relu()
+        layers.append(x)
+    return [*layers, (x.flatten(1) @ weights["hidden.0.weight"].T + weights["hidden.0.bias"]).relu()]
+
+
+def reference_logits(weights: dict, x: torch.Tensor, num_atoms: int) -> torch.Tensor:
+    features = reference_layers(weights, x)[-1]
+    value = features @ weights["value.weight"].T + weights["value.bias"]
+    advantages = (features @ weights["advantage.weight"].T + weights["advantage.bias"]).view(len(x), -1, num_atoms)
+    return torch.stack([value + advantages[:, a] - advantages.mean(1) for a in range(advantages.shape[1])], dim=1)
+
+
+def reference_projection(target_atoms, probabilities, low: float, high: float, num_atoms: int) -> np.ndarray:
+    projection, spacing = np.zeros(num_atoms), (high - low) / (num_atoms - 1)
+    for atom, probability in zip(target_atoms, probabilities, strict=True):
+        place = (min(max(atom, low), high) - low) / spacing
+        below = min(int(np.floor(place)), num_atoms - 1)
+        projection[below] += probability * (1 - (place - below))
+        projection[min(below + 1, num_atoms - 1)] += probability * (place - below)
+    return projection
+
+
+def reference_augmentation(frames: torch.Tensor, shifts: torch.Tensor, brightness: torch.Tensor) -> torch.Tensor:
+    padded = np.pad(frames.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge")
+    moved = [stack[:, 8 - down : 92 - down, 8 - right : 92 - right] for stack, (down, right) in zip(padded, shifts.T.tolist())]
+    return torch.from_numpy(np.stack(moved)).double() * brightness.double() / 255
+
+
+def augmented_by(generator: torch.Generator, frames: torch.Tensor) -> torch.Tensor:
+    shifts = torch.randint(0, 9, (2, len(frames)), generator=generator)
+    noise = torch.randn((len(frames), 1, 1, 1), generator=generator).clamp(-2, 2)
+    return reference_augmentation(frames, shifts, 1 + 0.05 * noise)
+
+
+def reference_horizons(steps: list[int], first_n: int) -> tuple[list[int], list[float]]:
+    """Straight lines between the logarithms of n and of 1 - gamma, 10,000 steps long."""
+    parts = [min(step / 10_000, 1) for step in steps]
+    n = [round(np.exp((1 - part) * np.log(first_n) + part * np.log(3))) for part in parts]
+    return n, [1 - np.exp((1 - part) * np.log(0.03) + part * np.log(0.003)) for part in parts]
+
+
+# -------------------------------------------------------------------------------------------------------------- projection
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_atoms=st.integers(2, 60), low=st.floats(-50, 0, width=32), high=st.floats(0.5, 50, width=32),
+    places=st.lists(st.integers(-5, 65) | st.floats(-5, 65), min_size=1, max_size=20), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_projection_is_that_of_loops_over_atoms(num_atoms, low, high, places, seed):
+    """Targets on atoms (whole places), between them, and outside of the support; the mass stays."""
+    atoms = torch.linspace(low, high, num_atoms)
+    spacing = (high - low) / (num_atoms - 1)
+    target_atoms = torch.tensor([[low + spacing * place for place in places]] * 2)
+    for place_number, place in enumerate(places):
+        if place in range(num_atoms):
+            target_atoms[:, place_number] = atoms[int(place)]
+    probabilities = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(len(places)), size=2)).float()
+    ours = drq.projected(target_atoms, probabilities, atoms)
+    expected = [reference_projection(*row, low, high, num_atoms) for row in zip(target_atoms.tolist(), probabilities.tolist())]
+    np.testing.assert_allclose(ours.numpy(), expected, atol=3e-5)
+    np.testing.assert_allclose(ours.sum(1).numpy(), 1, atol=3e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ update
+
+
+def reference_losses(agent, online, targets, batch, observations, next_observations):
+    """Per agent: the loss, which can be differentiated, and the mean Q-value of the actions that were taken."""
+    args, count, rows = agent.args, agent.args.batch_size, torch.arange(agent.args.batch_size)
+    atoms = torch.linspace(args.v_min, args.v_max, args.num_atoms, dtype=torch.float64)
+    expectation = lambda logits: logits[..., 0] if args.num_atoms == 1 else (logits.softmax(-1) * atoms).sum(-1)
+    logits_of = lambda network, x: reference_logits(dict(network.named_parameters()), x, args.num_atoms)
+    results = []
+    for i in range(args.num_agents):
+        own = lambda x: (x[i] if args.anneal else x).double()  # noqa: B023
+        next_x = next_observations.view(-1, count, 4, 84, 84)[i if args.anneal else 0]
+        with torch.no_grad():
+            best = expectation(logits_of(online[i], next_x)).argmax(1)
+            next_logits = logits_of(targets[i], next_x)[rows, best]
+        logits = logits_of(online[i], observations)[rows, batch.actions]
+        discounts = own(batch.discounts) * (1 - own(batch.terminated))
+        if args.num_atoms == 1:
+            distance = (logits[:, 0] - own(batch.returns) - discounts * next_logits[:, 0]).abs()
+            loss = torch.where(distance < 1, 0.5 * distance**2, distance - 0.5).mean()
+        else:
+            wanted = [
+                reference_projection((ret + discount * atoms).tolist(), row.tolist(), args.v_min, args.v_max, args.num_atoms)
+                for ret, discount, row in zip(own(batch.returns), discounts, next_logits.softmax(1))
+            ]
+            loss = -(torch.from_numpy(np.stack(wanted)) * logits.log_softmax(1)).sum(1).mean()
+        results.append((loss, expectation(logits).mean().item()))
+    return results
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_agents": 1, "num_atoms": 1, "augmentation": False}, {"num_agents": 1, "num_atoms": 51},
+        {"num_agents": 2, "num_atoms": 1}, {"num_agents": 2, "num_atoms": 51, "augmentation": False},
+        {"num_agents": 2, "num_atoms": 51, "anneal": True, "n_step": 10},
+    ],
+)  # fmt: skip
+def test_two_updates_against_float64(arguments):
+    """Losses, Q-values, clipped gradients, Adam's steps (whose moments come in with the second one), target networks."""
+    agent = make_agent(gamma=0.9, tau=0.3, learning_rate=1e-3, max_grad_norm=0.02, **arguments)
+    args, generator, total = agent.args, agent.buffer.generator, agent.args.num_agents
+    for seed, network in enumerate([*agent.q_networks, *agent.target_networks]):  # all of them others, and decided ones
+        noise = torch.Generator().manual_seed(seed)
+        for layer in (network.value, network.advantage):
+            layer.weight.data.mul_(15).add_(0.3 * torch.randn(layer.weight.shape, generator=noise))
+    agent.steps_since_reset.copy_(torch.tensor([0, 6_000][:total]))
+    online, targets = (
+        [copy.deepcopy(network).double() for network in part] for part in (agent.q_networks, agent.target_networks)
+    )
+    adams = [torch.optim.Adam(n.parameters(), lr=1e-3, eps=args.adam_eps, fused=False, foreach=False) for n in online]
+    for step in range(2):
+        horizons = 3, 0.9
+        if args.anneal:
+            n, gamma = reference_horizons([step, 6_000 + step], 10)
+            assert n[0] != n[1]
+            horizons = torch.tensor(n), torch.tensor(gamma, dtype=torch.float64)
+        state = generator.get_state()
+        batch = agent.buffer.sample(8, *horizons)
+        prepare = (lambda x: augmented_by(generator, x)) if args.augmentation else (lambda x: x.double() / 255)
+        observations, next_observations = (
+            prepare(x.view(-1, 4, 84, 84)) for x in (batch.observations, batch.next_observations)
+        )
+        after = generator.get_state()
+        generator.set_state(state)
+        assert agent.update() is None
+        assert torch.equal(generator.get_state(), after)
+        assert 0 < batch.terminated.mean() < 1
+        results = reference_losses(agent, online, targets, batch, observations, next_observations)
+        np.testing.assert_allclose(
+            agent.metrics.numpy(), [[x.item() for x, _ in results], [q for _, q in results]], rtol=2e-4, atol=1e-5
+        )
+        for i, (loss, _) in enumerate(results):
+            gradients = torch.autograd.grad(loss, list(online[i].parameters()))
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+            assert norm > 2 * args.max_grad_norm
+            for parameter, ours, gradient in zip(online[i].parameters(), agent.q_networks[i].parameters(), gradients):
+                parameter.grad = gradient * args.max_grad_norm / norm
+                assert (ours.grad - parameter.grad).norm() < 1e-3 * parameter.grad.norm() + 1e-9
+            adams[i].step()
+            for parameter, target in zip(online[i].parameters(), targets[i].parameters()):
+                target.data += 0.3 * (parameter.data - target.data)
+            for ours, exact in ((agent.q_networks[i], online[i]), (agent.target_networks[i], targets[i])):
+                for a, b in zip(ours.parameters(), exact.parameters()):
+                    assert (a - b).abs().max() < 1e-5  # of steps of up to 1e-3
+    assert agent.steps_since_reset.tolist() == [2, 6_002][:total]
+
+
+# ------------------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_every_shift_is_a_window_of_the_picture_with_repeated_edges():
+    shifts = torch.cartesian_prod(torch.arange(9), torch.arange(9)).T  # (2, 81)
+    frames = pictures(0, 81, 4)
+    shifted = drq.random_shift(frames, shifts)
+    assert shifted.dtype == torch.uint8
+    assert torch.equal(shifted.double() / 255, reference_augmentation(frames, shifts, torch.ones(81, 1, 1, 1)))
+    assert torch.equal(drq.random_shift(frames, torch.full((2, 81), 4)), frames)
+    down = drq.random_shift(frames[:1], torch.tensor([[7], [4]]))
+    assert torch.equal(down[:, :, 3:], frames[:1, :, :-3])
+    one = frames[:, :1].expand(-1, 4, -1, -1)  # four equal frames stay equal
+    assert torch.equal(drq.random_shift(one, shifts), drq.random_shift(one, shifts)[:, :1].expand(-1, 4, -1, -1))
+
+
+def test_draws_of_the_augmentation(monkeypatch):
+    """All 81 shifts equally often; one brightness a stack, normal with deviation 0.05, cut off at two deviations."""
+    agent, seen = make_agent(), []
+    monkeypatch.setattr(drq, "random_shift", lambda frames, shifts: seen.append(shifts) or frames)
+    count = 40_000
+    inputs = agent.learning_input(torch.full((count, 4, 1, 1), 102, dtype=torch.uint8)) / 0.4
+    (shifts,) = seen
+    counts = np.bincount((9 * shifts[0] + shifts[1]).numpy(), minlength=81)
+    assert len(counts) == 81 and ((counts - count / 81) ** 2 / (count / 81)).sum() < 136  # 80 degrees of freedom: 1e-4
+    brightness = inputs[:, 0, 0, 0].double().numpy()
+    assert torch.equal(inputs, inputs[:, :1].expand(-1, 4, 1, 1))
+    expected = 1 + 0.05 * np.clip(np.random.default_rng(0).normal(size=count), -2, 2)
+    assert brightness.min() == pytest.approx(0.9, abs=1e-6) and brightness.max() == pytest.approx(1.1, abs=1e-6)
+    np.testing.assert_allclose(
+        np.quantile(brightness, [0.1, 0.3, 0.5, 0.7, 0.9]), np.quantile(expected, [0.1, 0.3, 0.5, 0.7, 0.9]), atol=2e-3
+    )
+    assert brightness.std() == pytest.approx(expected.std(), rel=0.02) and abs(brightness.mean() - 1) < 1e-3
+
+
+def test_no_augmentation_is_the_shift_by_nothing_at_brightness_1(monkeypatch):
+    augmented, plain = make_agent(), make_agent(augmentation=False)
+    plain.update()
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **kwargs: torch.full(shape, 4))
+    monkeypatch.setattr(torch, "randn", lambda shape, **kwargs: torch.zeros(shape))
+    augmented.update()
+    assert equal(parameters(augmented.q_networks), parameters(plain.q_networks)) and equal(augmented.metrics, plain.metrics)
+
+
+def test_acting_is_not_augmented():
+    agents, observations = [make_agent(), make_agent(augmentation=False)], pictures(3, 30, 4)
+    states_before = [agent.buffer.generator.get_state() for agent in agents]
+    ours, theirs = (agent.act(observations, torch.Generator().manual_seed(1)) for agent in agents)
+    assert torch.equal(ours, theirs) and len(set(ours[1].tolist())) == 2
+    assert [torch.equal(a.buffer.generator.get_state(), s) for a, s in zip(agents, states_before)] == [True, True]
+
+
+def test_what_is_seen_before_and_after_has_its_own_draws_and_all_agents_see_the_same(monkeypatch):
+    agent, seen, real = make_agent(num_agents=2), [], drq.random_shift
+    agent.q_networks[1].load_state_dict(agent.q_networks[0].state_dict())
+    agent.target_networks[1].load_state_dict(agent.target_networks[0].state_dict())
+    monkeypatch.setattr(drq, "random_shift", lambda frames, shifts: seen.append((frames, shifts)) or real(frames, shifts))
+    state = agent.buffer.generator.get_state()
+    agent.update()
+    agent.buffer.generator.set_state(state)
+    batch = agent.buffer.sample(8, 3, 0.99)
+    assert [torch.equal(frames, x) for (frames, _), x in zip(seen, (batch.observations, batch.next_observations))] == [True] * 2
+    assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
+    assert agent.metrics[0, 0] == agent.metrics[0, 1] != 0
+    assert equal(parameters(agent.q_networks[0]), parameters(agent.q_networks[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("num_atoms", [1, 7])
+def test_only_differences_of_advantages_count(num_atoms):
+    torch.manual_seed(0)
+    network, observations = drq.QNetwork(NUM_ACTIONS, num_atoms, 0.1), drq.network_input(pictures(1, 3, 4))
+    with torch.no_grad():
+        before = network(observations)
+        assert before.shape == (3, NUM_ACTIONS, num_atoms)
+        weights = {name: value.double() for name, value in network.state_dict().items()}
+        np.testing.assert_allclose(before, reference_logits(weights, observations.double(), num_atoms), atol=1e-5)
+        network.advantage.bias.view(NUM_ACTIONS, num_atoms).add_(
+            torch.arange(1.0, num_atoms + 1)
+        )  # of an atom, for all actions
+        np.testing.assert_allclose(network(observations), before, atol=1e-5)
+        network.advantage.bias.view(NUM_ACTIONS, num_atoms)[2] += 5  # one action more: the mean of all by 1
+        change = (network(observations) - before).mean(dim=(0, 2))
+        np.testing.assert_allclose(change, [-1, -1, 4, -1, -1], atol=1e-5)
+
+
+def test_q_values_are_expectations():
+    agent = make_agent(num_atoms=6, v_min=-2.0, v_max=3.0)
+    probabilities = np.random.default_rng(1).dirichlet(np.ones(6), size=(2, 4))
+    expected = (probabilities * np.arange(-2, 4)).sum(-1)
+    np.testing.assert_allclose(agent.q_values(torch.from_numpy(np.log(probabilities)) + 3), expected, rtol=1e-5)
+    number = torch.tensor([[[4.5], [-700.0]]])
+    assert make_agent(num_atoms=1).q_values(number).tolist() == [[4.5, -700.0]]
+
+
+@pytest.mark.parametrize(
+    "width, channels", [(1.0, [32, 64, 64]), (0.5, [16, 32, 32]), (2.0, [64, 128, 128]), (0.001, [1, 1, 1])]
+)
+def test_width_is_of_the_convolutions_alone(width, channels):
+    network = drq.QNetwork(4, 51, width)
+    assert [layer.out_channels for layer in network.convolutions if isinstance(layer, nn.Conv2d)] == channels
+    assert network.hidden[0].out_features == 512 and network.hidden[0].in_features == 49 * channels[2]
+
+
+# --------------------------------------------------------------------------------------------------------------- the judge
+
+
+@pytest.mark.parametrize("num_atoms", [1, 6])
+@pytest.mark.parametrize("num_resets", [0, 1, 2, 5])
+def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms):
+    agent = make_agent(num_agents=3, num_atoms=num_atoms, beta=1.5)
+    logits = 2 * torch.randn(3, 20, NUM_ACTIONS, num_atoms, generator=torch.Generator().manual_seed(1))
+    agent.q_networks, agent.num_resets = [Table(table) for table in logits], num_resets
+    values = logits.double().numpy()
+    weights = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
+    q_values = values[..., 0] if num_atoms == 1 else (weights * np.arange(-2, 4)).sum(-1)  # (3, 20, actions)
+    proposals = q_values.argmax(2).T  # (20, 3)
+    judged = np.take_along_axis(q_values[num_resets % 3], proposals, 1)
+    beta = 1.5 if num_resets else 0
+    expected = np.exp(beta * judged / np.abs(judged).max(1, keepdims=True))
+    expected /= expected.sum(1, keepdims=True)
+
+    generator = torch.Generator().manual_seed(2)
+    actions, acting, probabilities, judgement = agent.choose(states(torch.arange(20)), generator)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
+    np.testing.assert_allclose(judgement, judged, rtol=1e-4, atol=1e-5)
+    assert actions.tolist() == proposals[np.arange(20), acting].tolist()
+    state = max(range(20), key=lambda state: np.ptp(expected[state]))
+    counts = np.bincount(agent.act(states(torch.full((9_000,), state)), generator)[1], minlength=3)
+    assert ((counts - 9_000 * expected[state]) ** 2 / (9_000 * expected[state])).sum() < 18.4  # 2 degrees of freedom: 1e-4
+
+
+def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
+    agent = make_agent(v_min=-10.0, v_max=10.0)
+    agent.num_resets = 3
+    probabilities, judgement = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[9.6, -9.7], [9.4, 0.0]])
+    choice = torch.tensor([3, 4]), torch.tensor([0, 1]), probabilities, judgement
+    monkeypatch.setattr(agent, "choose", lambda observations, generator: choice)
+    observations = states(torch.arange(2))
+    for _ in range(2):
+        assert agent.act(observations, None).tolist() == [[3, 4], [0, 1]]
+    agent.acting_counts += [3, 1]
+    generator = torch.Generator()
+    policy = agent.evaluation_policy(generator)
+    for _ in range(5):
+        policy(observations)
+    expected = {"rde/oldest_agent": 1, "rde/acting_fraction_0": 0.75, "rde/acting_fraction_1": 0.25,
+                "rde/choice_entropy": np.log(2) / 2, "rde/saturated_values": 0.5}  # fmt: skip
+    assert agent.scalars() == pytest.approx(expected)
+    assert agent.scalars() == {name: 1 if name == "rde/oldest_agent" else 0 for name in expected}
+    assert "rde/saturated_values" not in make_agent(num_atoms=1).scalars()
+
+
+def test_evaluations_choose_as_acting_does_and_are_not_counted():
+    agent = make_agent(eval_epsilon=0.0)
+    agent.num_resets, observations = 1, pictures(4, 20, 4)
+    ours = agent.evaluation_policy(torch.Generator().manual_seed(3))(observations)
+    assert agent.choices.tolist() == [0, 0, 0] and agent.acting_counts.sum() == 0
+    assert torch.equal(ours, agent.act(observations, torch.Generator().manual_seed(3))[0]) and agent.choices[0] == 20
+
+
+# ------------------------------------------------------------------------------------------------------------------- reset
+
+
+@pytest.mark.parametrize("shrink", [0.8, 1.0, 0.0])
+def test_a_reset_is_of_one_agent_and_in_place(shrink):
+    agent = make_agent(num_agents=3, shrink=shrink, anneal=True)
+    for _ in range(2):
+        agent.update()
+    agent.num_resets = 4  # the oldest is agent 1
+    addresses = lambda: [x.data_ptr() for x in [*agent.q_networks.parameters(), *agent.target_networks.parameters()]
+                         + sum((moments(agent, i) for i in range(3)), [])]  # fmt: skip
+    state = lambda i: copy.deepcopy((parameters(agent.q_networks[i]), parameters(agent.target_networks[i]), moments(agent, i)))
+    before, addresses_before = [state(i) for i in range(3)], addresses()
+    assert all(moment.abs().sum() > 0 for moment in before[1][2])
+    generator_state = torch.get_rng_state()
+    assert agent.reset() == 1
+    torch.set_rng_state(generator_state)
+    fresh = drq.QNetwork(NUM_ACTIONS, 51, 0.1)
+    assert addresses() == addresses_before
+    assert equal([state(0), state(2)], [before[0], before[2]])
+    after, target, zeros = state(1)
+    names = [name for name, _ in fresh.named_parameters()]
+    for name, ours, old, new in zip(names, after, before[1][0], parameters(fresh), strict=True):
+        share = shrink if name.startswith("convolutions") else 0.0
+        assert torch.allclose(ours, share * old + (1 - share) * new, rtol=1e-6, atol=1e-8), name
+        assert share == 1 or not torch.equal(ours, old), name
+    assert equal(after, target) and all(moment.abs().sum() == 0 for moment in zeros)
+    assert agent.num_resets == 5 and agent.oldest.tolist() == [2] and agent.steps_since_reset.tolist() == [2, 0, 2]
+    agent.update()
+    assert agent.steps_since_reset.tolist() == [3, 1, 3]
+    assert [agent.optimizer.state[next(q.parameters())]["step"].item() for q in agent.q_networks] == [3, 1, 3]
+
+
+# --------------------------------------------------------------------------------------------------------------- annealing
+
+
+def test_horizons_after_a_reset_are_those_of_bbf():
+    steps = [0, 1_000, 2_500, 5_000, 9_000, 10_000, 10_001, 10**7]
+    agent = make_agent(num_agents=len(steps), width=0.01, anneal=True, n_step=10, gamma=0.5)
+    agent.steps_since_reset.copy_(torch.tensor(steps))
+    n, gamma = agent.horizons()
+    expected = reference_horizons(steps, 10)
+    assert n.dtype == torch.int64 and n.tolist() == expected[0]
+    np.testing.assert_allclose(1 - gamma.numpy(), 1 - np.array(expected[1]), rtol=1e-9)
+    assert (n.tolist()[0], n.tolist()[5:]) == (10, [3, 3, 3])
+    np.testing.assert_allclose(gamma[[0, 3, 5, 6, 7]], [0.97, 1 - np.sqrt(0.03 * 0.003), 0.997, 0.997, 0.997], rtol=1e-12)
+
+
+@pytest.mark.parametrize("anneal", [False, True])
+def test_the_buffer_is_asked_with_numbers_or_with_those_of_every_agent(anneal, monkeypatch):
+    agent, asked = make_agent(num_agents=2, anneal=anneal, n_step=10, gamma=0.9), []
+    real = agent.buffer.sample
+    monkeypatch.setattr(agent.buffer, "sample", lambda *arguments: asked.append(arguments) or real(*arguments))
+    for steps in ([0, 5_000], [20_000, 9_999]):
+        agent.steps_since_reset.copy_(torch.tensor(steps))
+        agent.update()
+    if not anneal:
+        assert asked == [(8, 10, 0.9)] * 2 and [type(x) for x in asked[0]] == [int, int, float]
+        return
+    assert [n.tolist() for _, n, _ in asked] == [[10, 5], [3, 3]] and [call[0] for call in asked] == [8, 8]
+    np.testing.assert_allclose(torch.stack([gamma for _, _, gamma in asked]), [[0.97, 0.990513], [0.997, 0.996999]], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- plasticity
+
+
+def test_dormant_units_by_hand():
+    convolution = torch.zeros(2, 3, 2, 2)
+    convolution[:, 0], convolution[0, 1, 0, 0] = 1.0, 0.2  # means 1, 0.025 and 0; of the layer 0.342: scores 2.9, 0.073, 0
+    linear = torch.tensor([[4.0, 0.0, 0.1, -4.0, 0.0], [4.0, 0.0, 0.0, 4.0, 0.0]])  # 2.46, 0, 0.031, 2.46, 0
+    assert drq.dormant_units([convolution]) == pytest.approx(1 / 3)
+    assert drq.dormant_units([convolution], threshold=0.1) == pytest.approx(2 / 3)
+    assert drq.dormant_units([linear]) == pytest.approx(2 / 5)
+    assert drq.dormant_units([convolution, linear]) == pytest.approx(3 / 8)
+    assert drq.dormant_units([torch.zeros(2, 3)]) == 1 and drq.dormant_units([torch.ones(2, 3)]) == 0
+    assert drq.dormant_units([torch.tensor([[0.025, 1.975]])]) == 0.5  # of a mean of 1: up to the threshold
+
+
+@pytest.mark.parametrize(
+    "values, rank",
+    [([1] * 10, 10), ([100] + [0] * 5, 1), ([98, 1, 1], 2), ([97.9, 1.09, 1.01], 3), ([60, 39.5, 0.3, 0.2], 2), ([5e5] * 3 + [1] * 7, 3)],
+)  # fmt: skip
+def test_effective_rank_of_known_singular_values(values, rank):
+    rng, size = np.random.default_rng(0), len(values)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (size + 5, size))
+    features = left[:, :size] @ np.diag(np.array(values, np.float64)) @ right
+    features[0] += 1e-9  # equality is not to be decided by rounding
+    assert drq.effective_rank(torch.from_numpy(features)) == rank
+
+
+def test_plasticity_of_a_network_is_that_of_its_layers():
+    agent, observations = make_agent(), pictures(8, 12, 4)
+    agent.q_networks[1].convolutions[0].bias.data[0] = -100
+    agent.q_networks[1].hidden[0].weight.data[:300] = 0
+    agent.q_networks[1].hidden[0].bias.data[:300] = -1
+    measured = agent.plasticity(observations)
+    assert len(measured) == 6
+    for i, network in enumerate(agent.q_networks):
+        weights = {name: value.double() for name, value in network.state_dict().items()}
+        layers = [layer.numpy() for layer in reference_layers(weights, observations.double() / 255)]
+        scores = [layer.mean(tuple(range(2, layer.ndim))).mean(0) / layer.mean() for layer in layers]
+        assert measured[f"plasticity/dormant_units_{i}"] == pytest.approx(np.mean(np.concatenate(scores) <= 0.025))
+        singular = np.linalg.svd(layers[-1], compute_uv=False)
+        assert measured[f"plasticity/effective_rank_{i}"] == 1 + np.sum(np.cumsum(singular) < 0.99 * singular.sum())
+        norm = np.sqrt(sum((value.numpy() ** 2).sum() for value in weights.values()))
+        assert measured[f"plasticity/weight_norm_{i}"] == pytest.approx(norm, rel=1e-5)
+    assert measured["plasticity/dormant_units_1"] > 0.5 > measured["plasticity/dormant_units_0"]
+
+
+class Counter:
+    """An environment whose observations are numbered; every tenth step ends the episode."""
+
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self):
+        self.time, self.seeds, self.actions = 0, [], []
+
+    def observation(self) -> np.ndarray:
+        return np.full((4, 84, 84), self.time, np.uint8)
+
+    def reset(self, seed=None):
+        self.seeds.append(seed)
+        self.time += 100 * (seed is None)  # so that it can be seen
+        return self.observation(), {}
+
+    def step(self, action):
+        self.time += 1
+        self.actions.append(int(action))
+        return self.observation(), 0.0, self.time % 10 == 0, False, {}
+
+
+def test_random_observations_are_every_fourth_of_random_play():
+    env = Counter()
+    seen = drq.random_observations(env, 5)
+    assert seen.shape == (5, 4, 84, 84) and seen.dtype == torch.uint8
+    assert seen[:, 0, 0, 0].tolist() == [0, 4, 8, 112, 116] and env.seeds == [0, None, None]
+    assert set(env.actions) == {0, 1, 2}
+    env.reset(seed=5)
+    again = Counter()
+    drq.random_observations(again, 5)
+    assert again.actions == env.actions
+
+
+# -------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def small_run(folder, monkeypatch, *arguments):
+    """A run in this process with resets after steps 120 and 140: its folder, and what plasticity was measured on."""
+    probes, real = [], drq.random_observations
+    few = lambda env, count: probes.append(real(env, count // 64)) or probes[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(drq, "random_observations", few)
+        lengths = "--total-timesteps 160 --learning-starts 100 --replay-ratio 0.5 --reset-interval 20 --eval-interval 0".split()
+        result = run_main(drq, *QUICK, *SMALL, *lengths, *arguments, "--runs-dir", folder)
+    assert result.returncode == 0, result.stderr
+    (probe,) = probes
+    return only_run(folder), probe
+
+
+def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path, monkeypatch):
+    rarely, probe = small_run(tmp_path / "rarely", monkeypatch)
+    often, other_probe = small_run(tmp_path / "often", monkeypatch, "--eval-interval", "50")
+    other_seed, last_probe = small_run(tmp_path / "seed", monkeypatch, "--seed", "2")
+    assert probe.shape == (8, 4, 84, 84) and torch.equal(probe, other_probe) and torch.equal(probe, last_probe)
+    assert len(torch.unique(probe, dim=0)) == 8
+    assert equal(model(rarely), model(often)) and not equal(model(rarely), model(other_seed))
+    assert model(rarely)["num_resets"] == 2 and model(rarely)["oldest_agent"] == 0
+    ours, theirs = scalars(rarely), scalars(often)
+    for name in ("dormant_units", "effective_rank", "weight_norm"):
+        for i in range(2):
+            tag = f"plasticity/{name}_{i}"
+            assert [step for step, _ in ours[tag]] == [120, 140, 160]
+            assert [step for step, _ in theirs[tag]] == [50, 100, 120, 140, 150, 160] and set(ours[tag]) < set(theirs[tag])
+    for tag in ("losses/td_loss_0", "losses/q_values_1", "rde/choice_entropy", "rde/saturated_values", "rde/reset_agent"):
+        assert ours.get(tag) == theirs.get(tag)
+    assert ours["rde/reset_agent"] == [(120, 0), (140, 1)]
+
+
+def plain_update(q_network, target_network, optimizer, buffer, args) -> None:
+    """DrQ with C51, as one writes it for a single agent."""
+    batch, inputs, atoms = buffer.sample(4, args.n_step, args.gamma), [], torch.linspace(-10, 10, 51)
+    for frames in (batch.observations, batch.next_observations):
+        shifts = torch.randint(0, 9, (2, 4), generator=buffer.generator)
+        noise = torch.randn((4, 1, 1, 1), generator=buffer.generator).clamp(-2, 2)
+        inputs.append(drq.network_input(drq.random_shift(frames, shifts), 1 + 0.05 * noise))
+    with torch.no_grad():
+        best = (q_network(inputs[1]).softmax(2) * atoms).sum(2).argmax(1)
+        probabilities = target_network(inputs[1])[range(4), best].softmax(1)
+        moved = batch.returns[:, None] + (batch.discounts * (1 - batch.terminated))[:, None] * atoms
+        wanted = drq.projected(moved, probabilities, atoms)
+    loss = -(wanted * q_network(inputs[0])[range(4), batch.actions].log_softmax(1)).sum(1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(q_network.parameters(), 10.0)
+    optimizer.step()
+    with torch.no_grad():
+        for target, online in zip(target_network.parameters(), q_network.parameters()):
+            target.lerp_(online, 0.005)
+
+
+def test_one_agent_without_resets_is_drq_written_out(tmp_path, monkeypatch):
+    path, _ = small_run(tmp_path / "run", monkeypatch, "--num-agents", "1", "--reset-interval", "0")
+    args = drq.Args(env_id="BreakoutNoFrameskip-v4")
+    exploration = np.random.default_rng(drq.derive_seed(1, drq.EXPLORATION))
+    generator = torch.Generator().manual_seed(drq.derive_seed(1, drq.MINI_BATCHES))
+    buffer, env = drq.ReplayBuffer(300, 1, CPU, generator, 10), drq.make_env(args)
+    torch.manual_seed(drq.derive_seed(1, drq.INITIALISATION))
+    q_network = drq.QNetwork(int(env.action_space.n), 51, 0.1).to(memory_format=torch.channels_last)
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-4, eps=1.5e-4, fused=True)
+    observation, _ = env.reset(seed=drq.derive_seed(1, drq.ENVIRONMENT, 0))
+    buffer.start_episode(0, observation[-1])
+    num_greedy = 0
+    for step in range(160):
+        explores = exploration.random() < 1 - 0.99 * min(1, max(0, step - 100) / 50)
+        action = int(exploration.integers(env.action_space.n))
+        if not explores:
+            num_greedy += 1
+            with torch.no_grad():
+                logits = q_network(drq.network_input(torch.from_numpy(observation[None])))
+            action = int((logits.softmax(2) * torch.linspace(-10, 10, 51)).sum(2).argmax())
+        if step >= 100 and step % 2:
+            plain_update(q_network, target_network, optimizer, buffer, args)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(0, action, reward, observation[-1], terminated)
+        if terminated or truncated:
+            observation, _ = env.reset()
+            buffer.start_episode(0, observation[-1])
+    weights = model(path)
+    assert num_greedy > 15 and weights["num_resets"] == 0 and len(weights["q_networks"]) == 1
+    assert equal(list(weights["q_networks"][0].values()), list(q_network.state_dict().values()))
+
+
+def test_killed_and_resumed_it_ends_as_the_run_that_nobody_touched(tmp_path):
+    """Killed after the checkpoint at step 340, between the resets at 300 and 400, whose networks are drawn."""
+    arguments = [*QUICK, *SMALL, *"--num-envs 2 --total-timesteps 500 --eval-interval 0 --reset-interval 20 --anneal".split()]
+    result = run_main(drq, *arguments, "--checkpoint-interval", "0", "--runs-dir", tmp_path / "undisturbed")
+    assert result.returncode == 0, result.stderr
+    disturbed = [*arguments, "--checkpoint-interval", "170", "--runs-dir", tmp_path / "killed", "--resume", "auto"]
+    process = subprocess.Popen(command("rde_drq_atari", *disturbed), env=environment(), stderr=subprocess.DEVNULL)
+    written = lambda: [path.stat().st_mtime_ns for path in tmp_path.glob("killed/*/checkpoint.pt")]
+    first = []
+    while process.poll() is None and not (first and written() and written() != first):
+        first = first or written()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    result = run_main(drq, *disturbed)
+    assert result.returncode == 0, result.stderr
+    assert "at step 340" in result.stderr + result.stdout
+    assert_same_end(only_run(tmp_path / "killed"), only_run(tmp_path / "undisturbed"))
+    assert model(only_run(tmp_path / "killed"))["num_resets"] == 2
+
+
+# ---------------------------------------------------------------------------------------- kept, captured, read and written
+
+
+KINDS = [{}, {"num_agents": 1, "num_atoms": 1}, {"anneal": True}, {"augmentation": False, "bf16": True}]
+
+
+@pytest.mark.parametrize("arguments", KINDS)
+def test_what_is_captured_reads_nothing_back(arguments):
+    agent = make_agent(**arguments)
+    for _ in range(2):  # the first one sets up the optimizer
+        watch = watched(agent.update, agent.buffer.generator)
+        assert watch.cannot_be_captured == []
+        assert watch.num_draws == (1 if "augmentation" in arguments else 5) and watch.num_operations > 100
+    selection, observations = torch.Generator(), pictures(0, 2, 4)
+    acting = watched(lambda: agent.act(observations, selection), selection)
+    assert acting.cannot_be_captured == [] and acting.num_draws == 1 and acting.num_operations > 10
+
+
+def test_an_agent_goes_on_from_its_state():
+    agent, fresh = make_agent(anneal=True), make_agent(seed=9, anneal=True)
+    agent.update()
+    agent.reset()
+    agent.act(pictures(1, 5, 4), torch.Generator())
+    fresh.buffer = agent.buffer
+    drq.restored(fresh, copy.deepcopy(drq.state_of(agent)))
+    assert fresh.choices[0] == 5 and fresh.beta == 50 and fresh.oldest == 1
+    state, results = agent.buffer.generator.get_state(), []
+    for one in (agent, fresh):
+        agent.buffer.generator.set_state(state)
+        torch.manual_seed(1)
+        one.update()
+        one.reset()
+        one.update()
+        results.append([*parameters(one.q_networks), *parameters(one.target_networks), one.metrics, one.steps_since_reset])
+    assert equal(*results)
+    other = make_agent(seed=3)
+    other.load_weights(agent.weights())
+    observations = pictures(2, 20, 4)
+    acts = [one.act(observations, torch.Generator().manual_seed(1)) for one in (agent, other)]
+    assert torch.equal(*acts)
+
+
+@pytest.mark.parametrize("arguments", KINDS[:2])
+def test_num_bytes_is_what_an_agent_takes(arguments):
+    agent = make_agent(**arguments)
+    agent.update()
+    count = agent.args.num_agents
+    tensors = [
+        *agent.q_networks.parameters(),
+        *agent.target_networks.parameters(),
+        *(p.grad for p in agent.q_networks.parameters()),
+    ]
+    tensors += [moment for i in range(count) for moment in moments(agent, i) if moment.ndim]
+    assert drq.Agent.num_bytes(agent.args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS)) == sum(x.nbytes for x in tensors)
+
+
+REFUSED = [
+    ("--v-min 1 --v-max 5", "--v-min 1.0 and --v-max 5.0 must have 0 between them"),
+    ("--v-min -5 --v-max -1", "--v-min -5.0 and --v-max -1.0 must have 0"),
+    ("--v-min 3 --v-max -3", "--v-min 3.0 and --v-max -3.0"),
+    ("--v-min 0 --v-max 0", "--v-min 0.0 and --v-max 0.0"),
+    ("--v-min nan", "--v-min"),
+    ("--shrink 1.1", "--shrink is 1.1, but must lie in [0, 1]"),
+    ("--shrink -0.1", "--shrink is -0.1, but must lie in [0, 1]"),
+    ("--n-step 0", "--n-step is 0, but must lie in [1, inf)"),
+    ("--num-atoms 0", "--num-atoms is 0, but must lie in [1, inf)"),
+    ("--width 0", "--width is 0.0, but must lie in (0, inf)"),
+    ("--n-step 101 --learning-starts 100", "--n-step 101 in 1 environment(s) leaves nothing to draw of the 100"),
+    ("--n-step 41 --buffer-size 40 --batch-size 4", "leaves nothing to draw of the 40 transitions"),
+    ("--n-step 51 --num-envs 2 --learning-starts 100", "--n-step 51 in 2 environment(s)"),
+    ("--reset-interval 1", "use at least 2, or 0 for never"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED)
+def test_refused_arguments_have_a_line(arguments, message):
+    result = run_main(drq, *arguments.split(), "--check-only")
+    assert message in error_line(result, code=2) and result.stderr.count("\n") == 1
+
+
+def test_a_refused_argument_as_a_command():
+    assert "must have 0 between them" in error_line(run_script("rde_drq_atari", "--v-min", "1", "--check-only"), code=2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "--num-atoms 1 --v-min 5 --v-max 1", "--v-min 0 --v-max 1", "--v-min -1 --v-max 0", "--n-step 100 --learning-starts 100",
+     "--n-step 50 --num-envs 2 --learning-starts 100 --batch-size 100", "--reset-interval 2", "--shrink 0", "--shrink 1"],
+)  # fmt: skip
+def test_what_is_just_right_is_accepted(arguments):
+    result = run_main(drq, *arguments.split(), "--check-only")
+    assert result.returncode == 0, result.stderr
