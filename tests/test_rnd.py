@@ -587,3 +587,30 @@ def test_refused_arguments_have_a_line(arguments, message, capsys):
 
 def test_the_largest_n_that_is_left_is_accepted():
     rnd.check_args(rnd.Args(n_step=100, num_envs=2, learning_starts=398, buffer_size=300))
+
+
+def test_rooms_of_montezumas_revenge_are_counted_once():
+    args = rnd.Args(env_id="MontezumaRevengeNoFrameskip-v4")
+    env, rooms = rnd.make_env(args), rnd.RoomsSeen(args)
+    env.reset(seed=0)
+    assert rooms.look(env) == 1 and rooms.look(env) is None  # where every game begins
+    env.unwrapped.ale.setRAM(3, 200)
+    assert rooms.look(env) == 200 and rooms.look(env) is None
+    assert rooms.scalars() == {"charts/rooms_seen": 2}
+    kept = rnd.RoomsSeen(args)
+    rnd.restored(kept, copy.deepcopy(rnd.state_of(rooms)))
+    assert kept.look(env) is None and kept.scalars() == {"charts/rooms_seen": 2}
+    other = rnd.RoomsSeen(rnd.Args())
+    assert other.look(env) is None and other.scalars() == {}
+
+
+def test_a_run_logs_the_rooms(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = (*QUICK, "--env-id", "MontezumaRevengeNoFrameskip-v4", "--total-timesteps", "300", "--eval-interval", "0",
+                 "--eval-episodes", "1", "--eval-epsilon", "1", "--intrinsic-coef", "0")  # fmt: skip
+    result = run_script("rnd_dqn_atari", *arguments, "--runs-dir", tmp_path)
+    assert result.returncode == 0 and "step 1: enters room 1" in result.stdout + result.stderr
+    events = EventAccumulator(str(next(tmp_path.iterdir()))).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("charts/new_room")] == [(1, 1)]
+    assert {event.value for event in events.Scalars("charts/rooms_seen")} == {1}

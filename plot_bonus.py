@@ -1,0 +1,156 @@
+"""How new the screens of a game are to Random Network Distillation, over a run of rnd_dqn_atari.py.
+
+    python rnd_dqn_atari.py --env-id MontezumaRevengeNoFrameskip-v4 --total-timesteps 100000 --keep-models 20
+    python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__20260101-120000
+
+The trained agent plays on, with some random actions, and those screens of its games are taken that differ most from each other. Their
+bonus is computed with every model that the run has kept: it should be high until training has seen a screen, and fall as it is
+seen again. The same screens upside down (dashed), which no game ever shows, say what the bonus of a new screen is all the time.
+Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
+"""
+
+import json
+import pathlib
+from dataclasses import dataclass
+
+import rnd_dqn_atari as rnd  # isort: skip  (first: it says how threads wait, before PyTorch is imported)
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+COLORS = ["#0072B2", "#D55E00", "#007F5F", "#A8487F", "#B37400", "#000000", "#6A51A3", "#777777"]
+
+
+@dataclass
+class Args:
+    run_folder: tyro.conf.Positional[str]
+    """the folder of a run with --keep-models"""
+    screens: int = 5
+    """how many screens are shown, at most 8"""
+    steps: int = 5_000
+    """environment steps that are played to find them"""
+    epsilon: float = 0.3
+    """probability of a random action meanwhile: without any, the same few games would be played"""
+    out_dir: str | None = None
+    """where the files are written; by default the run folder"""
+
+
+def load(folder: pathlib.Path) -> tuple[rnd.Args, dict[int, dict]]:
+    """The arguments of a run, and its models by the steps at which they were kept, the final one among them."""
+    try:
+        content = json.loads((folder / "args.json").read_text())
+        args = rnd.Args(**content["args"])
+        files = {int(file.stem.removeprefix("step_")): file for file in (folder / "models").glob("step_*.pt")}
+        files[args.total_timesteps] = folder / "model.pt"
+        # Before learning starts there is no bonus yet, but only what it is made of.
+        files = {step: file for step, file in sorted(files.items()) if step >= args.learning_starts}
+        models = {step: torch.load(file, weights_only=True) for step, file in files.items()}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        rnd.fail(f"{folder} is not the folder of a finished run of rnd_dqn_atari.py: {error}")
+    if not args.intrinsic_coef or len(models) < 2:
+        rnd.fail(f"the run in {folder} had no bonus, or kept no models on its way (--keep-models 20)")
+    return args, models
+
+
+def different_screens(frames: np.ndarray, count: int) -> np.ndarray:
+    """The places of frames (many, 84, 84) that are far from each other: the first one, and always the one whose nearest neighbour
+    among those taken is farthest (Gonzalez 1985).
+    """
+    flat = frames.reshape(len(frames), -1).astype(np.float32)
+    taken, distances = [0], np.full(len(flat), np.inf)
+    while len(taken) < min(count, len(flat)):
+        distances = np.minimum(distances, np.square(flat - flat[taken[-1]]).sum(axis=1))
+        taken.append(int(distances.argmax()))
+    return np.array(taken)
+
+
+def played_screens(args: rnd.Args, agent: rnd.Agent, num_steps: int, epsilon: float) -> np.ndarray:
+    """The newest frame after every step, (num_steps, 84, 84) uint8; the same whenever it is called."""
+    env, generator, frames = rnd.make_env(args), torch.Generator().manual_seed(0), []
+    policy = rnd.epsilon_greedy(agent.act, epsilon, agent.num_actions, generator)
+    observation, _ = env.reset(seed=0)
+    for _ in range(num_steps):
+        observation, _, terminated, truncated, _ = env.step(policy(torch.from_numpy(observation[None])).item())
+        frames.append(observation[-1])
+        if terminated or truncated:
+            observation, _ = env.reset()
+    env.close()
+    return np.stack(frames)
+
+
+@torch.no_grad()
+def bonus_of(agent: rnd.Agent, frames: np.ndarray) -> np.ndarray:
+    """The bonus of frames (count, 84, 84) uint8, (count,), with the weights that the agent has."""
+    inputs = agent.rnd.network_input(torch.from_numpy(frames))
+    errors = agent.rnd.errors(inputs, agent.rnd.target(inputs))
+    return (errors / agent.rnd.return_moments.deviation.float()).numpy()
+
+
+def logged(folder: pathlib.Path, tag: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a scalar in the run's TensorBoard files."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    events = accumulator.Scalars(tag) if tag in accumulator.Tags()["scalars"] else []
+    return [event.step for event in events], [event.value for event in events]
+
+
+def picture(args: rnd.Args, screens: np.ndarray, table: pd.DataFrame, folder: pathlib.Path) -> plt.Figure:
+    """Above the screens, below their bonus over the run and that of the mini-batches."""
+    figure, axes = plt.subplot_mosaic(
+        [[f"screen {i}" for i in range(len(screens))], ["bonus"] * len(screens)],
+        figsize=(8, 6.5), height_ratios=[1, 2.6], layout="constrained",
+    )  # fmt: skip
+    for i, screen in enumerate(screens):
+        axes[f"screen {i}"].imshow(screen, cmap="gray")
+        axes[f"screen {i}"].set(xticks=[], yticks=[])
+        axes[f"screen {i}"].spines[:].set(color=COLORS[i], linewidth=4)
+        for style, kind in (("-", "screen"), ("--", "upside down")):
+            rows = table[(table.screen == i) & (table.kind == kind)]
+            axes["bonus"].plot(rows.step / 1000, rows.bonus, style, color=COLORS[i], alpha=1 if kind == "screen" else 0.6)
+    steps, values = logged(folder, "rnd/bonus")
+    axes["bonus"].plot(np.array(steps) / 1000, values, color="grey", linewidth=0.7, alpha=0.6, zorder=0)
+    for step, room in zip(*logged(folder, "charts/new_room")):
+        axes["bonus"].axvline(step / 1000, color="grey", linewidth=0.8, linestyle=":")
+        axes["bonus"].annotate(
+            f"room {room:.0f}", (step / 1000, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7
+        )
+    axes["bonus"].set(yscale="log", xlabel="environment steps (thousands)", ylabel="bonus")
+    axes["bonus"].set_title(
+        "lines: the screens; dashed: the same upside down, never seen; grey: the mini-batches", fontsize=9, loc="left"
+    )
+    figure.suptitle(f"{args.env_id.removesuffix('NoFrameskip-v4')}, seed {args.seed}", fontsize=10)
+    return figure
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if not (1 <= args.screens <= len(COLORS) and args.steps >= args.screens and 0 <= args.epsilon <= 1):
+        rnd.fail(f"--screens must be 1 to {len(COLORS)}, --steps at least as many, --epsilon in [0, 1]")
+    folder = pathlib.Path(args.run_folder)
+    run_args, models = load(folder)
+    env = rnd.make_env(run_args)
+    agent = rnd.Agent(run_args, env.observation_space, env.action_space, None, torch.device("cpu"))
+    agent.load_weights(models[run_args.total_timesteps])
+    frames = played_screens(run_args, agent, args.steps, args.epsilon)
+    screens = frames[different_screens(frames, args.screens)]
+    rows = []
+    for step, weights in models.items():
+        agent.load_weights(weights)
+        for kind, shown in (("screen", screens), ("upside down", screens[:, ::-1].copy())):
+            rows += [(step, i, kind, bonus) for i, bonus in enumerate(bonus_of(agent, shown))]
+    table = pd.DataFrame(rows, columns=["step", "screen", "kind", "bonus"])
+    out = pathlib.Path(args.out_dir or folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        table.to_csv(out / "bonus.csv", index=False, float_format="%.5g")
+        picture(run_args, screens, table, folder).savefig(out / "bonus.png", dpi=130, metadata={"Software": None})
+    except OSError as error:
+        rnd.fail(f"--out-dir {out} cannot be written: {error.strerror}")
+    print(f"written to {out}: bonus.png, bonus.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""plot_bonus.py: which screens it takes, what it says of them, what it refuses."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import ROOT, run_script
+
+sys.path.insert(0, str(ROOT))
+
+import plot_bonus  # noqa: E402
+
+RUN = (
+    "--env-id BreakoutNoFrameskip-v4 --total-timesteps 200 --learning-starts 100 --replay-ratio 0.1 --batch-size 4 --buffer-size 300 "
+    "--eval-interval 0 --eval-episodes 1 --eval-epsilon 1 --keep-models 4"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bonus")
+    assert run_script("rnd_dqn_atari", *RUN, "--runs-dir", folder).returncode == 0
+    return next(folder.iterdir())
+
+
+def plot(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["plot_bonus.py", *map(str, arguments)])
+    plot_bonus.main()
+
+
+def test_screens_are_those_that_differ_most():
+    """Brightness 0, 10, 20, 200, 210, 100: after the first one the farthest, 210, then the one half way between."""
+    frames = np.stack([np.full((84, 84), value, np.uint8) for value in (0, 10, 20, 200, 210, 100)])
+    assert plot_bonus.different_screens(frames, 3).tolist() == [0, 4, 5]
+    assert sorted(plot_bonus.different_screens(frames, 10)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path, monkeypatch):
+    """Of the models since learning starts; each by its own predictor, statistics and deviation, here written out."""
+    plot(monkeypatch, run_folder, "--screens", 3, "--steps", 50, "--out-dir", tmp_path)
+    table = pd.read_csv(tmp_path / "bonus.csv")
+    assert (tmp_path / "bonus.png").stat().st_size > 10_000
+    assert sorted(table.step.unique()) == [100, 150, 200]
+    assert table.groupby(["step", "kind"]).screen.apply(list).map(lambda screens: screens == [0, 1, 2]).all()
+
+    args, models = plot_bonus.load(run_folder)
+    env = plot_bonus.rnd.make_env(args)
+    agent = plot_bonus.rnd.Agent(args, env.observation_space, env.action_space, None, torch.device("cpu"))
+    agent.load_weights(models[200])
+    frames = plot_bonus.played_screens(args, agent, 50, 0.3)
+    assert frames.shape == (50, 84, 84) and np.array_equal(frames, plot_bonus.played_screens(args, agent, 50, 0.3))
+    screens = frames[plot_bonus.different_screens(frames, 3)].astype(np.float64)
+    for step, weights in models.items():
+        state = weights["rnd"]
+        deviation = (state["frame_moments"]["squares"] / state["frame_moments"]["count"]).sqrt().numpy()
+        agent.load_weights(weights)
+        scale = (state["return_moments"]["squares"] / state["return_moments"]["count"]).sqrt().item()
+        for kind, shown in (("screen", screens), ("upside down", screens[:, ::-1])):
+            inputs = ((shown - state["frame_moments"]["mean"].numpy()) / np.maximum(deviation, 1e-4)).clip(-5, 5)
+            inputs = torch.tensor(inputs, dtype=torch.float32).unsqueeze(1)
+            with torch.no_grad():
+                errors = (agent.rnd.predictor(inputs) - agent.rnd.target(inputs)).square().mean(dim=1)
+            bonus = table[(table.step == step) & (table.kind == kind)].bonus
+            np.testing.assert_allclose(bonus, errors.numpy() / scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["nowhere"], "is not the folder of a finished run of rnd_dqn_atari.py"), (["--screens", "9"], "--screens must be 1 to 8"),
+    (["--steps", "2"], "--steps at least as many"), (["--epsilon", "2"], "--epsilon in [0, 1]"),
+])  # fmt: skip
+def test_wrong_arguments(options, message, run_folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        plot(monkeypatch, *([] if options[0] == "nowhere" else [run_folder]), *options)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
+
+
+def test_a_run_without_models_on_its_way(run_folder, tmp_path, monkeypatch, capsys):
+    for name in ("args.json", "model.pt"):
+        (tmp_path / name).write_bytes((run_folder / name).read_bytes())
+    with pytest.raises(SystemExit) as end:
+        plot(monkeypatch, tmp_path)
+    assert end.value.code == 2 and "kept no models on its way" in capsys.readouterr().err
