@@ -594,6 +594,11 @@ def episode_columns(args: Args) -> tuple[str, ...]:
     return ("success",) if is_minigrid(args.env_id) else ()
 
 
+def evaluation_scalars(agent: "Agent") -> dict[str, float]:
+    """What is logged with every evaluation, beside its scores."""
+    return {}
+
+
 COLOURS = ("blue", "green", "grey", "purple", "red", "yellow")  # all that MiniGrid has
 VIEW_RANGES = np.array([10, 5, 2], np.float32)  # the largest object, colour and state of a cell
 
@@ -1257,6 +1262,8 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
             if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
                 return
+            if self.agenda[0] != "after_reset":  # a curve has one point at a step
+                self.log_scalars(evaluation_scalars(agent))
         self.agenda.pop(0)
 
     def evaluate(self, phase: str, policy) -> bool:

@@ -24,12 +24,12 @@ Where is what:
     QNetwork                      the network
     random_shift, projected       augmentation; the projection of C51
     selection_probabilities       which agent acts
-    dormant_units, ...            what is measured of plasticity
     Agent                         act, update, reset
     gradient_steps_due, ...       when there is a gradient step, a reset, an evaluation
     train                         the training loop
     -- the line --                below it nothing is of the algorithm; equal in all Atari scripts
     AtariGame, AtariView          the environment
+    plasticity                    what is measured of a network beside its scores
     NStepReplayBuffer             transitions over n steps; every frame once
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
@@ -44,6 +44,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -217,12 +218,12 @@ class QNetwork(nn.Module):
             nn.Conv2d(channels[1], channels[2], 3, stride=1), nn.ReLU(),
             nn.Flatten(),
         )  # fmt: skip
-        self.hidden = nn.Sequential(nn.Linear(49 * channels[2], 512), nn.ReLU())
+        self.hidden = nn.Linear(49 * channels[2], 512)
         self.value = nn.Linear(512, num_atoms)
         self.advantage = nn.Linear(512, num_actions * num_atoms)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        features = self.hidden(self.convolutions(observations))  # (batch, 512)
+        features = F.relu(self.hidden(self.convolutions(observations)))  # (batch, 512)
         value = self.value(features).unsqueeze(1)  # (batch, 1, num_atoms)
         advantages = self.advantage(features).view(len(features), -1, value.shape[2])  # (batch, num_actions, num_atoms)
         return value + advantages - advantages.mean(dim=1, keepdim=True)
@@ -264,42 +265,6 @@ def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) 
     """
     scale = q_values.abs().amax(dim=1, keepdim=True)
     return torch.softmax(beta * torch.where(scale > 0, q_values / scale, 0.0), dim=1)
-
-
-# --------------------------------------------------------------------------------------------------------- plasticity
-
-
-def random_observations(env: gym.Env, count: int) -> torch.Tensor:
-    """What random play shows at every fourth step, (count, 4, 84, 84) uint8: always the same, whatever the seed of the run."""
-    generator, observations = np.random.default_rng(0), []
-    observation, _ = env.reset(seed=0)
-    for step in range(4 * count):
-        if step % 4 == 0:
-            observations.append(observation)
-        observation, _, terminated, truncated, _ = env.step(generator.integers(env.action_space.n))
-        if terminated or truncated:
-            observation, _ = env.reset()
-    return torch.from_numpy(np.stack(observations))
-
-
-def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> float:
-    """The fraction of the units of all layers that hardly ever answer (Sokar et al., "The Dormant Neuron Phenomenon", 2023).
-
-    A unit's score is its mean activation over the batch, as a part of its layer's mean; dormant up to the threshold.
-    Activations are (batch, units) or, of a convolution, (batch, units, height, width).
-    """
-    dormant, count = 0, 0
-    for activation in activations:
-        scores = activation.abs().transpose(0, 1).flatten(1).mean(dim=1)  # (units,)
-        dormant += (scores <= threshold * scores.mean()).sum().item()
-        count += len(scores)
-    return dormant / count
-
-
-def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
-    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
-    values = torch.linalg.svdvals(features.double())
-    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
 
 
 # -------------------------------------------------------------------------------------------------------------- agent
@@ -365,9 +330,10 @@ class Agent:
         return (torch.softmax(logits.float(), dim=-1) * self.atoms).sum(dim=-1)
 
     @torch.no_grad()
-    def choose(self, observations: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """The ensemble's greedy actions and the agents that proposed them, (num_envs,) both, for (num_envs, 4, 84, 84) uint8;
-        and with what probability each agent was chosen, and by which judgement of its proposal, (num_envs, N) both.
+    def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
+        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, 4, 84, 84) uint8.
+
+        How undecided the choice was, and how many judged values were saturated, is counted for the log of the training.
         """
         observations = network_input(observations)
         with self.autocast():
@@ -379,16 +345,11 @@ class Agent:
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
-        return proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents, probabilities, judgement
-
-    @torch.no_grad()
-    def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Actions and acting agents, (2, num_envs), for observations (num_envs, 4, 84, 84) uint8; counted for the log."""
-        actions, acting_agents, probabilities, judgement = self.choose(observations, generator)
-        entropy = torch.special.entr(probabilities).sum()
-        saturated = (judgement.abs() > 0.95 * self.atoms.abs().max()).float().mean(dim=1).sum()
-        self.choices.add_(torch.stack([torch.full_like(entropy, len(observations)), entropy, saturated]))
-        return torch.stack([actions, acting_agents])
+        if counted:
+            entropy = torch.special.entr(probabilities).sum()
+            saturated = (judgement.abs() > 0.95 * self.atoms.abs().max()).float().mean(dim=1).sum()
+            self.choices.add_(torch.stack([torch.full_like(entropy, len(observations)), entropy, saturated]))
+        return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     def horizons(self) -> tuple[int | torch.Tensor, float | torch.Tensor]:
         """n and the discount factor of the next gradient step: numbers, or with --anneal of every agent its own, (N,) both.
@@ -476,7 +437,7 @@ class Agent:
 
     def evaluation_policy(self, generator: torch.Generator):
         """What evaluations play: (batch, 4, 84, 84) uint8 to (batch,) actions."""
-        greedy = lambda observations: self.choose(observations, generator)[0]
+        greedy = lambda observations: self.act(observations, generator)[0]
         return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
@@ -490,20 +451,6 @@ class Agent:
         scalars |= {f"rde/acting_fraction_{i}": count for i, count in enumerate(counts)}
         scalars["rde/choice_entropy"] = entropy / max(1, num_choices)
         return scalars | ({"rde/saturated_values": saturated / max(1, num_choices)} if self.args.num_atoms > 1 else {})
-
-    @torch.no_grad()
-    def plasticity(self, observations: torch.Tensor) -> dict[str, float]:
-        """For TensorBoard, per agent, on observations (batch, 4, 84, 84) uint8."""
-        scalars = {}
-        for i, q_network in enumerate(self.q_networks):
-            activations, x = [], network_input(observations.to(self.device))
-            for layer in [*q_network.convolutions, *q_network.hidden]:
-                x = layer(x)
-                activations += [x] if isinstance(layer, nn.ReLU) else []
-            scalars[f"plasticity/dormant_units_{i}"] = dormant_units(activations)
-            scalars[f"plasticity/effective_rank_{i}"] = effective_rank(x)
-            scalars[f"plasticity/weight_norm_{i}"] = torch.stack([p.norm() for p in q_network.parameters()]).norm().item()
-        return scalars
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
@@ -547,12 +494,12 @@ def resets_due(args: Args, gradient_steps: int) -> int:
 
 
 def events_due(args: Args, global_step: int, gradient_steps: int, num_resets: int) -> list[str]:
-    """The evaluations (by their phase), the look at plasticity and the reset after the loop step that ends at `global_step`."""
+    """The evaluations (by their phase) and the reset that follow the loop step that ends at `global_step`."""
     if global_step >= args.total_timesteps:
-        return ["final", "plasticity"]  # and no reset: nothing would learn from it
+        return ["final"]  # and no reset: nothing would learn from it
     if resets_due(args, gradient_steps) > num_resets:
-        return ["before_reset", "plasticity", "reset", "after_reset"]
-    return ["scheduled", "plasticity"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
+        return ["before_reset", "reset", "after_reset"]
+    return ["scheduled"] if interval_has_passed(args.eval_interval, global_step, args.num_envs) else []
 
 
 def check_schedules(args: Args) -> None:
@@ -586,7 +533,7 @@ def train(args: Args, path: str | None = None) -> None:
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
-    act = CudaGraph(lambda: agent.act(device_observations, selection), selection, run.captures)
+    act = CudaGraph(lambda: agent.act(device_observations, selection, counted=True), selection, run.captures)
     update = CudaGraph(agent.update, mini_batches, run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
@@ -595,19 +542,15 @@ def train(args: Args, path: str | None = None) -> None:
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
             buffer.start_episode(i, observations[i, -1])
-    probe = random_observations(run.make_envs(1)[0], 512)  # what plasticity is measured on
     run.announce(args.num_agents, agent.num_parameters, resets_due(args, gradient_steps_due(args, run.last_loop_step)))
 
     while run.goes_on():
-        # Between two steps: an evaluation, a look at plasticity, a reset of the oldest agent, a checkpoint.
+        # Between two steps: an evaluation, a reset of the oldest agent, a checkpoint.
         if run.agenda:
             if run.agenda[0] == "reset":
                 reset_agent = agent.reset()
                 run.log_scalars({"rde/reset_agent": reset_agent})
                 run.say(f"reset of agent {reset_agent} after {run.gradient_steps} gradient steps")
-                run.agenda.pop(0)
-            elif run.agenda[0] == "plasticity":
-                run.log_scalars(agent.plasticity(probe))
                 run.agenda.pop(0)
             else:
                 run.attend(agent)
@@ -872,6 +815,68 @@ def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Ge
         return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
 
     return policy
+
+
+# --------------------------------------------------------------------------------------------------------- plasticity
+
+
+@functools.cache
+def random_observations(env_id: str, count: int = 256) -> torch.Tensor:
+    """What random play shows at every fourth step, (count, 4, 84, 84) uint8: the same in all runs of a game."""
+    env, generator, observations = make_env(Args(env_id=env_id)), np.random.default_rng(0), []
+    observation, _ = env.reset(seed=0)
+    for step in range(4 * count):
+        if step % 4 == 0:
+            observations.append(observation)
+        observation, _, terminated, truncated, _ = env.step(generator.integers(env.action_space.n))
+        if terminated or truncated:
+            observation, _ = env.reset()
+    env.close()
+    return torch.from_numpy(np.stack(observations))
+
+
+def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> float:
+    """The fraction of the units of all layers that hardly ever answer (Sokar et al., "The Dormant Neuron Phenomenon", 2023).
+
+    A unit's score is its mean activation over the batch, as a fraction of its layer's mean; up to the threshold it is dormant.
+    Activations are (batch, units) or, of a convolution, (batch, units, height, width).
+    """
+    num_dormant, num_units = 0, 0
+    for activation in activations:
+        scores = activation.abs().transpose(0, 1).flatten(1).mean(dim=1)  # (units,)
+        num_dormant += (scores <= threshold * scores.mean()).sum().item()
+        num_units += len(scores)
+    return num_dormant / num_units
+
+
+def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
+    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
+    values = torch.linalg.svdvals(features.double())
+    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
+
+
+@torch.no_grad()
+def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
+    """How much of a network is left to learn with, by observations (batch, 4, 84, 84) uint8."""
+    features, activations = network_input(observations), []
+    for layer in [*q_network.convolutions, q_network.hidden]:
+        features = layer(features)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            activations.append(F.relu(features))
+    return {
+        "plasticity/dormant_units": dormant_units(activations),
+        "plasticity/effective_rank": effective_rank(activations[-1]),
+        "plasticity/weight_norm": torch.stack([parameter.norm() for parameter in q_network.parameters()]).norm().item(),
+    }
+
+
+def evaluation_scalars(agent: "Agent") -> dict[str, float]:
+    """What is logged with every evaluation; of every agent of an ensemble under its number."""
+    observations = random_observations(agent.args.env_id).to(agent.device)
+    if hasattr(agent, "q_network"):
+        return plasticity(agent.q_network, observations)
+    scalars = [plasticity(q_network, observations) for q_network in agent.q_networks]
+    return {f"{name}_{i}": value for i, of_agent in enumerate(scalars) for name, value in of_agent.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
@@ -1426,6 +1431,8 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
             if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
                 return
+            if self.agenda[0] != "after_reset":  # a curve has one point at a step
+                self.log_scalars(evaluation_scalars(agent))
         self.agenda.pop(0)
 
     def evaluate(self, phase: str, policy) -> bool:

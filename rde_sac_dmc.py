@@ -554,6 +554,11 @@ def episode_columns(args: Args) -> tuple[str, ...]:
     return ()
 
 
+def evaluation_scalars(agent: "Agent") -> dict[str, float]:
+    """What is logged with every evaluation, beside its scores."""
+    return {}
+
+
 # What the tasks write into the model of the physics at the start of an episode: targets, terrain, tendons, colors.
 MODEL_ARRAYS = ("body_pos", "body_quat", "dof_damping", "geom_pos", "geom_rgba", "geom_size", "hfield_data", "light_pos",
                 "site_pos", "site_rgba", "site_size", "wrap_prm")  # fmt: skip
@@ -1160,6 +1165,8 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
             if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
                 return
+            if self.agenda[0] != "after_reset":  # a curve has one point at a step
+                self.log_scalars(evaluation_scalars(agent))
         self.agenda.pop(0)
 
     def evaluate(self, phase: str, policy) -> bool:

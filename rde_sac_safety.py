@@ -673,6 +673,11 @@ def episode_columns(args: Args) -> tuple[str, ...]:
     return ("cost",)
 
 
+def evaluation_scalars(agent: "Agent") -> dict[str, float]:
+    """What is logged with every evaluation, beside its scores."""
+    return {}
+
+
 def episode_limit(env_id: str) -> int | None:
     """The steps after which an episode is truncated."""
     if env_id == MAZE_TASK:
@@ -1376,6 +1381,8 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
             if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
                 return
+            if self.agenda[0] != "after_reset":  # a curve has one point at a step
+                self.log_scalars(evaluation_scalars(agent))
         self.agenda.pop(0)
 
     def evaluate(self, phase: str, policy) -> bool:

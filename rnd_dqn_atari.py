@@ -31,6 +31,7 @@ Where is what:
     train                         the training loop
     -- the line --                below it nothing is of the algorithm; equal in all Atari scripts
     AtariGame, AtariView          the environment
+    plasticity                    what is measured of a network beside its scores
     NStepReplayBuffer             transitions over n steps; every frame once
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
@@ -45,6 +46,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -870,6 +872,68 @@ def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Ge
     return policy
 
 
+# --------------------------------------------------------------------------------------------------------- plasticity
+
+
+@functools.cache
+def random_observations(env_id: str, count: int = 256) -> torch.Tensor:
+    """What random play shows at every fourth step, (count, 4, 84, 84) uint8: the same in all runs of a game."""
+    env, generator, observations = make_env(Args(env_id=env_id)), np.random.default_rng(0), []
+    observation, _ = env.reset(seed=0)
+    for step in range(4 * count):
+        if step % 4 == 0:
+            observations.append(observation)
+        observation, _, terminated, truncated, _ = env.step(generator.integers(env.action_space.n))
+        if terminated or truncated:
+            observation, _ = env.reset()
+    env.close()
+    return torch.from_numpy(np.stack(observations))
+
+
+def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> float:
+    """The fraction of the units of all layers that hardly ever answer (Sokar et al., "The Dormant Neuron Phenomenon", 2023).
+
+    A unit's score is its mean activation over the batch, as a fraction of its layer's mean; up to the threshold it is dormant.
+    Activations are (batch, units) or, of a convolution, (batch, units, height, width).
+    """
+    num_dormant, num_units = 0, 0
+    for activation in activations:
+        scores = activation.abs().transpose(0, 1).flatten(1).mean(dim=1)  # (units,)
+        num_dormant += (scores <= threshold * scores.mean()).sum().item()
+        num_units += len(scores)
+    return num_dormant / num_units
+
+
+def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
+    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
+    values = torch.linalg.svdvals(features.double())
+    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
+
+
+@torch.no_grad()
+def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
+    """How much of a network is left to learn with, by observations (batch, 4, 84, 84) uint8."""
+    features, activations = network_input(observations), []
+    for layer in [*q_network.convolutions, q_network.hidden]:
+        features = layer(features)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            activations.append(F.relu(features))
+    return {
+        "plasticity/dormant_units": dormant_units(activations),
+        "plasticity/effective_rank": effective_rank(activations[-1]),
+        "plasticity/weight_norm": torch.stack([parameter.norm() for parameter in q_network.parameters()]).norm().item(),
+    }
+
+
+def evaluation_scalars(agent: "Agent") -> dict[str, float]:
+    """What is logged with every evaluation; of every agent of an ensemble under its number."""
+    observations = random_observations(agent.args.env_id).to(agent.device)
+    if hasattr(agent, "q_network"):
+        return plasticity(agent.q_network, observations)
+    scalars = [plasticity(q_network, observations) for q_network in agent.q_networks]
+    return {f"{name}_{i}": value for i, of_agent in enumerate(scalars) for name, value in of_agent.items()}
+
+
 # ------------------------------------------------------------------------------------------------------ replay buffer
 
 
@@ -1422,6 +1486,8 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
             if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
                 return
+            if self.agenda[0] != "after_reset":  # a curve has one point at a step
+                self.log_scalars(evaluation_scalars(agent))
         self.agenda.pop(0)
 
     def evaluate(self, phase: str, policy) -> bool:
