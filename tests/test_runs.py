@@ -162,10 +162,13 @@ def tags_of(name: str) -> set[str]:
             COMMON | PER_RESET | losses | {"rde/reset_agent", "rde/oldest_agent"} | {f"rde/acting_fraction_{i}" for i in (0, 1)}
         )
     common = COMMON | {"charts/epsilon", "eval/human_normalized_score"}
+    plasticity = {f"plasticity/{what}" for what in ("dormant_units", "effective_rank", "weight_norm")}
     per_reset = PER_RESET | {tag.replace("episodic_return", "human_normalized_score") for tag in PER_RESET}
     if name in ("dqn", "sr"):
-        return common | {"losses/td_loss", "losses/q_values"} | (per_reset if name == "sr" else set())
-    per_agent = {f"{tag}_{i}" for tag in ("losses/td_loss", "losses/q_values", "rde/acting_fraction") for i in (0, 1)}
+        return common | plasticity | {"losses/td_loss", "losses/q_values"} | (per_reset if name == "sr" else set())
+    per_agent = {
+        f"{tag}_{i}" for tag in {"losses/td_loss", "losses/q_values", "rde/acting_fraction"} | plasticity for i in (0, 1)
+    }
     return common | per_reset | per_agent | {"rde/reset_agent", "rde/oldest_agent"}
 
 
