@@ -153,13 +153,13 @@ class Args:
     """the norm at which an agent's gradient is clipped"""
 
     # ------------------------------------------------------------ the base
-    num_atoms: Annotated[int, "[1, inf)"] = 51
+    num_atoms: Annotated[int, "[1, 1000]"] = 51
     """atoms of the distribution that a Q-value is (C51); 1 = a number, learned with Huber's loss: DrQ(epsilon)"""
     v_min: Annotated[float, "[-1e6, 0]"] = -10.0
     """the lowest atom"""
     v_max: Annotated[float, "[0, 1e6]"] = 10.0
     """the highest atom"""
-    width: Annotated[float, "(0, inf)"] = 1.0
+    width: Annotated[float, "(0, 8]"] = 1.0
     """times the channels of the convolutions (0.5 takes half of the time on a CPU)"""
     augmentation: bool = True
     """learn from frames that are shifted by up to 4 pixels and made up to a tenth brighter or darker, at random"""
@@ -235,9 +235,9 @@ def network_input(frames: torch.Tensor, brightness: torch.Tensor | float = 1.0) 
 
 
 def random_shift(frames: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Shifts stacks (batch, 4, 84, 84) by 0 to 8 - 4 pixels down and to the right (2, batch), and repeats the edges.
+    """Stacks (batch, 4, 84, 84) that are shifted down and to the right by `shifts` - 4 pixels, with repeated edges.
 
-    The four frames of a stack move together: what moves on the screen must not seem to move otherwise (Yarats et al.).
+    Shifts (2, batch) are 0 to 8. The four frames of a stack move together: what moves on the screen must not seem to move otherwise (Yarats et al.).
     """
     rows = torch.arange(-4, 88, device=frames.device).clamp(0, 83)  # (92,), the edges four times more
     left, right = frames[..., :1].expand(-1, -1, -1, 4), frames[..., -1:].expand(-1, -1, -1, 4)
@@ -333,7 +333,7 @@ class Agent:
     def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
         """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, 4, 84, 84) uint8.
 
-        How undecided the choice was, and how many judged values were saturated, is counted for the log of the training.
+        With `counted` it is noted for the log how undecided the choice was, and how many judged values were saturated.
         """
         observations = network_input(observations)
         with self.autocast():
@@ -513,6 +513,8 @@ def check_schedules(args: Args) -> None:
     if (args.n_step - 1) * args.num_envs >= (stored := min(args.learning_starts, args.buffer_size)):
         fail(f"--n-step {args.n_step} in {args.num_envs} environment(s) leaves nothing to draw of the {stored} transitions that are "
              "stored when learning starts; lower it, or raise --learning-starts or --buffer-size")  # fmt: skip
+    if args.anneal and args.n_step < ANNEALED_N:
+        fail(f"--n-step {args.n_step} is below {ANNEALED_N}, to which --anneal lets it fall")
     if args.num_atoms > 1 and args.v_min == args.v_max:
         fail(f"--num-atoms {args.num_atoms} need a --v-min below --v-max, but both are {args.v_min}")
 
