@@ -34,12 +34,19 @@ drq = load_script("rde_drq_atari")
 SMALL = ["--width", "0.1", "--eval-episodes", "1", "--exploration-steps", "50"]
 
 
+class Screens(AtariTransitions):
+    """Pictures of blocks of 12 x 12 pixels, which are less alike for a network than noise is."""
+
+    def picture(self) -> np.ndarray:
+        return self.rng.integers(0, 256, (7, 7), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
+
+
 def make_agent(seed: int = 1, **arguments):
     """A narrow agent on a buffer of 200 transitions, with a support in which Q-values do not lie in the middle."""
     defaults = {"buffer_size": 200, "seed": seed, "width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3}
     args = drq.Args(**defaults | arguments)
     buffer = drq.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
-    AtariTransitions(buffer, seed, terminated=0.15).store(200)
+    Screens(buffer, seed, terminated=0.15).store(200)
     return drq.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
 
 
@@ -156,7 +163,8 @@ def reference_losses(agent, online, targets, batch, observations, next_observati
         own = lambda x: (x[i] if args.anneal else x).double()  # noqa: B023
         next_x = next_observations.view(-1, count, 4, 84, 84)[i if args.anneal else 0]
         with torch.no_grad():
-            best = expectation(logits_of(online[i], next_x)).argmax(1)
+            best, others = (expectation(logits_of(network, next_x)).argmax(1) for network in (online[i], targets[i]))
+            assert (best != others).sum() > 2 and len(set(best.tolist())) > 1  # so double selection is seen
             next_logits = logits_of(targets[i], next_x)[rows, best]
         logits = logits_of(online[i], observations)[rows, batch.actions]
         discounts = own(batch.discounts) * (1 - own(batch.terminated))
@@ -187,8 +195,9 @@ def test_two_updates_against_float64(arguments):
     args, generator, total = agent.args, agent.buffer.generator, agent.args.num_agents
     for seed, network in enumerate([*agent.q_networks, *agent.target_networks]):  # all of them others, and decided ones
         noise = torch.Generator().manual_seed(seed)
-        for layer in (network.value, network.advantage):
-            layer.weight.data.mul_(15).add_(0.3 * torch.randn(layer.weight.shape, generator=noise))
+        for layer in (*network.convolutions[:6:2], network.hidden[0], network.value, network.advantage):
+            layer.weight.data = torch.randn(layer.weight.shape, generator=noise) * (2 / layer.weight[0].numel()) ** 0.5
+        network.convolutions[0].weight.data.mul_(4)
     agent.steps_since_reset.copy_(torch.tensor([0, 6_000][:total]))
     online, targets = copy.deepcopy(agent.q_networks).double(), copy.deepcopy(agent.target_networks).double()
     adams = [torch.optim.Adam(n.parameters(), lr=1e-3, eps=args.adam_eps, fused=False, foreach=False) for n in online]
@@ -628,6 +637,9 @@ def test_what_is_captured_reads_nothing_back(arguments):
 
 def test_weights_go_to_another_agent():
     agent, other, observations = make_agent(), make_agent(seed=3), pictures(2, 20, 4)
+    online = [parameters(network) for network in (*agent.q_networks, *other.q_networks)]
+    assert not any(equal(online[i], online[k]) for i in range(4) for k in range(i))  # all of them begin differently
+    assert equal(online[:2], [parameters(network) for network in agent.target_networks])
     agent.update()
     agent.reset()
     weights = agent.weights()
