@@ -347,8 +347,11 @@ class Agent:
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
         if counted:
             entropy = torch.special.entr(probabilities).sum()
-            saturated = (judgement.abs() > 0.95 * self.atoms.abs().max()).float().mean(dim=1).sum()
-            self.choices.add_(torch.stack([torch.full_like(entropy, len(observations)), entropy, saturated]))
+            margin = (self.args.v_max - self.args.v_min) / 40  # with +-10: beyond 9.5
+            saturated = (judgement < self.args.v_min + margin) | (judgement > self.args.v_max - margin)  # (num_envs, N)
+            self.choices.add_(
+                torch.stack([torch.full_like(entropy, len(observations)), entropy, saturated.float().mean(dim=1).sum()])
+            )
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     def horizons(self) -> tuple[int | torch.Tensor, float | torch.Tensor]:

@@ -87,7 +87,7 @@ def reference_layers(weights: dict, x: torch.Tensor) -> list[torch.Tensor]:
     for layer, stride in ((0, 4), (2, 2), (4, 1)):
         x = F.conv2d(x, weights[f"convolutions.{layer}.weight"], weights[f"convolutions.{layer}.bias"], stride).relu()
         layers.append(x)
-    return [*layers, (x.flatten(1) @ weights["hidden.0.weight"].T + weights["hidden.0.bias"]).relu()]
+    return [*layers, (x.flatten(1) @ weights["hidden.weight"].T + weights["hidden.bias"]).relu()]
 
 
 def reference_logits(weights: dict, x: torch.Tensor, num_atoms: int) -> torch.Tensor:
@@ -195,7 +195,7 @@ def test_two_updates_against_float64(arguments):
     args, generator, total = agent.args, agent.buffer.generator, agent.args.num_agents
     for seed, network in enumerate([*agent.q_networks, *agent.target_networks]):  # all of them others, and decided ones
         noise = torch.Generator().manual_seed(seed)
-        for layer in (*network.convolutions[:6:2], network.hidden[0], network.value, network.advantage):
+        for layer in (*network.convolutions[:6:2], network.hidden, network.value, network.advantage):
             layer.weight.data = torch.randn(layer.weight.shape, generator=noise) * (2 / layer.weight[0].numel()) ** 0.5
         network.convolutions[0].weight.data.mul_(4)
     agent.steps_since_reset.copy_(torch.tensor([0, 6_000][:total]))
@@ -328,7 +328,7 @@ def test_width_is_of_the_convolutions_alone():
     for width, channels in [(1.0, [32, 64, 64]), (0.5, [16, 32, 32]), (2.0, [64, 128, 128]), (0.001, [1, 1, 1])]:
         network = drq.QNetwork(4, 51, width)
         assert [layer.out_channels for layer in network.convolutions if isinstance(layer, nn.Conv2d)] == channels
-        assert (network.hidden[0].in_features, network.hidden[0].out_features) == (49 * channels[2], 512)
+        assert (network.hidden.in_features, network.hidden.out_features) == (49 * channels[2], 512)
 
 
 # --------------------------------------------------------------------------------------------------------------- the judge
@@ -336,7 +336,7 @@ def test_width_is_of_the_convolutions_alone():
 
 @pytest.mark.parametrize("num_atoms", [1, 6])
 @pytest.mark.parametrize("num_resets", [0, 1, 2, 5])
-def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms):
+def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms, monkeypatch):
     agent = make_agent(num_agents=3, num_atoms=num_atoms, beta=1.5)
     logits = 2 * torch.randn(3, 20, NUM_ACTIONS, num_atoms, generator=torch.Generator().manual_seed(1))
     agent.q_networks, agent.num_resets = [Table(table) for table in logits], num_resets
@@ -350,7 +350,13 @@ def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms):
     expected /= expected.sum(1, keepdims=True)
 
     generator = torch.Generator().manual_seed(2)
-    actions, acting, probabilities, judgement = agent.choose(states(torch.arange(20)), generator)
+    select, seen = drq.selection_probabilities, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            drq, "selection_probabilities", lambda *judgement: seen.extend((*judgement, select(*judgement))) or seen[-1]
+        )
+        actions, acting = agent.act(states(torch.arange(20)), generator)
+    judgement, _, probabilities = seen
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
     np.testing.assert_allclose(judgement, judged, rtol=1e-4, atol=1e-5)
     assert actions.tolist() == proposals[np.arange(20), acting].tolist()
@@ -360,16 +366,20 @@ def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms):
 
 
 def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
+    """Agent 1 judges, so nothing is worth more to it than its own proposal: 9.6 and -9.7 in one state, 9.4 and 0 in the other."""
     agent = make_agent(v_min=-10.0, v_max=10.0)
     agent.num_resets = 3
-    probabilities, judgement = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[9.6, -9.7], [9.4, 0.0]])
-    choice = torch.tensor([3, 4]), torch.tensor([0, 1]), probabilities, judgement
-    monkeypatch.setattr(agent, "choose", lambda observations, generator: choice)
-    observations = states(torch.arange(2))
+    q_values = torch.full((2, 2, NUM_ACTIONS), -9.9)
+    q_values[0, :, 3], q_values[1, :, 4] = 1.0, torch.tensor([9.6, 9.4])  # agent 0 proposes action 3, agent 1 action 4
+    q_values[1, :, 3] = torch.tensor([-9.7, 0.0])
+    probabilities = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    monkeypatch.setattr(agent, "q_values", lambda logits: q_values)
+    monkeypatch.setattr(drq, "selection_probabilities", lambda judgement, beta: probabilities)
+    observations, generator = pictures(0, 2, 4), torch.Generator()
     for _ in range(2):
-        assert agent.act(observations, None).tolist() == [[3, 4], [0, 1]]
+        actions, acting = agent.act(observations, generator, counted=True)
+        assert actions.tolist() == [[3, 4][i] for i in acting] and acting[1] == 0
     agent.acting_counts += [3, 1]
-    generator = torch.Generator()
     policy = agent.evaluation_policy(generator)
     for _ in range(5):
         policy(observations)
@@ -380,12 +390,22 @@ def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
     assert "rde/saturated_values" not in make_agent(num_atoms=1).scalars()
 
 
+@pytest.mark.parametrize("value, saturated", [(-0.8, 1), (-0.6, 0), (0.0, 0), (9.7, 0), (9.8, 1)])
+def test_saturated_is_what_lies_in_the_outermost_fortieth_at_either_end(value, saturated, monkeypatch):
+    """Of a support from -1 to 10: below -0.725, beyond 9.725."""
+    agent = make_agent(v_min=-1.0, v_max=10.0)
+    monkeypatch.setattr(agent, "q_values", lambda logits: torch.full((2, 2, NUM_ACTIONS), value))
+    agent.act(pictures(0, 2, 4), torch.Generator(), counted=True)
+    assert agent.scalars()["rde/saturated_values"] == saturated
+
+
 def test_evaluations_choose_as_acting_does_and_are_not_counted():
     agent = make_agent(eval_epsilon=0.0)
     agent.num_resets, observations = 1, pictures(4, 20, 4)
     ours = agent.evaluation_policy(torch.Generator().manual_seed(3))(observations)
     assert agent.choices.tolist() == [0, 0, 0] and agent.acting_counts.sum() == 0
-    assert torch.equal(ours, agent.act(observations, torch.Generator().manual_seed(3))[0]) and agent.choices[0] == 20
+    assert torch.equal(ours, agent.act(observations, torch.Generator().manual_seed(3), counted=True)[0])
+    assert agent.choices[0] == 20
 
 
 # ------------------------------------------------------------------------------------------------------------------- reset
@@ -451,102 +471,20 @@ def test_the_buffer_is_asked_with_numbers_or_with_those_of_every_agent(anneal, m
     np.testing.assert_allclose(torch.stack([gamma for _, _, gamma in asked]), [[0.97, 0.990513], [0.997, 0.996999]], atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- plasticity
-
-
-def test_dormant_units_by_hand():
-    convolution = torch.zeros(2, 3, 2, 2)
-    convolution[:, 0], convolution[0, 1, 0, 0] = 1.0, 0.2  # means 1, 0.025 and 0; of the layer 0.342: scores 2.9, 0.073, 0
-    linear = torch.tensor([[4.0, 0.0, 0.1, -4.0, 0.0], [4.0, 0.0, 0.0, 4.0, 0.0]])  # 2.46, 0, 0.031, 2.46, 0
-    assert drq.dormant_units([convolution]) == pytest.approx(1 / 3)
-    assert drq.dormant_units([convolution], threshold=0.1) == pytest.approx(2 / 3)
-    assert drq.dormant_units([linear]) == pytest.approx(2 / 5)
-    assert drq.dormant_units([convolution, linear]) == pytest.approx(3 / 8)
-    assert drq.dormant_units([torch.zeros(2, 3)]) == 1 and drq.dormant_units([torch.ones(2, 3)]) == 0
-    assert drq.dormant_units([torch.tensor([[0.025, 1.975]])]) == 0.5  # of a mean of 1: up to the threshold
-
-
-@pytest.mark.parametrize(
-    "values, rank",
-    [([1] * 10, 10), ([100] + [0] * 5, 1), ([98, 1, 1], 2), ([97.9, 1.09, 1.01], 3), ([60, 39.5, 0.3, 0.2], 2), ([5e5] * 3 + [1] * 7, 3)],
-)  # fmt: skip
-def test_effective_rank_of_known_singular_values(values, rank):
-    rng, size = np.random.default_rng(0), len(values)
-    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (size + 5, size))
-    features = left[:, :size] @ np.diag(np.array(values, np.float64)) @ right
-    features[0] += 1e-9  # equality is not to be decided by rounding
-    assert drq.effective_rank(torch.from_numpy(features)) == rank
-
-
-def test_plasticity_of_a_network_is_that_of_its_layers():
-    agent, observations = make_agent(), pictures(8, 12, 4)
-    agent.q_networks[1].convolutions[0].bias.data[0] = -100
-    agent.q_networks[1].hidden[0].weight.data[:300] = 0
-    agent.q_networks[1].hidden[0].bias.data[:300] = -1
-    measured = agent.plasticity(observations)
-    assert len(measured) == 6
-    for i, network in enumerate(agent.q_networks):
-        weights = {name: value.double() for name, value in network.state_dict().items()}
-        layers = [layer.numpy() for layer in reference_layers(weights, observations.double() / 255)]
-        scores = [layer.mean(tuple(range(2, layer.ndim))).mean(0) / layer.mean() for layer in layers]
-        assert measured[f"plasticity/dormant_units_{i}"] == pytest.approx(np.mean(np.concatenate(scores) <= 0.025))
-        singular = np.linalg.svd(layers[-1], compute_uv=False)
-        assert measured[f"plasticity/effective_rank_{i}"] == 1 + np.sum(np.cumsum(singular) < 0.99 * singular.sum())
-        norm = np.sqrt(sum((value.numpy() ** 2).sum() for value in weights.values()))
-        assert measured[f"plasticity/weight_norm_{i}"] == pytest.approx(norm, rel=1e-5)
-    assert measured["plasticity/dormant_units_1"] > 0.5 > measured["plasticity/dormant_units_0"]
-
-
-class Counter:
-    """An environment whose observations are numbered; every tenth step ends the episode."""
-
-    action_space = gym.spaces.Discrete(3)
-
-    def __init__(self):
-        self.time, self.seeds, self.actions = 0, [], []
-
-    def reset(self, seed=None):
-        self.seeds.append(seed)
-        self.time += 100 * (seed is None)  # so that it can be seen
-        return np.full((4, 84, 84), self.time, np.uint8), {}
-
-    def step(self, action):
-        self.time += 1
-        self.actions.append(int(action))
-        return np.full((4, 84, 84), self.time, np.uint8), 0.0, self.time % 10 == 0, False, {}
-
-
-def test_random_observations_are_every_fourth_of_random_play():
-    env, again = Counter(), Counter()
-    seen = drq.random_observations(env, 5)
-    assert seen.shape == (5, 4, 84, 84) and seen.dtype == torch.uint8
-    assert seen[:, 0, 0, 0].tolist() == [0, 4, 8, 112, 116] and env.seeds == [0, None, None]
-    drq.random_observations(again, 5)
-    assert again.actions == env.actions and set(env.actions) == {0, 1, 2}
-
-
 # -------------------------------------------------------------------------------------------------------------- whole runs
 
 
-def small_run(folder, monkeypatch, *arguments):
-    """A run in this process with resets after steps 140 and 180: its folder, and what plasticity was measured on."""
-    probes, real = [], drq.random_observations
-    few = lambda env, count: probes.append(real(env, count // 64)) or probes[-1]
-    with monkeypatch.context() as patch:
-        patch.setattr(drq, "random_observations", few)
-        lengths = "--total-timesteps 210 --learning-starts 100 --replay-ratio 0.5 --reset-interval 40 --eval-interval 0".split()
-        result = run_main(drq, *QUICK, *SMALL, *lengths, *arguments, "--runs-dir", folder)
+def small_run(folder, *arguments):
+    """The folder of a run in this process with resets after steps 140 and 180."""
+    lengths = "--total-timesteps 210 --learning-starts 100 --replay-ratio 0.5 --reset-interval 40 --eval-interval 0".split()
+    result = run_main(drq, *QUICK, *SMALL, *lengths, *arguments, "--runs-dir", folder)
     assert result.returncode == 0, result.stderr
-    (probe,) = probes
-    return only_run(folder), probe
+    return only_run(folder)
 
 
-def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path, monkeypatch):
-    rarely, probe = small_run(tmp_path / "rarely", monkeypatch)
-    often, other_probe = small_run(tmp_path / "often", monkeypatch, "--eval-interval", "75")
-    other_seed, last_probe = small_run(tmp_path / "seed", monkeypatch, "--seed", "2")
-    assert probe.shape == (8, 4, 84, 84) and torch.equal(probe, other_probe) and torch.equal(probe, last_probe)
-    assert len(torch.unique(probe, dim=0)) == 8
+def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path):
+    rarely, often = small_run(tmp_path / "rarely"), small_run(tmp_path / "often", "--eval-interval", "75")
+    other_seed = small_run(tmp_path / "seed", "--seed", "2")
     assert equal(model(rarely), model(often)) and not equal(model(rarely), model(other_seed))
     assert model(rarely)["num_resets"] == 2 and model(rarely)["oldest_agent"] == 0
     ours, theirs = scalars(rarely), scalars(often)
@@ -561,15 +499,14 @@ def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path, monkeypatch
 
 
 def test_what_is_due_after_a_loop_step():
-    """Plasticity is looked at between the two evaluations, before the reset: of the networks that were trained."""
     due = lambda *numbers: drq.events_due(drq.Args(num_agents=2, reset_interval=100, eval_interval=500), *numbers)
-    assert due(2_049, 49, 0) == due(2_051, 51, 1) == [] and due(2_500, 500, 10) == ["scheduled", "plasticity"]
-    assert due(2_050, 50, 0) == due(2_500, 500, 9) == ["before_reset", "plasticity", "reset", "after_reset"]
-    assert due(100_000, 98_000, 0) == ["final", "plasticity"]
+    assert due(2_049, 49, 0) == due(2_051, 51, 1) == [] and due(2_500, 500, 10) == ["scheduled"]
+    assert due(2_050, 50, 0) == due(2_500, 500, 9) == ["before_reset", "reset", "after_reset"]
+    assert due(100_000, 98_000, 0) == ["final"]
 
 
-def test_one_agent_without_resets_is_a_loop_written_out(tmp_path, monkeypatch):
-    path, _ = small_run(tmp_path / "run", monkeypatch, "--num-agents", "1", "--reset-interval", "0")
+def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
+    path = small_run(tmp_path / "run", "--num-agents", "1", "--reset-interval", "0")
     args = drq.Args(env_id="BreakoutNoFrameskip-v4", num_agents=1, width=0.1, batch_size=4)
     exploration = np.random.default_rng(drq.derive_seed(1, drq.EXPLORATION))
     generator = torch.Generator().manual_seed(drq.derive_seed(1, drq.MINI_BATCHES))
@@ -631,7 +568,7 @@ def test_what_is_captured_reads_nothing_back(arguments):
         assert watch.cannot_be_captured == []
         assert watch.num_draws == (1 if "augmentation" in arguments else 5) and watch.num_operations > 100
     selection, observations = torch.Generator(), pictures(0, 2, 4)
-    acting = watched(lambda: agent.act(observations, selection), selection)
+    acting = watched(lambda: agent.act(observations, selection, counted=True), selection)
     assert acting.cannot_be_captured == [] and acting.num_draws == 1 and acting.num_operations > 10
 
 
@@ -645,7 +582,7 @@ def test_weights_go_to_another_agent():
     weights = agent.weights()
     assert (weights["num_resets"], weights["oldest_agent"]) == (1, 1)
     other.load_weights(weights)
-    assert equal(*(one.choose(observations, torch.Generator().manual_seed(1)) for one in (agent, other)))
+    assert torch.equal(*(one.act(observations, torch.Generator().manual_seed(1)) for one in (agent, other)))
 
 
 @pytest.mark.parametrize("arguments", KINDS[:2])
@@ -663,10 +600,11 @@ REFUSED = [
     ("--v-min 0 --v-max 0", "--num-atoms 51 need a --v-min below --v-max"), ("--v-min nan", "--v-min is nan"),
     ("--v-min -inf", "--v-min is -inf"), ("--v-max 1e7", "--v-max is 10000000.0"), ("--shrink 1.1", "--shrink is 1.1, but"),
     ("--shrink -0.1", "--shrink is -0.1, but must lie in [0, 1]"), ("--n-step 0", "--n-step is 0, but must lie in [1, inf)"),
-    ("--num-atoms 0", "--num-atoms is 0, but must lie in [1, inf)"), ("--width 0", "--width is 0.0, but must lie in (0, inf)"),
+    ("--num-atoms 0", "--num-atoms is 0, but must lie in [1, 1000]"), ("--width 0", "--width is 0.0, but must lie in (0, 8]"),
     ("--n-step 101 --learning-starts 100", "--n-step 101 in 1 environment(s) leaves nothing to draw of the 100"),
     ("--n-step 41 --buffer-size 40", "leaves nothing to draw of the 40"), ("--reset-interval 1", "use at least 2, or 0 for never"),
     ("--n-step 51 --num-envs 2 --learning-starts 100", "--n-step 51 in 2 environment(s)"),
+    ("--anneal --n-step 2", "--n-step 2 is below 3"), ("--num-atoms 1001", "--num-atoms is 1001"), ("--width 8.1", "--width is 8.1"),
 ]  # fmt: skip
 ACCEPTED = [
     "", "--num-atoms 1 --v-min 0 --v-max 0", "--v-min 0 --v-max 1", "--v-min -1 --v-max 0", "--n-step 100 --learning-starts 100",

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions, dqn_agent
 from gymnasium.spaces import Discrete
 
+from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions, dqn_agent
 from conftest import load_script, scalars
 
 SCRIPTS = ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari", "rde_drq_atari", "rnd_dqn_atari"]
@@ -92,6 +92,36 @@ def test_a_layer_that_died_is_counted():
     result = dqn.plasticity(q_network, observations)
     assert result["plasticity/dormant_units"] == pytest.approx((160 * dqn.dormant_units(channels) + 512) / 672)
     assert result["plasticity/effective_rank"] == 1
+
+
+class Counter:
+    """An environment whose observations are numbered; every tenth step ends the episode."""
+
+    action_space = Discrete(3)
+
+    def __init__(self):
+        self.time, self.seeds, self.actions = 0, [], []
+
+    def reset(self, seed=None):
+        self.seeds.append(seed)
+        self.time += 100 * (seed is None)  # so that it can be seen
+        return np.full((4, 84, 84), self.time, np.uint8), {}
+
+    def step(self, action):
+        self.time += 1
+        self.actions.append(int(action))
+        return np.full((4, 84, 84), self.time, np.uint8), 0.0, self.time % 10 == 0, False, {}
+
+    def close(self):
+        self.time = None
+
+
+def test_the_observations_are_every_fourth_of_random_play(monkeypatch):
+    env = Counter()
+    monkeypatch.setattr(dqn, "make_env", lambda args: env)
+    observations = dqn.random_observations.__wrapped__("a game", 5)
+    assert observations[:, 0, 0, 0].tolist() == [0, 4, 8, 112, 116] and env.seeds == [0, None, None] and env.time is None
+    assert set(env.actions) == {0, 1, 2}
 
 
 def test_the_observations_are_those_of_the_game_whatever_the_run():
