@@ -79,10 +79,22 @@ SHORT_SAC = (
 ).split()
 
 
+SHORT_MLP = (
+    "--env-id CartPole-v1 --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 200 --total-timesteps 1000 "
+    "--eval-interval 0 --eval-episodes 1 --reset-interval 200"
+).split()
+SHORT_SAFETY = (
+    "--env-id SafetyHopperVelocity-v1 --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 200 --total-timesteps 600 "
+    "--eval-interval 0 --eval-episodes 1 --reset-interval 200"
+).split()
+
+
 @pytest.mark.parametrize(
     "script, arguments",
     [("dqn_atari", QUICK), ("sr_dqn_atari", [*QUICK, "--reset-interval", "60"]),
-     ("rde_dqn_atari", [*QUICK, "--reset-interval", "120"]), ("rde_sac_dmc", SHORT_SAC)],
+     ("rde_dqn_atari", [*QUICK, "--reset-interval", "120"]), ("rde_drq_atari", [*QUICK, "--reset-interval", "40"]),
+     ("rde_drq_atari", [*QUICK, "--reset-interval", "40", "--anneal", "--num-atoms", "1"]), ("rnd_dqn_atari", QUICK),
+     ("rde_dqn", SHORT_MLP), ("rde_sac_dmc", SHORT_SAC), ("rde_sac_safety", SHORT_SAFETY)],
 )  # fmt: skip
 def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
     captured, plain = run(tmp_path, script, *arguments), run(tmp_path, script, *arguments, "--no-cuda-graphs")
