@@ -39,6 +39,8 @@ RUNS = {
                  "--eval-episodes 4 --eval-epsilon 0.5 --num-agents 1"),
     "safety": ("rde_sac_safety", f"{TINY} --env-id SafetyPointMaze-v0 --total-timesteps 400 --reset-interval 60 "
                "--buffer-size 500 --eval-episodes 2"),
+    "drq": ("rde_drq_atari", "--env-id BreakoutNoFrameskip-v4 --width 0.1 --total-timesteps 300 --learning-starts 100 --buffer-size 300 "
+            "--replay-ratio 0.25 --batch-size 4 --eval-interval 0 --eval-episodes 2 --reset-interval 30 --eval-epsilon 0.3"),
 }  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def scores(lines: list[str], player: str = "") -> list[tuple[str, ...]]:
 # ---------------------------------------------------------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("name", ["minigrid", "safety", "cartpole"])
+@pytest.mark.parametrize("name", ["minigrid", "safety", "cartpole", "drq"])
 def test_scores_of_the_final_evaluation(play, folder, name):
     """With its seeds and its generator play.py's own functions give the very rows that the run left."""
     path = folder(name)
