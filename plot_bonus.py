@@ -3,10 +3,10 @@
     python rnd_dqn_atari.py --env-id MontezumaRevengeNoFrameskip-v4 --total-timesteps 100000 --keep-models 20
     python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__20260101-120000
 
-The trained agent plays on, with some random actions, and those screens of its games are taken that differ most from each other. Their
-bonus is computed with every model that the run has kept: it should be high until training has seen a screen, and fall as it is
-seen again. The same screens upside down (dashed), which no game ever shows, say what the bonus of a new screen is all the time.
-Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
+The trained agent plays on, with some random actions, and those screens of its games are taken that differ most from each other. For
+every model that the run has kept, the predictor's error on them is computed, and the bonus, which is the error divided by the running
+deviation: high until training has seen a screen, falling as it is seen again. The same screens upside down (dashed), which no game
+ever shows, say how high it is for a new one. Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
 """
 
 import json
@@ -83,11 +83,11 @@ def played_screens(args: rnd.Args, agent: rnd.Agent, num_steps: int, epsilon: fl
 
 
 @torch.no_grad()
-def bonus_of(agent: rnd.Agent, frames: np.ndarray) -> np.ndarray:
-    """The bonus of frames (count, 84, 84) uint8, (count,), with the weights that the agent has."""
+def errors_and_bonus(agent: rnd.Agent, frames: np.ndarray) -> np.ndarray:
+    """The predictor's errors on frames (count, 84, 84) uint8, and their bonus, (count, 2), with the weights that the agent has."""
     inputs = agent.rnd.network_input(torch.from_numpy(frames))
     errors = agent.rnd.errors(inputs, agent.rnd.target(inputs))
-    return (errors / agent.rnd.return_moments.deviation.float()).numpy()
+    return torch.stack([errors, errors / agent.rnd.return_moments.deviation.float()], dim=1).numpy()
 
 
 def logged(folder: pathlib.Path, tag: str) -> tuple[list[int], list[float]]:
@@ -98,29 +98,27 @@ def logged(folder: pathlib.Path, tag: str) -> tuple[list[int], list[float]]:
 
 
 def picture(args: rnd.Args, screens: np.ndarray, table: pd.DataFrame, folder: pathlib.Path) -> plt.Figure:
-    """Above the screens, below their bonus over the run and that of the mini-batches."""
-    figure, axes = plt.subplot_mosaic(
-        [[f"screen {i}" for i in range(len(screens))], ["bonus"] * len(screens)],
-        figsize=(8, 6.5), height_ratios=[1, 2.6], layout="constrained",
-    )  # fmt: skip
-    for i, screen in enumerate(screens):
-        axes[f"screen {i}"].imshow(screen, cmap="gray")
-        axes[f"screen {i}"].set(xticks=[], yticks=[])
-        axes[f"screen {i}"].spines[:].set(color=COLORS[i], linewidth=4)
-        for style, kind in (("-", "screen"), ("--", "upside down")):
-            rows = table[(table.screen == i) & (table.kind == kind)]
-            axes["bonus"].plot(rows.step / 1000, rows.bonus, style, color=COLORS[i], alpha=1 if kind == "screen" else 0.6)
+    """Above the screens; below, over the run, the predictor's error on them, and their bonus beside that of the mini-batches."""
+    figure = plt.figure(figsize=(10, 6.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 2.2])
+    for i, axes in enumerate(above.subplots(1, len(screens), squeeze=False)[0]):
+        axes.imshow(screens[i], cmap="gray")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color=COLORS[i], linewidth=4)
+    for axes, column in zip(below.subplots(1, 2), ("error", "bonus")):
+        for (i, kind), rows in table.groupby(["screen", "kind"]):
+            style = {"linestyle": "-"} if kind == "screen" else {"linestyle": "--", "alpha": 0.6}
+            axes.plot(rows.step / 1000, rows[column], color=COLORS[i], **style)
+        for step, room in zip(*logged(folder, "charts/new_room")):
+            axes.axvline(step / 1000, color="grey", linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f"room {room:.0f}", (step / 1000, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7
+            )
+        axes.set(yscale="log", xlabel="environment steps (thousands)")
+        axes.set_title(f"{column} (dashed: upside down, never seen)", fontsize=9, loc="left")
     steps, values = logged(folder, "rnd/bonus")
-    axes["bonus"].plot(np.array(steps) / 1000, values, color="grey", linewidth=0.7, alpha=0.6, zorder=0)
-    for step, room in zip(*logged(folder, "charts/new_room")):
-        axes["bonus"].axvline(step / 1000, color="grey", linewidth=0.8, linestyle=":")
-        axes["bonus"].annotate(
-            f"room {room:.0f}", (step / 1000, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7
-        )
-    axes["bonus"].set(yscale="log", xlabel="environment steps (thousands)", ylabel="bonus")
-    axes["bonus"].set_title(
-        "lines: the screens; dashed: the same upside down, never seen; grey: the mini-batches", fontsize=9, loc="left"
-    )
+    axes.plot(np.array(steps) / 1000, values, color="grey", linewidth=0.7, alpha=0.6, zorder=0, label="mini-batches")
+    axes.legend(fontsize=8)
     figure.suptitle(f"{args.env_id.removesuffix('NoFrameskip-v4')}, seed {args.seed}", fontsize=10)
     return figure
 
@@ -140,8 +138,8 @@ def main() -> None:
     for step, weights in models.items():
         agent.load_weights(weights)
         for kind, shown in (("screen", screens), ("upside down", screens[:, ::-1].copy())):
-            rows += [(step, i, kind, bonus) for i, bonus in enumerate(bonus_of(agent, shown))]
-    table = pd.DataFrame(rows, columns=["step", "screen", "kind", "bonus"])
+            rows += [(step, i, kind, *values) for i, values in enumerate(errors_and_bonus(agent, shown))]
+    table = pd.DataFrame(rows, columns=["step", "screen", "kind", "error", "bonus"])
     out = pathlib.Path(args.out_dir or folder)
     try:
         out.mkdir(parents=True, exist_ok=True)

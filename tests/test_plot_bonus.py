@@ -63,8 +63,9 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path, monkeypatch):
             inputs = torch.tensor(inputs, dtype=torch.float32).unsqueeze(1)
             with torch.no_grad():
                 errors = (agent.rnd.predictor(inputs) - agent.rnd.target(inputs)).square().mean(dim=1)
-            bonus = table[(table.step == step) & (table.kind == kind)].bonus
-            np.testing.assert_allclose(bonus, errors.numpy() / scale, rtol=1e-3)
+            rows = table[(table.step == step) & (table.kind == kind)]
+            np.testing.assert_allclose(rows.error, errors.numpy(), rtol=1e-3)
+            np.testing.assert_allclose(rows.bonus, errors.numpy() / scale, rtol=1e-3)
 
 
 @pytest.mark.parametrize("options, message", [
