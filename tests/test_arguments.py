@@ -224,7 +224,7 @@ NUMBERS = st.one_of(
 ).map(str)
 
 
-@pytest.mark.parametrize("script", ["rde_dqn_atari", "rde_sac_dmc"])
+@pytest.mark.parametrize("script", ["rde_dqn_atari", "rde_drq_atari", "rde_sac_dmc"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_arguments_never_show_a_stack_trace(script, data, tmp_path, monkeypatch):
