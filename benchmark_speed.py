@@ -491,12 +491,8 @@ def minigrid_rows(args: Args, device: torch.device) -> dict:
 
 
 ROWS = {"atari": atari_rows, "dmc": dmc_rows, "safety": safety_rows, "minigrid": minigrid_rows}
-CEILINGS = {
-    "atari": ATARI_CEILING,
-    "dmc": DMC_CEILING,
-    "safety": None,
-    "minigrid": None,
-}  # rows that no loop can be faster than
+# Rows that no loop of their suite can be faster than.
+CEILINGS = {"atari": ATARI_CEILING, "dmc": DMC_CEILING, "safety": None, "minigrid": None}
 
 
 def check_args(args: Args) -> None:
