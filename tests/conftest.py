@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import functools
 import importlib.util
 import io
 import os
@@ -67,6 +68,13 @@ def load_module(name: str, path: pathlib.Path):
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def put_environments(monkeypatch: pytest.MonkeyPatch, script, make_env) -> None:
+    """Other environments for a script. Observations that it keeps for the whole process are then made and kept apart."""
+    monkeypatch.setattr(script, "make_env", make_env)
+    if hasattr(script, "random_observations"):
+        monkeypatch.setattr(script, "random_observations", functools.cache(script.random_observations.__wrapped__))
 
 
 def command(script: str, *arguments) -> list[str]:

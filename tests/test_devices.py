@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, put_environments
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NOT_FROM_CUDA = {"numpy", "__array__"}
@@ -309,7 +309,7 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
             run.stop.received = signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(script, "make_env", with_short_episodes(script))
+        put_environments(monkeypatch, script, with_short_episodes(script))
         monkeypatch.setattr(script.Run, "count_step", count_step_and_stop)
         if stop_at is None:
             script.train(args)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from conftest import ATARI_SCRIPTS, load_script
+from conftest import ATARI_SCRIPTS, load_script, put_environments
 
 # The decay of epsilon takes half of the run; a reset is due at gradient step 300 of 360.
 OPTIONS = {
@@ -81,7 +81,7 @@ class Loop:
             self.counts.append((len(self.added), agent.acting_counts.tolist()))
             return real_scalars(agent)
 
-        monkeypatch.setattr(script, "make_env", make_env)
+        put_environments(monkeypatch, script, make_env)
         spy(script.ReplayBuffer, "add", lambda _, buffer, i, action, reward, next_frame, terminated: self.added.append(
             (i, int(action), reward, terminated, next_frame.copy())))  # fmt: skip
         spy(
