@@ -118,7 +118,7 @@ class Study:
         self.path, self.scripts, self.runs, self.journal = path, path / scripts_name, path / "runs", path / "journal"
         self.scripts.mkdir()
         (self.scripts / "dqn_atari.py").write_text(FAKE_SCRIPT)
-        for name in ("sr_dqn_atari", "rde_dqn_atari", "rde_sac_dmc", "rde_dqn", "rde_sac_safety"):
+        for name in ("sr_dqn_atari", "rde_dqn_atari", "rde_sac_dmc", "rde_dqn", "rde_drq_atari", "rde_sac_safety"):
             (self.scripts / f"{name}.py").write_text("class Args:\n    reset_interval: int = 80_000\n" + FAKE_SCRIPT)
         (self.scripts / "plot_benchmark.py").write_text("import sys\nprint('PLOT', *sys.argv[1:])\n")
         self.environment = {name: os.environ[name] for name in os.environ if name[:5] not in ("SLURM", "OMP_N")}
@@ -244,6 +244,11 @@ def test_suites(study):
     assert in_short(dry_run(study, "--methods", "rde_sac_lag --kappa 1", *ONCE)) == [
         "rde_sac_safety.py SafetyHalfCheetahVelocity-v1 1 1 --kappa 1 --exp-name rde_sac_lag_kappa_1"]  # fmt: skip
     assert [command[3] for command in dry_run(study, "--methods", "rde_sac", *ONCE)] == ["walker-run", "hopper-hop"]
+    expected = [
+        f"rde_drq_atari.py BoxingNoFrameskip-v4 1 1{more}"
+        for more in (" --num-agents 1 --reset-interval 0", " --num-agents 1", "")
+    ]
+    assert in_short(dry_run(study, "--methods", "drq,sr_drq,rde_drq", "--games", "Boxing", *ONCE)) == expected
 
 
 def test_a_method_with_options_of_its_own(study):

@@ -155,6 +155,8 @@ LABELS = [
     (SR | {"exp_name": "sr_sac_lag"}, "SR+SAC-Lag"), (RDE | {"exp_name": "rde_sac_lag"}, "RDE+SAC-Lag"),
     (RDE | {"exp_name": "rde_sac_safety"}, "RDE+SAC-Lag"), (DQN | {"exp_name": "dqnx"}, "dqnx"),
     (RDE | {"exp_name": "rde_sac_lag_kappa_1"}, "RDE+SAC-Lag kappa 1"), (DQN | {"exp_name": "rnd_dqn_atari"}, "RND-DQN"),
+    (RDE | {"exp_name": "rde_drq_atari"}, "RDE+DrQ"), (SR | {"exp_name": "rde_drq_atari"}, "SR+DrQ"),
+    (DQN | {"exp_name": "rde_drq_atari"}, "DrQ"), (DQN | {"exp_name": "drq_num-atoms_1"}, "DrQ num-atoms 1"),
 ]  # fmt: skip
 
 
