@@ -56,13 +56,16 @@ def test_captured_and_plain_calls_give_the_same_numbers(name, arguments, bf16):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def run(tmp_path: pathlib.Path, script: str, *arguments) -> tuple[list[str], dict]:
-    """The training games of a run on the GPU, without their seconds, and its model, as loaded without a GPU."""
-    before = set(tmp_path.iterdir())
-    result = subprocess.run(command(script, *arguments, "--runs-dir", tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    (folder,) = set(tmp_path.iterdir()) - before
+def start(runs_dir: pathlib.Path, script: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(command(script, *arguments, "--runs-dir", runs_dir), env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def training_games(process: subprocess.Popen, runs_dir: pathlib.Path) -> list[str]:
+    """Of a run on the GPU, without their seconds; its model can be loaded without a GPU."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (folder,) = runs_dir.iterdir()
     assert '"device": "cpu"' not in (folder / "args.json").read_text()
     games = [row.rsplit(",", 1)[0] for row in (folder / "episodes.csv").read_text().splitlines()]
     model = torch.load(folder / "model.pt", weights_only=True)
@@ -70,15 +73,13 @@ def run(tmp_path: pathlib.Path, script: str, *arguments) -> tuple[list[str], dic
         for value in values if isinstance(values, list) else [values]:
             for tensor in value.values() if isinstance(value, dict) else [value]:
                 assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu"
-    return games, model
+    return games
 
 
 SHORT_SAC = (
     "--env-id cartpole-balance --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 500 --total-timesteps 1100 "
     "--eval-interval 0 --eval-episodes 1 --reset-interval 300"
 ).split()
-
-
 SHORT_MLP = (
     "--env-id CartPole-v1 --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 200 --total-timesteps 1000 "
     "--eval-interval 0 --eval-episodes 1 --reset-interval 200"
@@ -97,5 +98,7 @@ SHORT_SAFETY = (
      ("rde_dqn", SHORT_MLP), ("rde_sac_dmc", SHORT_SAC), ("rde_sac_safety", SHORT_SAFETY)],
 )  # fmt: skip
 def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
-    captured, plain = run(tmp_path, script, *arguments), run(tmp_path, script, *arguments, "--no-cuda-graphs")
-    assert captured[0] == plain[0] and len(captured[0]) > 1
+    folders = tmp_path / "captured", tmp_path / "plain"
+    processes = start(folders[0], script, *arguments), start(folders[1], script, *arguments, "--no-cuda-graphs")
+    captured, plain = (training_games(*one) for one in zip(processes, folders, strict=True))
+    assert captured == plain and len(captured) > 1
