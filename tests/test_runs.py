@@ -424,3 +424,22 @@ def test_a_run_with_two_agents_stays_below_1_6_gigabytes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert 0.7e9 < int(result.stdout.split("peak")[-1]) < 1.6e9
+
+
+def test_denormal_numbers_become_0_in_every_thread_of_a_run(tmp_path):
+    """Adam's moments of a dead unit fade into them. Looked at in a process of its own, when everything has been made."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, rde_dqn_atari as script\n"
+        "def announce(run, *numbers):\n"
+        "    faded = torch.full((1_000_000,), 1.2e-38) * 0.9\n"
+        "    print(torch.get_num_threads(), 'threads:', faded.count_nonzero().item(), 'left')\n"
+        "    sys.exit()\n"
+        "script.Run.announce = announce\n"
+        "script.main()\n"
+    )
+    _, _, *arguments = command("rde_dqn_atari", *QUICK, "--runs-dir", tmp_path)
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
+                            env=environment() | {"OMP_NUM_THREADS": "2"})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 threads: 0 left" in result.stdout
