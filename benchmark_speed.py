@@ -522,6 +522,7 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = rde.Args().torch_deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_flush_denormal(True)  # as a run does
     suites = {suite: ROWS[suite](args, device) for suite in ROWS if suite in args.suites}
     rows = {name: row for suite in suites.values() for name, row in suite.items()}
 
