@@ -19,6 +19,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: two workers share the cores
 
+import torch
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ATARI_SCRIPTS = ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari"]
 
@@ -84,6 +86,12 @@ def command(script: str, *arguments) -> list[str]:
 def environment() -> dict[str, str]:
     """Of the commands that are tested: on the CPU, also where there is a GPU."""
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """A run in the process of the tests makes 0 of them; hypothesis wants them."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module", autouse=True)
