@@ -322,6 +322,7 @@ def main() -> None:
         if not isinstance(spaces[1], gym.spaces.Discrete) or not hasattr(args, "eval_epsilon"):
             fail(f"--epsilon is for discrete actions, and {script.SCRIPT} has none")
         args = dataclasses.replace(args, eval_epsilon=options.epsilon)
+    torch.set_flush_denormal(True)  # as in the run
     agent = script.Agent(args, *spaces, None, torch.device("cpu"))
     load_weights(agent, file)
     if options.like_evaluation:
