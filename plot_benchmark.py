@@ -3,7 +3,7 @@
     python plot_benchmark.py --runs-dir runs/benchmark
 
 writes into --out-dir table.md, results.csv (a row for every evaluation), training_games.csv, and the pictures: of every game
-learning_curves (evaluations), training_games and, where logged, success_curves and cost_curves; over games (interquartile
+learning_curves (evaluations), training_games; where logged, success_curves, cost_curves, cost_evaluations; over games (interquartile
 means) aggregate_curves, aggregate_training_games, performance_profiles; of resets collapse and collapse_training_games.
 
 Only finished runs count (they have model.pt and a complete "final" evaluation); every other folder is named, with the reason.
@@ -286,8 +286,7 @@ def runs_of(games: pd.DataFrame) -> pd.DataFrame:
     evaluations, training = evaluations_of(games), games[games.phase == "training"]
     curve = evaluations[evaluations.phase != "after_reset"].groupby(RUN, sort=False)
     runs = curve[["score", "normalized", "success"]].last().assign(best=curve.score.max())  # the last is the final one
-    # The last fifth of training, played with its exploration.
-    last = training[training.step > 0.8 * training.total_timesteps].groupby(RUN)
+    last = training[training.step > 0.8 * training.total_timesteps].groupby(RUN)  # the last fifth, with its exploration
     runs = runs.assign(training=last.score.mean(), normalized_training=last.normalized.mean(), num_training=last.size())
     runs["steps_to_success"] = evaluations[evaluations.success >= 0.9].groupby(RUN).step.min()  # NaN: not reached
     training = training.assign(violation=training.cost > training.cost_limit).groupby(RUN)
@@ -296,36 +295,38 @@ def runs_of(games: pd.DataFrame) -> pd.DataFrame:
 
 
 def resets_of(games: pd.DataFrame, window: int) -> pd.DataFrame:
-    """A row for every reset: the mean scores right before and right after it, in columns with _before and _after.
+    """A row for every reset: mean score and cost right before and right after it, in columns with _before and _after.
 
-    different: of its two evaluations; training: of the training games that ended at most `window` steps away.
+    different, cost: of its two evaluations; training_*: of the training games that ended at most `window` steps away.
     """
     evaluations, training = evaluations_of(games), games[games.phase == "training"]
-    resets = evaluations.assign(different_before=evaluations.different.shift(), different_after=evaluations.different)
+    of_evaluation = evaluations[["different", "cost"]]
+    resets = evaluations[RUN + ["step"]].join([of_evaluation.shift().add_suffix("_before"), of_evaluation.add_suffix("_after")])
     resets = resets[evaluations.phase == "after_reset"]
     near = resets[["run", "step"]].drop_duplicates().merge(training, on="run", suffixes=("", "_of_game"))
     distance = near.step_of_game - near.step
     for side, inside in (("before", distance.between(1 - window, 0)), ("after", distance.between(1, window))):
-        scores = near[inside].groupby(["run", "step"]).score.mean()
-        resets = resets.join(scores.rename(f"training_{side}"), on=["run", "step"])
+        means = near[inside].groupby(["run", "step"])[["score", "cost"]].mean()
+        resets = resets.join(means.add_prefix("training_").add_suffix(f"_{side}"), on=["run", "step"])
     return resets
 
 
 def collapses_of(resets: pd.DataFrame, args: Args) -> pd.DataFrame:
-    """Mean scores before and after the resets of all seeds, by the evaluations and by the training games, and their ratio.
+    """Means before and after the resets of all seeds, by the evaluations and by the training games, and the scores' ratio.
 
     Of means, as single ratios are noise; NaN where the score before is not positive. With those of the seeds, and an interval.
     """
     ratio_of = lambda sums: np.where(sums[..., 0] > 0, sums[..., 1], math.nan) / sums[..., 0]
     rows = []
-    for source, column in ((EVALUATIONS, "different"), (TRAINING, "training")):
+    for source, column, cost in ((EVALUATIONS, "different", "cost"), (TRAINING, "training_score", "training_cost")):
         sides = [f"{column}_before", f"{column}_after"]
         for group, of_group in resets.dropna(subset=sides).groupby(GROUP, sort=False):
             sums, seeds = of_group.groupby("seed")[sides].sum().to_numpy(), np.arange(of_group.seed.nunique())[:, np.newaxis]
             ratio, interval = bootstrap(lambda drawn: ratio_of(sums[drawn.ravel()].sum(axis=0, keepdims=True)), seeds, args)
-            before, after = sums.sum(axis=0) / len(of_group)
-            rows.append((*group, source, len(of_group), before, after, ratio[0], ratio_of(sums), *interval.ravel()))
-    return pd.DataFrame(rows, columns=[*GROUP, "source", "resets", "before", "after", "ratio", "of_seeds", "low", "high"])
+            scores, costs = sums.sum(axis=0) / len(of_group), of_group[[f"{cost}_before", f"{cost}_after"]].mean()
+            rows.append((*group, source, len(of_group), *scores, ratio[0], ratio_of(sums), *interval.ravel(), *costs))
+    names = "source resets before after ratio of_seeds low high cost_before cost_after"
+    return pd.DataFrame(rows, columns=GROUP + names.split())
 
 
 def comparable(games: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -424,6 +425,7 @@ those that ended in the {args.reset_window:,} steps before and after; resets wit
 Rate of success in the final evaluation, mean over seeds; steps to the first one with 90 %, median (inf: not reached)."""),
     "Cost": (f"{GAME} | seeds | limit | total cost | episodes | above the limit", """\
 Mean ± standard deviation over seeds: the cost of the whole training, its episodes, and those with a cost above the limit."""),
+    "Cost around a reset": (f"{GAME} | of | resets | cost before | cost after", "Means, as in the section on collapse."),
     "Published scores, beside training games": ("game | whose | score | human-normalized", """\
 Published scores stand beside the TRAINING games of this study (the last fifth, with exploration), not beside its evaluations:
 the RDE paper's go on with training games, others explore a little. Over games: the interquartile mean of the games' means."""),
@@ -461,10 +463,10 @@ def tables_of(games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame
         ratio = number(row.ratio, () if any(np.isnan(row.of_seeds)) else row.of_seeds)
         interval = "-" if math.isnan(row.low) else f"{row.low:.3f} to {row.high:.3f}"
         tables["Collapse of a reset"].append((*row[:7], ratio, interval))
+        tables["Cost around a reset"] += [(*row[:5], row.cost_before, row.cost_after)] if row.cost_before >= 0 else []  # or NaN
     for (suite, *group), rows in shared.groupby(["suite", "replay_ratio", "method"], sort=False):
         scores = final_scores(rows)[..., np.newaxis]
-        row = (suite, *group, *scores.shape[1::-1], *estimate(interquartile_means, scores, args))
-        tables["Over games"].append(row)
+        tables["Over games"].append((suite, *group, *scores.shape[1::-1], *estimate(interquartile_means, scores, args)))
     improvement = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
     for replay_ratio, rows in games.groupby("replay_ratio"):
         for ensemble, other in itertools.permutations(methods_of(rows), 2):
@@ -500,6 +502,7 @@ CURVES = {  # picture: what its curves are made of, columns with the names of th
     "training_games": (TRAINING, {"score": "return of the training games"}),
     "success_curves": (EVALUATIONS, {"success": "success in the evaluations"}),
     "cost_curves": (TRAINING, {"score": "return of the training games", "cost": "cost of the training games"}),
+    "cost_evaluations": (EVALUATIONS, {"score": "score of the evaluations", "cost": "cost of the evaluations"}),
     "aggregate_curves": (EVALUATIONS, {"normalized": "IQM of normalized scores"}),
     "aggregate_training_games": (TRAINING, {"normalized": "IQM of normalized returns"}),
 }
@@ -627,9 +630,8 @@ def main() -> None:
     published = published.merge(references.drop_duplicates(["game", "method"]))
     published["normalized"] = [normalized_score(env_id, score) for env_id, score in zip(published.env_id, published.score)]
     published["method"] = published.method.map(clean) + " (published)"
-    (shared, other_notes), collapses = comparable(games), collapses_of(resets_of(games, args.reset_window), args)
-    notes += other_notes
-    table = table_text(tables_of(games, shared, collapses, published, args), notes, games.run.nunique(), left_out, args)
+    (shared, more), collapses = comparable(games), collapses_of(resets_of(games, args.reset_window), args)
+    table = table_text(tables_of(games, shared, collapses, published, args), notes + more, games.run.nunique(), left_out, args)
     folder = pathlib.Path(args.out_dir or os.path.join(args.runs_dir, "results"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

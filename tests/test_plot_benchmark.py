@@ -444,10 +444,10 @@ def test_training_games_around_a_reset_by_hand(tmp_path):
     games = [(2999, 1000.0), (3000, 900.0), (3001, 10.0), (5000, 30.0), (5001, 8.0), (7000, 4.0), (7001, 90.0), (9000, 500.0)]
     write_run(tmp_path, resets, games=games, **SR, total_timesteps=10_000)
     table = plot.resets_of(read(tmp_path), 2000)
-    assert table[["training_before", "training_after"]].fillna(-1).values.tolist() == [[20.0, 6.0], [295.0, -1]]
+    assert table[["training_score_before", "training_score_after"]].fillna(-1).values.tolist() == [[20.0, 6.0], [295.0, -1]]
     of_training = [row for row in collapse_rows(read(tmp_path)) if row.source == "training games"]
     assert [(row.resets, row.before, row.after) for row in of_training] == [(1, 20.0, 6.0)]  # the second has none after it
-    assert plot.resets_of(read(tmp_path), 1).training_before.tolist() == [30.0, 500.0]  # another window
+    assert plot.resets_of(read(tmp_path), 1).training_score_before.tolist() == [30.0, 500.0]  # another window
 
 
 def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path):
@@ -552,6 +552,16 @@ def test_cost_by_hand(safety):
     assert tables(games)["Cost"] == [(*names, 2, "25", "114 ± 18", "4.00 ± 0.00", "2.00 ± 0.00")]
     without_limit = games.assign(cost_limit=math.inf)
     assert tables(without_limit)["Cost"][0][4:6] == ("inf", "114 ± 18")
+
+
+def test_cost_around_a_reset_by_hand(safety):
+    games, names = read(safety), ("SafetyHopperVelocity-v1", 1.0, "RDE+SAC-Lag")
+    expected = [(*names, "evaluations", 2, 20.0, 50.0), (*names, "training games", 2, 37.5, 19.5)]
+    assert tables(games)["Cost around a reset"] == expected
+    assert tables(games, reset_window=10)["Cost around a reset"][1][5:] == (25.0, 39.0)
+    assert tables(games.assign(cost=math.nan))["Cost around a reset"] == []
+    _, costs = pictures(games)["cost_evaluations_SafetyHopperVelocity-v1"].axes
+    assert "cost of the evaluations" in costs.get_ylabel() and 50.0 in lines_of(costs)["RDE+SAC-Lag"][1]
 
 
 def test_cost_beside_return_with_its_limit(safety, call):
