@@ -1,12 +1,14 @@
 """What a program can hold README.md and docs/ to: tables of arguments, names of metrics, files and links, lengths."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from copies import scripts
 from tables_of_arguments import page, with_table
 
-from conftest import ROOT
+from conftest import ROOT, environment
 
 DOCUMENTED = [path for path in scripts() if not path.stem.startswith("my_")]  # a variant of somebody's own needs no page
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +57,22 @@ def test_what_a_page_links_to_exists(path):
 def test_the_programs_that_a_page_names_exist(path):
     for name in re.findall(r"`(?:python |bash )?((?:tests/|baselines/)?\w+\.(?:py|sh))\b", path.read_text()):
         assert (ROOT / name).exists() or "my_" in name or name.startswith("_"), name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_studies_that_a_page_gives_can_be_typed(path):
+    """Every block of lines with benchmark.sh in it, run with --dry-run; the other programs, and a reader's own scripts, do nothing."""
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", path.read_text(), re.MULTILINE)
+    blocks = [block for block in blocks if re.search(r"^ {4}.*benchmark\.sh", block, re.MULTILINE)]
+    for block in blocks:
+        program = (
+            'bash() { [[ $* == *my_* ]] || command bash "$1" --dry-run "${@:2}"; }\n'
+            "python() { :; }; nvidia-cuda-mps-control() { :; }; sbatch() { :; }; parallel() { cat; }\n"
+        )
+        result = subprocess.run(["bash", "-euc", program + block], cwd=ROOT, env=environment() | {"PYTHON": sys.executable},
+                                capture_output=True, text=True, check=False)  # fmt: skip
+        assert result.returncode == 0 and ("my_" in block or "--env-id" in result.stdout), (block, result.stderr)
+    assert blocks or path.parent.name != "results"
 
 
 def test_readme_fits_on_two_screens_and_names_every_script():
