@@ -93,6 +93,13 @@ def scores(lines: list[str], player: str = "") -> list[tuple[str, ...]]:
 # ---------------------------------------------------------------------------------------------------------------- scores
 
 
+def test_denormal_numbers_are_0_as_in_the_run(play, folder):
+    path = folder("cartpole")  # made in this process, too
+    torch.set_flush_denormal(False)
+    played(play, path, "--episodes", 1)
+    assert (torch.tensor(1.2e-38) * 0.9).item() == 0.0
+
+
 @pytest.mark.parametrize("name", ["minigrid", "safety", "cartpole", "drq"])
 def test_scores_of_the_final_evaluation(play, folder, name):
     """With its seeds and its generator play.py's own functions give the very rows that the run left."""
