@@ -1,5 +1,6 @@
 """The CUDA path: captured and plain calls give the same numbers. Skipped, and so not tested, where there is no GPU."""
 
+import csv
 import os
 import pathlib
 import subprocess
@@ -61,13 +62,14 @@ def start(runs_dir: pathlib.Path, script: str, *arguments) -> subprocess.Popen:
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def training_games(process: subprocess.Popen, runs_dir: pathlib.Path) -> list[str]:
+def training_games(process: subprocess.Popen, runs_dir: pathlib.Path) -> list[dict[str, str]]:
     """Of a run on the GPU, without their seconds; its model can be loaded without a GPU."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     (folder,) = runs_dir.iterdir()
     assert '"device": "cpu"' not in (folder / "args.json").read_text()
-    games = [row.rsplit(",", 1)[0] for row in (folder / "episodes.csv").read_text().splitlines()]
+    with (folder / "episodes.csv").open(newline="") as file:
+        games = [{name: value for name, value in row.items() if name != "wall_seconds"} for row in csv.DictReader(file)]
     model = torch.load(folder / "model.pt", weights_only=True)
     for values in model.values():
         for value in values if isinstance(values, list) else [values]:
@@ -101,4 +103,4 @@ def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
     folders = tmp_path / "captured", tmp_path / "plain"
     processes = start(folders[0], script, *arguments), start(folders[1], script, *arguments, "--no-cuda-graphs")
     captured, plain = (training_games(*one) for one in zip(processes, folders, strict=True))
-    assert captured == plain and len(captured) > 1
+    assert captured == plain and len(captured) > 0
