@@ -1,16 +1,17 @@
 """The CUDA path: captured and plain calls give the same numbers. Skipped, and so not tested, where there is no GPU."""
 
-import csv
 import os
 import pathlib
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from agents import OBSERVATION_DIM, dqn_agent, sac_agent
-from conftest import QUICK, command, load_script
+from conftest import QUICK, assert_same_end, command, load_script, only_run, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the CUDA path is NOT tested here")
 DEVICE = torch.device("cuda")
@@ -62,14 +63,13 @@ def start(runs_dir: pathlib.Path, script: str, *arguments) -> subprocess.Popen:
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def training_games(process: subprocess.Popen, runs_dir: pathlib.Path) -> list[dict[str, str]]:
+def training_games(process: subprocess.Popen, runs_dir: pathlib.Path) -> list[tuple]:
     """Of a run on the GPU, without their seconds; its model can be loaded without a GPU."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     (folder,) = runs_dir.iterdir()
     assert '"device": "cpu"' not in (folder / "args.json").read_text()
-    with (folder / "episodes.csv").open(newline="") as file:
-        games = [{name: value for name, value in row.items() if name != "wall_seconds"} for row in csv.DictReader(file)]
+    games = rows(folder, "episodes.csv")
     model = torch.load(folder / "model.pt", weights_only=True)
     for values in model.values():
         for value in values if isinstance(values, list) else [values]:
@@ -104,3 +104,25 @@ def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
     processes = start(folders[0], script, *arguments), start(folders[1], script, *arguments, "--no-cuda-graphs")
     captured, plain = (training_games(*one) for one in zip(processes, folders, strict=True))
     assert captured == plain and len(captured) > 0
+
+
+@pytest.mark.parametrize(
+    "script, arguments, games",
+    [("rde_dqn_atari", [*QUICK, "--reset-interval", "120"], 2), ("rde_dqn", SHORT_MLP, 10), ("rde_sac_safety", SHORT_SAFETY, 10)],
+)  # fmt: skip
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, script, arguments, games):
+    """Stopped by SIGTERM after so many games; graphs are captured anew, random numbers go on where they were."""
+    folders = tmp_path / "undisturbed", tmp_path / "stopped"
+    undisturbed, stopped = (start(folder, script, *arguments) for folder in folders)
+    deadline = time.monotonic() + 300
+    while not any(folders[1].glob("*/episodes.csv")) or len(rows(only_run(folders[1]), "episodes.csv")) < games:
+        assert stopped.poll() is None and time.monotonic() < deadline, stopped.stderr.read()
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    _, errors = stopped.communicate(timeout=300)
+    assert stopped.returncode == 143, errors
+    resumed = start(folders[1], script, *arguments, "--resume", "auto")
+    for process in (resumed, undisturbed):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert_same_end(only_run(folders[1]), only_run(folders[0]))
