@@ -567,17 +567,17 @@ def curves_of(picture: str, games: pd.DataFrame, published: pd.DataFrame, args: 
 def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
     """Games from left to right, in each a short line for every method."""
     rows = collapses[(collapses.source == source) & collapses.ratio.notna()].sort_values("replay_ratio", kind="stable")
-    env_ids, methods, curves = sorted(rows.env_id.unique()), methods_of(rows), []
+    names, methods, curves = sorted(map(game_name, rows.env_id.unique())), methods_of(rows), []
     for row in rows.itertuples():
-        left = env_ids.index(row.env_id) + 0.7 * methods.index(row.method) / len(methods) - 0.35
+        left = names.index(game_name(row.env_id)) + 0.7 * methods.index(row.method) / len(methods) - 0.35
         ends = [left, left + 0.6 / len(methods), math.nan]
         panel = (f"{source}, replay ratio {row.replay_ratio:g}", "", "score after / before a reset")
         curves.append(new_curve(panel, row.method, ends, row.ratio, [[row.low], [row.high]], row.of_seeds))
-    grid = draw_panels(curves, width=max(4.4, 0.35 * len(env_ids)))
+    grid = draw_panels(curves, width=max(4.4, 0.35 * len(names)))
     for axes in grid.axes_dict.values():
         axes.axhline(1, color="grey", linewidth=1, linestyle="--")
-        axes.set_xticks(range(len(env_ids)), map(game_name, env_ids), rotation=90 if len(env_ids) > 3 else 0)
-        axes.set(xlim=(-0.6, len(env_ids) - 0.4), ylim=(min(-0.05, axes.get_ylim()[0]), None))
+        axes.set_xticks(range(len(names)), [name.replace("-", "-\n") for name in names], rotation=90 if len(names) > 4 else 0)
+        axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(min(-0.05, axes.get_ylim()[0]), None))
     return grid.tight_layout().figure
 
 
