@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import json
 import math
 import pathlib
@@ -488,6 +489,26 @@ def test_picture_of_a_collapse(tmp_path):
         assert sorted(seeds) == [0.0, 0.5, 1.0]
         assert sorted(set(band_of(axes, i)[:, 1])) == [0.0, 1.0]
     assert any(list(line.get_ydata()) == [1, 1] for line in axes.lines)
+
+
+@pytest.mark.parametrize(
+    "env_ids",
+    [
+        ["SafetyHalfCheetahVelocity-v1", "SafetyPointMaze-v0"],
+        [f"MiniGrid-{name}-v0" for name in ("GoToDoor-5x5", "LavaGapS5", "LavaGapS6", "LavaGapS7")],
+        [f"{game}NoFrameskip-v4" for game in ("CrazyClimber", "Freeway", "Gopher", "MsPacman")],
+        [f"{game}NoFrameskip-v4" for game in list(plot.RANDOM_AND_HUMAN_SCORES)[:7]],
+    ],
+)
+def test_names_below_a_collapse_stand_apart(env_ids, tmp_path):
+    for env_id in env_ids:
+        write_run(tmp_path, [(60, "before_reset", (9.0, 9.0)), (60, "after_reset", (4.0, 4.0)), FINAL], **SR, env_id=env_id)
+    figure = pictures(read(tmp_path))["collapse"]
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+    assert len(boxes) == len(env_ids)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert axes.get_window_extent().height > figure.bbox.height / 3  # and they leave room for the picture
 
 
 # ------------------------------------------------------------------------------------------------------ success and cost
