@@ -59,7 +59,9 @@ def test_captured_and_plain_calls_give_the_same_numbers(name, arguments, bf16):
 
 
 def start(runs_dir: pathlib.Path, script: str, *arguments) -> subprocess.Popen:
-    return subprocess.Popen(command(script, *arguments, "--runs-dir", runs_dir), env=os.environ | {"OMP_NUM_THREADS": "1"},
+    # Without the progress bar: what nobody reads in time fills the pipe, and then the process waits.
+    return subprocess.Popen(command(script, *arguments, "--runs-dir", runs_dir),
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
