@@ -237,13 +237,15 @@ def network_input(frames: torch.Tensor, brightness: torch.Tensor | float = 1.0) 
 def random_shift(frames: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     """Stacks (batch, 4, 84, 84) that are shifted down and to the right by `shifts` - 4 pixels, with repeated edges.
 
-    Shifts (2, batch) are 0 to 8. The four frames of a stack move together: what moves on the screen must not seem to move otherwise (Yarats et al.).
+    Shifts (2, batch) are 0 to 8. The four frames of a stack move together: what moves on the screen must not seem to move
+    otherwise (Yarats et al.). So the four bytes at a place are moved as one number, which also leaves them channels last.
     """
-    rows = torch.arange(-4, 88, device=frames.device).clamp(0, 83)  # (92,), the edges four times more
-    left, right = frames[..., :1].expand(-1, -1, -1, 4), frames[..., -1:].expand(-1, -1, -1, 4)
-    padded = torch.cat([left, frames, right], dim=3).index_select(2, rows)  # (batch, 4, 92, 92)
-    windows = padded.unfold(2, 84, 1).unfold(3, 84, 1)  # (batch, 4, 9, 9, 84, 84), a view: one window for every shift
-    return windows[torch.arange(len(frames), device=frames.device), :, *(8 - shifts)]
+    pixels = torch.stack(frames.unbind(1), dim=3).view(torch.int32)  # (batch, 84, 84, 1)
+    rows, columns = (torch.arange(84, device=frames.device) + 4 - shifts.unsqueeze(2)).clamp_(0, 83)  # (batch, 84) both
+    rows = rows + 84 * torch.arange(len(frames), device=frames.device).unsqueeze(1)  # of all stacks, one below the other
+    places = 84 * rows.unsqueeze(2) + columns.unsqueeze(1)  # (batch, 84, 84)
+    shifted = pixels.flatten().index_select(0, places.flatten()).view(pixels.shape)
+    return shifted.view(torch.uint8).permute(0, 3, 1, 2)
 
 
 def projected(target_atoms: torch.Tensor, probabilities: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
