@@ -38,7 +38,7 @@ Runs all combinations of games, methods, replay ratios and seeds, then plot_benc
   --replay-ratios LIST   default 1,4; with --setting official 0.25,1, which are 1 and 4 of the paper
   --seeds N | LIST       5 = the seeds 1 to 5 (the default); or seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
   --total-timesteps N    environment steps of a run (default: that of the script)
-  --setting official     the code of the paper: --num-envs 4 --reset-interval 20000 --learning-starts 2000 --end-e 0.1
+  --setting official     nearly the paper's code: --num-envs 4 --reset-interval 20000 --learning-starts 2000 --end-e 0.1
   --smoke                a small study of two minutes, to see that everything works
   --reset-interval N     of the methods that reset (default: that of the script; in Freeway 40000, or 10000 if official)
   --reset-depth DEPTH    last1, last2 or full, of the methods that reset
