@@ -38,7 +38,7 @@ Runs all combinations of games, methods, replay ratios and seeds, then plot_benc
   --replay-ratios LIST   default 1,4; with --setting official 0.25,1, which are 1 and 4 of the paper
   --seeds N | LIST       5 = the seeds 1 to 5 (the default); or seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
   --total-timesteps N    environment steps of a run (default: that of the script)
-  --setting official     nearly the paper's code: --num-envs 4 --reset-interval 20000 --learning-starts 2000 --end-e 0.1
+  --setting official     nearly that of the paper: --num-envs 4 --reset-interval 20000 --learning-starts 2000 --end-e 0.1
   --smoke                a small study of two minutes, to see that everything works
   --reset-interval N     of the methods that reset (default: that of the script; in Freeway 40000, or 10000 if official)
   --reset-depth DEPTH    last1, last2 or full, of the methods that reset
@@ -69,12 +69,12 @@ while (($#)); do
 done
 passed_on=("$@") for_scripts=" $methods $* "
 set_here=" --(env-id|seed|replay-ratio|runs-dir|resume|check-only)[ =]" # scripts take --env_id for --env-id, too
-[[ ! ${for_scripts//_/-} =~ $set_here ]] || fail "--${BASH_REMATCH[1]} is set for every run by the options before any --"
+[[ ! ${for_scripts//_/-} =~ $set_here ]] || fail "--${BASH_REMATCH[1]} is set by benchmark.sh itself for every run (see --games, --seeds, --replay-ratios, --runs-dir)"
 # ------------------------------------------------------------------------------------------------------------- the list of runs
 case $suite:$methods in :*sac_lag*) suite=safety ;; :*sac*) suite=dmc ;; :*) suite=atari ;; esac
 plain=${PLAIN_METHOD[$suite]:-} methods=${methods:-$plain,sr_$plain,rde_$plain}
 [[ -n $plain ]] || fail "--suite is $suite, but must be atari, dmc, minigrid or safety"
-[[ $setting == default || $suite == atari && -n ${SETTINGS[$setting]:-} ]] || fail "$suite has no setting $setting"
+[[ $setting == default || $suite == atari && -n ${SETTINGS[$setting]:-} ]] || fail "the suite $suite has no setting $setting; --setting official and --smoke are for atari"
 [[ $setting != smoke ]] || games=${games:-MsPacman} seeds=${seeds:-2} runs_dir=${runs_dir:-runs/smoke}
 added=(${SETTINGS[$setting]:-} ${total_timesteps:+--total-timesteps "$total_timesteps"}) runs_dir=${runs_dir:-runs/benchmark}
 [[ ${BASH_SOURCE[0]} != */slurm_script ]] || SCRIPTS_DIR=${SCRIPTS_DIR:-$SLURM_SUBMIT_DIR} # the name of SLURM's copy elsewhere
@@ -83,7 +83,7 @@ command -v "$PYTHON" >/dev/null || fail "the program $PYTHON is not there (PYTHO
 IFS=, read -ra methods <<<"${methods//$'\n'/ }"
 for m in "${!methods[@]}"; do
     read -r name own <<<"${methods[m]}"
-    [[ $name == *.py || -n ${METHODS[$suite:$name]:-} ]] || fail "--methods: $suite has no $name"
+    [[ $name == *.py || -n ${METHODS[$suite:$name]:-} ]] || fail "--methods: $suite has no $name, but $(printf '%s\n' "${!METHODS[@]}" | sed -n "s/^$suite://p" | sort | paste -sd' ')"
     [[ -z $own || $own == --* ]] || fail "--methods: ${methods[m]}: commas separate methods, and options begin with --"
     read -r script all <<<"${METHODS[$suite:$name]:-$name} $own"
     [[ $name == *.py && -e $script ]] || script=$SCRIPTS_DIR/$script

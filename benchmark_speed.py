@@ -9,6 +9,7 @@ the median of the ratios within a round. So what else goes on on the machine hit
 """
 
 import contextlib
+import copy
 import csv
 import datetime
 import math
@@ -150,7 +151,7 @@ class NaiveLoop:
     def __init__(self, env_id: str, device: torch.device, num_agents: int):
         self.env, self.device = rde.make_env(rde.Args(env_id=env_id)), device
         self.networks = [rde.QNetwork(int(self.env.action_space.n)).to(device) for _ in range(num_agents)]
-        self.targets = [rde.copy.deepcopy(network) for network in self.networks]
+        self.targets = [copy.deepcopy(network) for network in self.networks]
         self.optimizers = [torch.optim.Adam(network.parameters(), lr=1e-4) for network in self.networks]
         self.transitions = deque(maxlen=10_000)
         self.observation, _ = self.env.reset(seed=0)
@@ -547,6 +548,8 @@ def main() -> None:
                             capture_output=True, text=True, check=False).stdout.strip() or "no commit"  # fmt: skip
     measured = [args.env_id] * ("atari" in args.suites)
     measured += [f"{args.task} ({args.hidden_dim} wide, batch {args.batch_size})"] * ("dmc" in args.suites)
+    measured += [f"SAC-Lag ({args.hidden_dim} wide, batch {args.batch_size})"] * ("safety" in args.suites)
+    measured += [mlp.Args().env_id] * ("minigrid" in args.suites)
     print(f"{', '.join(measured)}, {device_name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
           f"commit {commit}, {datetime.date.today()}, median of {args.rounds} rounds\n")  # fmt: skip
     print("| row | steps/s | ms per step | over the ceiling |\n|---|---|---|---|")
@@ -577,7 +580,7 @@ def main() -> None:
     for name in rows:
         if name.endswith(CONTENDED):
             print(f"{name.removesuffix(CONTENDED)}: {ratio(name.removesuffix(CONTENDED), name):.2f} times as long{CONTENDED}")
-    gflops = matrix_gflops(device)
+    gflops = matrix_gflops(device) if {"atari", "dmc"} & {*args.suites} else None
     if "atari" in args.suites:
         gflop = update_gflop(rows[ATARI_CEILING].env.action_space.n)
         print(f"floor of one DQN agent's update: {gflop:.2f} GFLOP at {gflops:.0f} GFLOP/s (matrix product) = "

@@ -70,7 +70,8 @@ def one_line(error: Exception) -> str:
 
 # ------------------------------------------------------------------------------------------------------ run and weights
 
-API = ("Agent", "check_environment", "derive_seed", "evaluate", "make_env", "read_args", "record_video")
+API = ("Agent", "EVALUATION", "RunError", "SCRIPT", "StopSignal", "check_environment", "derive_seed", "evaluate", "make_env",
+       "read_args", "record_video")  # fmt: skip
 
 
 def import_script(folder: str, scripts_dir: str):

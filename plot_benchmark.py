@@ -97,7 +97,7 @@ GROUP = ["env_id", "replay_ratio", "method"]  # the columns that the seeds of a 
 RUN = [*GROUP, "seed", "run"]
 RUN_FOLDER = re.compile(r".+__.+__-?\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
 # Scripts and methods of benchmark.sh. A method with options of its own has an --exp-name that goes on with them.
-BASES = {"dqn": "DQN", "dqn_atari": "DQN", "dqn_minigrid": "DQN", "sac": "SAC", "sac_dmc": "SAC", "sac_lag": "SAC-Lag",
+BASES = {"dqn": "DQN", "dqn_atari": "DQN", "sac": "SAC", "sac_dmc": "SAC", "sac_lag": "SAC-Lag",
          "sac_safety": "SAC-Lag", "rnd_dqn": "RND-DQN", "rnd_dqn_atari": "RND-DQN", "drq": "DrQ",
          "drq_atari": "DrQ"}  # fmt: skip
 PREFIXES = ["", "SR", "Ensemble", "RDE"]  # in the order of the tables
@@ -159,9 +159,9 @@ def parse_args(text: str) -> tuple[dict, str, str]:
         value, most = args.get(name), math.inf if name == "cost_limit" else 1e18
         if type(value) not in kinds or kinds != [str] and not abs(value) <= most:
             raise ValueError(f"no {name}, or one of a wrong kind")
-    # Without resets their depth says nothing, for one agent nothing is chosen.
-    idle = {"reset_depth"} if not args["reset_interval"] else set(), {"beta"} if args["num_agents"] == 1 else set()
-    settings = {name: str(value) for name, value in args.items() if name not in INCIDENTAL.union(*idle)}
+    # Without resets it says nothing what they do, for one agent nothing is chosen.
+    idle = ["reset_depth", "shrink"] * (not args["reset_interval"]) + ["beta", "beta_cost", "kappa"] * (args["num_agents"] == 1)
+    settings = {name: str(value) for name, value in args.items() if name not in INCIDENTAL.union(idle)}
     return args, json.dumps(settings, sort_keys=True), version
 
 

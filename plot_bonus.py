@@ -9,7 +9,6 @@ deviation: high until training has seen a screen, falling as it is seen again. T
 ever shows, say how high it is for a new one. Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
 """
 
-import json
 import pathlib
 from dataclasses import dataclass
 
@@ -42,15 +41,20 @@ class Args:
 def load(folder: pathlib.Path) -> tuple[rnd.Args, dict[int, dict]]:
     """The arguments of a run, and its models by the steps at which they were kept, the final one among them."""
     try:
-        content = json.loads((folder / "args.json").read_text())
-        args = rnd.Args(**content["args"])
-        files = {int(file.stem.removeprefix("step_")): file for file in (folder / "models").glob("step_*.pt")}
-        files[args.total_timesteps] = folder / "model.pt"
-        # Before learning starts there is no bonus yet, but only what it is made of.
-        files = {step: file for step, file in sorted(files.items()) if step >= args.learning_starts}
-        models = {step: torch.load(file, weights_only=True) for step, file in files.items()}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        rnd.fail(f"{folder} is not the folder of a finished run of rnd_dqn_atari.py: {error}")
+        args = rnd.read_args(str(folder), allow_changed_script=True)
+    except rnd.RunError as error:
+        rnd.fail(str(error))
+    files = {int(file.stem[5:]): file for file in (folder / "models").glob("step_*.pt") if file.stem[5:].isdigit()}
+    files[args.total_timesteps] = folder / "model.pt"
+    # Before learning starts there is no bonus yet, but only what it is made of.
+    files, models = {step: file for step, file in sorted(files.items()) if step >= args.learning_starts}, {}
+    for step, file in files.items():
+        try:
+            models[step] = torch.load(file, weights_only=True)
+        except FileNotFoundError:
+            rnd.fail(f"{folder} is not the folder of a finished run: {file.name} is not there")
+        except Exception:  # damaged, a file can have any consequence
+            rnd.fail(f"{file} is damaged, cut off, or holds more than weights")
     if not args.intrinsic_coef or len(models) < 2:
         rnd.fail(f"the run in {folder} had no bonus, or kept no models on its way (--keep-models 20)")
     return args, models

@@ -40,7 +40,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -89,7 +88,7 @@ class Args:
     """the folder in which the run's own folder is made"""
     resume: str = ""
     """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
-    "auto" = the run with the same script and arguments: said to be finished, gone on with, or begun"""
+    "auto" = the run of this script with these arguments: reported if it is finished, continued if not, begun if there is none"""
     allow_changed_script: bool = False
     """resume also a run that another version of this script has begun"""
     check_only: bool = False
@@ -126,7 +125,7 @@ class Args:
     # ------------------------------------------------------------ learning
     replay_ratio: Annotated[float, "(0, inf)"] = 1.0
     """gradient steps per environment step; fractions are allowed (sensible: 0.25 to 8)"""
-    learning_starts: Annotated[int, "[0, inf)"] = 10_000
+    learning_starts: Annotated[int, "[1, inf)"] = 10_000
     """environment steps before the first gradient step"""
     buffer_size: Annotated[int, "[1, inf)"] = 100_000
     """transitions in the replay buffer"""
@@ -190,7 +189,10 @@ class QNetwork(nn.Module):
         self.output = nn.Linear(512, num_actions)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.output(F.relu(self.hidden(self.convolutions(observations))))
+        features = F.relu(self.hidden(self.convolutions(observations)))  # (batch, 512)
+        # In float32 with --bf16, too: in bfloat16 values of actions that differ by less than 0.4 % would be the same.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.output(features.float())
 
 
 RESET_LAYERS = {"last1": ["output"], "last2": ["hidden", "output"], "full": ["convolutions", "hidden", "output"]}
@@ -266,7 +268,7 @@ class Agent:
         with self.autocast():
             q_values = torch.stack([q_network(observations) for q_network in self.q_networks])  # (N, num_envs, actions)
         proposals = q_values.argmax(dim=2).T  # (num_envs, N)
-        judgement = q_values.float().index_select(0, self.oldest).squeeze(0).gather(1, proposals)  # (num_envs, N)
+        judgement = q_values.index_select(0, self.oldest).squeeze(0).gather(1, proposals)  # (num_envs, N)
         probabilities = selection_probabilities(judgement, self.beta)
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
@@ -283,9 +285,9 @@ class Agent:
         for q_network, target_network in zip(self.q_networks, self.target_networks):
             with self.autocast():
                 with torch.no_grad():
-                    next_q_values = target_network(next_observations).float().amax(dim=1)  # (batch_size,)
+                    next_q_values = target_network(next_observations).amax(dim=1)  # (batch_size,)
                     td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (batch_size,)
-                q_values = q_network(observations).float().gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
+                q_values = q_network(observations).gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
             loss = F.smooth_l1_loss(q_values, td_targets)
             loss.backward()
             nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
@@ -374,7 +376,7 @@ def check_schedules(args: Args) -> None:
     """Refuses schedules that cannot work."""
     if gradient_steps_due(args, args.total_timesteps) == 0:
         fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
-    shortest = math.ceil(args.num_envs * args.replay_ratio * args.num_agents)
+    shortest = math.ceil(Fraction(str(args.replay_ratio)) * args.num_envs * args.num_agents)
     if 0 < args.reset_interval < shortest:
         fail(f"--reset-interval {args.reset_interval} asks for more than one reset in a loop step; "
              f"use at least {shortest}, or 0 for never")  # fmt: skip
@@ -719,7 +721,7 @@ def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
 
 @torch.no_grad()
 def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
-    """How much of a network is left to learn with, by observations (batch, 4, 84, 84) uint8."""
+    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8."""
     features, activations = network_input(observations), []
     for layer in [*q_network.convolutions, q_network.hidden]:
         features = layer(features)
@@ -754,6 +756,7 @@ class ReplayBuffer:
     overwritten.
     """
 
+    # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "oldest_frames")
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
@@ -844,7 +847,7 @@ ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = 
 
 
 def derive_seed(seed: int, purpose: int, *indices: int) -> int:
-    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
+    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it; a last index 0 is as none)."""
     return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
 
 
@@ -962,7 +965,7 @@ class RunError(Exception):
 def state_of(part):
     """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
 
-    A class names the attributes that have to be kept in KEPT. PyTorch's modules, optimizers and generators, NumPy's
+    A class names the attributes that have to be kept in KEPT, in the order in which they are restored. PyTorch's modules, optimizers and generators, NumPy's
     generators, arrays and tensors keep themselves; everything else has to be a plain value.
     """
     if hasattr(part, "KEPT"):
@@ -1054,6 +1057,9 @@ class Run:
             if self.lock is None:
                 leave_to_another_process(path)
             check_files(path)
+            if is_finished(path):  # by a process that was at it when `resume_args` looked
+                print(f"the run in {path} is finished already")
+                sys.exit(0)
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -1083,7 +1089,7 @@ class Run:
     # ------------------------------------------------------------ begin, go on, end
 
     def restore(self, parts: dict) -> bool:
-        """Opens the run's files for all that is to be logged. True if there is a checkpoint, which all parts then are as."""
+        """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as they were at it."""
         self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
         self.parts = {"run": self, "initialisation": torch.default_generator} | parts
         checkpoint = self.file("checkpoint.pt")
@@ -1096,6 +1102,8 @@ class Run:
                 for name, part in self.parts.items():
                     restored(part, content["parts"][name])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                if is_lack_of_memory(error):
+                    raise
                 raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
             if self.global_step < self.args.total_timesteps:  # if that was the end, it was postponed
                 self.agenda = ["scheduled" if item == "final" else item for item in self.agenda]
@@ -1145,8 +1153,9 @@ class Run:
         args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
+        gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
         line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
-                f"parameters, {gradient_steps_due(args, args.total_timesteps):,} gradient steps, {num_resets} reset(s), "
+                f"parameters, {gradient_steps:,} gradient steps, {num_resets} reset(s), "
                 f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
         if self.speed_steps:  # of a run that goes on the speed is known
             seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
@@ -1165,7 +1174,7 @@ class Run:
         return bool(self.agenda) or self.global_step < self.args.total_timesteps
 
     def command_to_continue(self) -> str:
-        return f"python {sys.argv[0]} --resume {shlex.quote(self.path)}"
+        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(self.path)}"
 
     def end(self, message: str) -> None:
         """Ends the process as a shell expects of one that a signal ended."""
@@ -1181,7 +1190,7 @@ class Run:
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
         self.close_progress()
-        self.write_model("model.pt", weights)
+        self.write("model.pt", weights)
         remove_leftovers(self.path)
         self.writer.close()
         for env in self.parts["envs"] + self.eval_envs:
@@ -1218,7 +1227,7 @@ class Run:
         """Does the first item of the agenda, unless a signal stops it: keep weights, save a checkpoint, or evaluate."""
         if self.agenda[0] == "weights":
             os.makedirs(self.file("models"), exist_ok=True)
-            self.write_model(f"models/step_{self.global_step:08d}.pt", agent.weights())
+            self.write(f"models/step_{self.global_step:08d}.pt", agent.weights())
         elif self.agenda[0] == "checkpoint":
             self.agenda.pop(0)  # so that the checkpoint does not ask for itself
             try:
@@ -1319,12 +1328,14 @@ class Run:
         with replaced_when_written(self.file("args.json")) as file:
             file.write(json.dumps(content, indent=2).encode())
 
-    def write_model(self, name: str, weights: dict) -> None:
+    def write(self, name: str, content: dict) -> None:
+        """Replaces model.pt, models/... or the checkpoint; the old one stays until the new one is on the disk."""
         try:
             with replaced_when_written(self.file(name)) as file:
-                torch.save(weights, file)
-        except RuntimeError as error:  # PyTorch's way to say that the disk is full
-            raise RunError(f"{self.file(name)} was not written: {free_space(self.path)}; {WHAT_STAYS}") from error
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise RunError(f"{self.file(name)} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}") from error
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1343,21 +1354,13 @@ class Run:
         return sizes
 
     def save(self) -> None:
-        """Replaces the checkpoint; the last one stays until the new one is on the disk."""
+        """Replaces the checkpoint."""
         self.finite_metrics()
-        content = {
+        self.write("checkpoint.pt", {
             "script": SCRIPT, "script_sha256": SCRIPT_SHA256, "args": saved_arguments(self.args),
             "versions": package_versions() | {"device": self.device.type}, "num_threads": torch.get_num_threads(),
             "file_sizes": self.file_sizes(), "parts": {name: state_of(part) for name, part in self.parts.items()},
-        }  # fmt: skip
-        try:
-            with replaced_when_written(self.file("checkpoint.pt")) as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise RunError(
-                f"{self.file('checkpoint.pt')} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}"
-            ) from error
+        })  # fmt: skip
 
 
 def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
@@ -1367,9 +1370,13 @@ def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        for name in ("script", "script_sha256", "args", "versions", "num_threads", "file_sizes", "parts"):
+            content[name]
     except pickle.UnpicklingError:
         raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
     except Exception as error:  # a flipped bit can have any consequence
+        if is_lack_of_memory(error):
+            raise
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise RunError(f"{path} is damaged, cut off, or of another version of the scripts{reason}") from None
     if content["script"] != SCRIPT:
@@ -1412,7 +1419,7 @@ def free_space(path: str) -> str:
 
 @contextlib.contextmanager
 def new_run_folder(args: Args):
-    """A new folder. Until the context is left, in which it gets its args.json, no other process looks for runs, or begins one.
+    """A new folder. Until the context is left, in which it gets its args.json, no other process begins a run there.
 
     Runs of one script, environment and seed that start in the same second wait for the next.
     """
@@ -1562,7 +1569,7 @@ def commit_of_script() -> dict:
     folder = os.path.dirname(os.path.abspath(__file__))
     try:
         git = lambda *words: subprocess.run(
-            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
+            ["git", "--no-optional-locks", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
         )
         commit = git("rev-parse", "HEAD").stdout.strip()
         return {"commit": commit, "changed_since_commit": bool(git("status", "--porcelain", "--", SCRIPT).stdout)}
@@ -1612,9 +1619,10 @@ def check_args(args: Args) -> None:
         fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    limit = "--learning-starts" if args.learning_starts <= args.buffer_size else "--buffer-size"
     if args.batch_size > min(args.learning_starts, args.buffer_size):
         fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
-             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
+             f"that are stored when learning starts; lower it, or raise {limit}")  # fmt: skip
     for name in ("eval_interval", "checkpoint_interval"):
         if 0 < getattr(args, name) < args.num_envs:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
@@ -1663,13 +1671,19 @@ def main() -> None:
             train(args, path)
     except (RunError, FloatingPointError) as error:
         give_up(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has an error of its own on a GPU, and none on a CPU
-        reason = (str(error) or "MemoryError").splitlines()[0]
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
             raise
-        give_up(f"memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        give_up(f"out of memory ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
     except OSError as error:  # a full disk, a folder that cannot be written
         give_up(f"{error}; {WHAT_STAYS}")
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """On a CPU PyTorch raises a plain RuntimeError."""
+    known = re.search("out of memory|allocate memory", str(error)) if isinstance(error, RuntimeError) else None
+    return isinstance(error, MemoryError) or known is not None
 
 
 def give_up(message: str) -> None:

@@ -8,7 +8,7 @@ Q-values of their own, in two dueling heads on one network, and the agent follow
 
 20 minutes of a CPU core, in which the machinery can be seen at work, but no score can be expected:
 
-    python rnd_dqn_atari.py --total-timesteps 100000 --eval-interval 50000
+    python rnd_dqn_atari.py --total-timesteps 100000
 
 In two minutes, to see everything happen once:
 
@@ -49,7 +49,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -98,7 +97,7 @@ class Args:
     """the folder in which the run's own folder is made"""
     resume: str = ""
     """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
-    "auto" = the run with the same script and arguments: said to be finished, gone on with, or begun"""
+    "auto" = the run of this script with these arguments: reported if it is finished, continued if not, begun if there is none"""
     allow_changed_script: bool = False
     """resume also a run that another version of this script has begun"""
     check_only: bool = False
@@ -135,9 +134,9 @@ class Args:
     # ------------------------------------------------------------ learning
     replay_ratio: Annotated[float, "(0, inf)"] = 0.25
     """gradient steps per environment step; fractions are allowed (sensible: 0.25, and 1 on a GPU)"""
-    learning_starts: Annotated[int, "[0, inf)"] = 20_000
-    """environment steps before the first gradient step of the Q-network; after half of them the predictor begins to learn, after
-    three quarters the bonus' statistics"""
+    learning_starts: Annotated[int, "[1, inf)"] = 20_000
+    """environment steps before the first gradient step of the Q-network; in the first half of them frames are counted, then the
+    predictor learns, and in the last quarter the deviation of the bonus is counted, too"""
     buffer_size: Annotated[int, "[1, inf)"] = 100_000
     """transitions in the replay buffer (Dopamine: 1,000,000, of 7 GB)"""
     batch_size: Annotated[int, "[1, inf)"] = 32
@@ -178,7 +177,7 @@ class Args:
 
     # ------------------------------------------------------------ evaluation
     eval_interval: Annotated[int, "[0, inf)"] = 50_000
-    """environment steps between two evaluations; 0 = only at the end (and around resets, if there are any)"""
+    """environment steps between two evaluations; 0 = only at the end"""
     eval_episodes: Annotated[int, "[1, inf)"] = 10
     """whole games in an evaluation"""
     eval_epsilon: Annotated[float, "[0, 1]"] = 0.001
@@ -213,12 +212,14 @@ class QNetwork(nn.Module):
         )
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        features = F.relu(self.hidden(self.convolutions(observations)))  # (batch, 512)
-        q_values = []
-        for head in self.heads:
-            advantages = head["advantage"](features)  # (batch, num_actions)
-            q_values.append(head["value"](features) + advantages - advantages.mean(dim=1, keepdim=True))
-        return torch.stack(q_values)
+        features, q_values = F.relu(self.hidden(self.convolutions(observations))), []  # (batch, 512)
+        # In float32 with --bf16, too: in bfloat16 values of actions that differ by less than 0.4 % would be the same.
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            for head in self.heads:
+                advantages = head["advantage"](features)  # (batch, num_actions)
+                q_values.append(head["value"](features) + advantages - advantages.mean(dim=1, keepdim=True))
+            return torch.stack(q_values)
 
 
 def network_input(frames: torch.Tensor) -> torch.Tensor:
@@ -375,18 +376,18 @@ class RoomsSeen:
     KEPT = ("seen",)
 
     def __init__(self, args: Args):
-        self.counts = args.env_id.startswith("MontezumaRevenge")
+        self.counted = args.env_id.startswith("MontezumaRevenge")
         self.seen = np.zeros(256, bool)  # by the number that the emulator's memory holds
 
     def look(self, env: gym.Env) -> int | None:
         """The number of the room, if it is a new one."""
-        if not self.counts or self.seen[room := env.unwrapped.ale.getRAM()[3]]:
+        if not self.counted or self.seen[room := env.unwrapped.ale.getRAM()[3]]:
             return None
         self.seen[room] = True
         return int(room)
 
     def scalars(self) -> dict[str, float]:
-        return {"charts/rooms_seen": int(self.seen.sum())} if self.counts else {}
+        return {"charts/rooms_seen": int(self.seen.sum())} if self.counted else {}
 
 
 # -------------------------------------------------------------------------------------------------------------- agent
@@ -445,7 +446,7 @@ class Agent:
     def act(self, observations: torch.Tensor) -> torch.Tensor:
         """Greedy actions, (num_envs,), for observations (num_envs, 4, 84, 84) uint8."""
         with self.autocast():
-            return self.followed(self.q_network(network_input(observations)).float()).argmax(dim=1)
+            return self.followed(self.q_network(network_input(observations))).argmax(dim=1)
 
     def update(self) -> None:
         """One gradient step of the Q-network, and one of the predictor, on one mini-batch."""
@@ -458,10 +459,10 @@ class Agent:
             with torch.no_grad():
                 # Double: the online network chooses, the target network values. One choice for both heads, that of their sum:
                 # so both say what the same policy earns, and may be added.
-                next_actions = self.followed(self.q_network(next_observations).float()).argmax(dim=1)  # (batch_size,)
-                next_q_values = chosen(self.target_network(next_observations).float(), next_actions)
+                next_actions = self.followed(self.q_network(next_observations)).argmax(dim=1)  # (batch_size,)
+                next_q_values = chosen(self.target_network(next_observations), next_actions)
                 td_targets = rewards + batch.discounts * goes_on * next_q_values  # (num_heads, batch_size)
-            q_values = chosen(self.q_network(observations).float(), batch.actions)  # (num_heads, batch_size)
+            q_values = chosen(self.q_network(observations), batch.actions)  # (num_heads, batch_size)
         losses = F.smooth_l1_loss(q_values, td_targets, reduction="none").mean(dim=1)  # (num_heads,)
         losses.sum().backward()
         nn.utils.clip_grad_norm_(self.q_network.parameters(), args.max_grad_norm, foreach=True)
@@ -561,7 +562,8 @@ def check_schedules(args: Args) -> None:
     """Refuses schedules that cannot work."""
     if gradient_steps_due(args, args.total_timesteps) == 0:
         fail(f"--replay-ratio {args.replay_ratio} leaves --total-timesteps {args.total_timesteps} without a gradient step")
-    if (args.n_step - 1) * args.num_envs >= (stored := min(args.learning_starts // 2, args.buffer_size)):
+    stored = min(args.learning_starts // 2 // args.num_envs * args.num_envs, args.buffer_size)
+    if (args.n_step - 1) * args.num_envs >= stored:
         fail(f"--n-step {args.n_step} in {args.num_envs} environment(s) leaves nothing to draw of the {stored} transitions that are "
              "stored when half of --learning-starts is over; lower it, or raise --learning-starts or --buffer-size")  # fmt: skip
 
@@ -603,8 +605,8 @@ def train(args: Args, path: str | None = None) -> None:
             continue
 
         # Look at what the environments show, and before learning starts, get the bonus ready.
+        upload(observations, device_observations)
         if agent.rnd is not None:
-            upload(observations, device_observations)
             phase = run.global_step / args.learning_starts
             (count_frames if phase < 0.5 else follow if phase < 0.75 else follow_and_count)()
             for _ in range(preparations_due(args, run.global_step)):
@@ -616,7 +618,6 @@ def train(args: Args, path: str | None = None) -> None:
         explore = exploration.random(args.num_envs) < epsilon  # (num_envs,)
         actions = exploration.integers(agent.num_actions, size=args.num_envs)
         if not explore.all():
-            upload(observations, device_observations)
             greedy_actions = Download(act())
 
         # Learn. Launched before the emulator runs, so that the GPU trains while the CPU plays.
@@ -912,7 +913,7 @@ def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
 
 @torch.no_grad()
 def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
-    """How much of a network is left to learn with, by observations (batch, 4, 84, 84) uint8."""
+    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8."""
     features, activations = network_input(observations), []
     for layer in [*q_network.convolutions, q_network.hidden]:
         features = layer(features)
@@ -956,6 +957,7 @@ class NStepReplayBuffer:
     terminates (Burda et al.: the observation after the reset).
     """
 
+    # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "newest", "oldest_frames")
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator, max_n: int):
@@ -1100,7 +1102,7 @@ ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = 
 
 
 def derive_seed(seed: int, purpose: int, *indices: int) -> int:
-    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it)."""
+    """An independent 32-bit seed for a purpose (and the environment, the step, ... within it; a last index 0 is as none)."""
     return int(np.random.SeedSequence([seed, purpose, *indices]).generate_state(1)[0])
 
 
@@ -1218,7 +1220,7 @@ class RunError(Exception):
 def state_of(part):
     """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
 
-    A class names the attributes that have to be kept in KEPT. PyTorch's modules, optimizers and generators, NumPy's
+    A class names the attributes that have to be kept in KEPT, in the order in which they are restored. PyTorch's modules, optimizers and generators, NumPy's
     generators, arrays and tensors keep themselves; everything else has to be a plain value.
     """
     if hasattr(part, "KEPT"):
@@ -1310,6 +1312,9 @@ class Run:
             if self.lock is None:
                 leave_to_another_process(path)
             check_files(path)
+            if is_finished(path):  # by a process that was at it when `resume_args` looked
+                print(f"the run in {path} is finished already")
+                sys.exit(0)
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -1339,7 +1344,7 @@ class Run:
     # ------------------------------------------------------------ begin, go on, end
 
     def restore(self, parts: dict) -> bool:
-        """Opens the run's files for all that is to be logged. True if there is a checkpoint, which all parts then are as."""
+        """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as they were at it."""
         self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
         self.parts = {"run": self, "initialisation": torch.default_generator} | parts
         checkpoint = self.file("checkpoint.pt")
@@ -1352,6 +1357,8 @@ class Run:
                 for name, part in self.parts.items():
                     restored(part, content["parts"][name])
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                if is_lack_of_memory(error):
+                    raise
                 raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
             if self.global_step < self.args.total_timesteps:  # if that was the end, it was postponed
                 self.agenda = ["scheduled" if item == "final" else item for item in self.agenda]
@@ -1401,8 +1408,9 @@ class Run:
         args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
+        gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
         line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
-                f"parameters, {gradient_steps_due(args, args.total_timesteps):,} gradient steps, {num_resets} reset(s), "
+                f"parameters, {gradient_steps:,} gradient steps, {num_resets} reset(s), "
                 f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
         if self.speed_steps:  # of a run that goes on the speed is known
             seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
@@ -1421,7 +1429,7 @@ class Run:
         return bool(self.agenda) or self.global_step < self.args.total_timesteps
 
     def command_to_continue(self) -> str:
-        return f"python {sys.argv[0]} --resume {shlex.quote(self.path)}"
+        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(self.path)}"
 
     def end(self, message: str) -> None:
         """Ends the process as a shell expects of one that a signal ended."""
@@ -1437,7 +1445,7 @@ class Run:
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
         self.close_progress()
-        self.write_model("model.pt", weights)
+        self.write("model.pt", weights)
         remove_leftovers(self.path)
         self.writer.close()
         for env in self.parts["envs"] + self.eval_envs:
@@ -1474,7 +1482,7 @@ class Run:
         """Does the first item of the agenda, unless a signal stops it: keep weights, save a checkpoint, or evaluate."""
         if self.agenda[0] == "weights":
             os.makedirs(self.file("models"), exist_ok=True)
-            self.write_model(f"models/step_{self.global_step:08d}.pt", agent.weights())
+            self.write(f"models/step_{self.global_step:08d}.pt", agent.weights())
         elif self.agenda[0] == "checkpoint":
             self.agenda.pop(0)  # so that the checkpoint does not ask for itself
             try:
@@ -1575,12 +1583,14 @@ class Run:
         with replaced_when_written(self.file("args.json")) as file:
             file.write(json.dumps(content, indent=2).encode())
 
-    def write_model(self, name: str, weights: dict) -> None:
+    def write(self, name: str, content: dict) -> None:
+        """Replaces model.pt, models/... or the checkpoint; the old one stays until the new one is on the disk."""
         try:
             with replaced_when_written(self.file(name)) as file:
-                torch.save(weights, file)
-        except RuntimeError as error:  # PyTorch's way to say that the disk is full
-            raise RunError(f"{self.file(name)} was not written: {free_space(self.path)}; {WHAT_STAYS}") from error
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise RunError(f"{self.file(name)} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}") from error
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1599,21 +1609,13 @@ class Run:
         return sizes
 
     def save(self) -> None:
-        """Replaces the checkpoint; the last one stays until the new one is on the disk."""
+        """Replaces the checkpoint."""
         self.finite_metrics()
-        content = {
+        self.write("checkpoint.pt", {
             "script": SCRIPT, "script_sha256": SCRIPT_SHA256, "args": saved_arguments(self.args),
             "versions": package_versions() | {"device": self.device.type}, "num_threads": torch.get_num_threads(),
             "file_sizes": self.file_sizes(), "parts": {name: state_of(part) for name, part in self.parts.items()},
-        }  # fmt: skip
-        try:
-            with replaced_when_written(self.file("checkpoint.pt")) as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise RunError(
-                f"{self.file('checkpoint.pt')} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}"
-            ) from error
+        })  # fmt: skip
 
 
 def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
@@ -1623,9 +1625,13 @@ def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        for name in ("script", "script_sha256", "args", "versions", "num_threads", "file_sizes", "parts"):
+            content[name]
     except pickle.UnpicklingError:
         raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
     except Exception as error:  # a flipped bit can have any consequence
+        if is_lack_of_memory(error):
+            raise
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise RunError(f"{path} is damaged, cut off, or of another version of the scripts{reason}") from None
     if content["script"] != SCRIPT:
@@ -1668,7 +1674,7 @@ def free_space(path: str) -> str:
 
 @contextlib.contextmanager
 def new_run_folder(args: Args):
-    """A new folder. Until the context is left, in which it gets its args.json, no other process looks for runs, or begins one.
+    """A new folder. Until the context is left, in which it gets its args.json, no other process begins a run there.
 
     Runs of one script, environment and seed that start in the same second wait for the next.
     """
@@ -1818,7 +1824,7 @@ def commit_of_script() -> dict:
     folder = os.path.dirname(os.path.abspath(__file__))
     try:
         git = lambda *words: subprocess.run(
-            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
+            ["git", "--no-optional-locks", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
         )
         commit = git("rev-parse", "HEAD").stdout.strip()
         return {"commit": commit, "changed_since_commit": bool(git("status", "--porcelain", "--", SCRIPT).stdout)}
@@ -1868,9 +1874,10 @@ def check_args(args: Args) -> None:
         fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
+    limit = "--learning-starts" if args.learning_starts <= args.buffer_size else "--buffer-size"
     if args.batch_size > min(args.learning_starts, args.buffer_size):
         fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
-             "that are stored when learning starts; raise --learning-starts or --buffer-size")  # fmt: skip
+             f"that are stored when learning starts; lower it, or raise {limit}")  # fmt: skip
     for name in ("eval_interval", "checkpoint_interval"):
         if 0 < getattr(args, name) < args.num_envs:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
@@ -1919,13 +1926,19 @@ def main() -> None:
             train(args, path)
     except (RunError, FloatingPointError) as error:
         give_up(str(error))
-    except (MemoryError, RuntimeError) as error:  # PyTorch has an error of its own on a GPU, and none on a CPU
-        reason = (str(error) or "MemoryError").splitlines()[0]
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
             raise
-        give_up(f"memory is out ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        give_up(f"out of memory ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
     except OSError as error:  # a full disk, a folder that cannot be written
         give_up(f"{error}; {WHAT_STAYS}")
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """On a CPU PyTorch raises a plain RuntimeError."""
+    known = re.search("out of memory|allocate memory", str(error)) if isinstance(error, RuntimeError) else None
+    return isinstance(error, MemoryError) or known is not None
 
 
 def give_up(message: str) -> None:

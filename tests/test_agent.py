@@ -115,6 +115,17 @@ def test_bf16_is_close_and_keeps_float32_parameters():
     assert {p.dtype for p in rounded.q_networks.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("script", [dqn, sr, rde], ids=lambda script: script.__name__)
+def test_with_bf16_values_that_differ_by_a_thousandth_are_told_apart(script):
+    """Between 8 and 8.06 there is no number in bfloat16."""
+    agent, arguments = dqn_agent(script, bf16=True), [torch.Generator()] if script is rde else []
+    for network in networks(agent):
+        network.output.weight.data.zero_()
+        network.output.bias.data[:] = torch.tensor([8.000, 8.008, 8.016, 8.024, 8.012])
+    actions = agent.act(torch.zeros((3, 4, 84, 84), dtype=torch.uint8), *arguments)
+    assert (actions[0] if script is rde else actions).tolist() == [3] * 3
+
+
 # ---------------------------------------------------------------------------------------------------------- selection
 
 

@@ -22,7 +22,7 @@ WRONG = [
     ("--seed -1", "--seed is -1, but must lie in [0, inf)"),
     ("--total-timesteps 0", "--total-timesteps is 0, but must lie in [1, inf)"),
     ("--total-timesteps -5", "--total-timesteps is -5"),
-    ("--learning-starts -1", "--learning-starts is -1, but must lie in [0, inf)"),
+    ("--learning-starts 0", "--learning-starts is 0, but must lie in [1, inf)"),
     ("--batch-size 0", "--batch-size is 0, but must lie in [1, inf)"),
     ("--buffer-size 0", "--buffer-size is 0"),
     ("--buffer-size 9000000000", "GB are free"),
@@ -166,13 +166,6 @@ def test_wrong_arguments(script, arguments, message, tmp_path, monkeypatch):
     else:  # what cannot be parsed at all is tyro's to say, in a frame of a few lines
         assert "For full helptext" in result.stderr
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("script", ["rde_dqn_atari", "rde_sac_dmc"])
-def test_there_is_a_message_for_every_kind_of_mistake(script):
-    """At least 40, none twice."""
-    table = WRONG + [case for case in TABLES[script] if case not in WRONG]
-    assert len(dict(table)) == len(table) >= 40
 
 
 @pytest.mark.parametrize("script", ["rde_dqn_atari", "rde_sac_dmc"])
@@ -340,6 +333,6 @@ def test_memory_that_is_out_is_one_line(what, tmp_path):
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(), check=False
     )
     line = error_line(result)
-    assert line.startswith("error: memory is out (") and what in line
+    assert line.startswith("error: out of memory (") and what in line
     steps = [int(step) for step in re.findall(r"(\d+)/600 \[", result.stderr)]
     assert max(steps, default=0) == (402 if what == "--batch-size" else 0)

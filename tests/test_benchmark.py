@@ -305,9 +305,9 @@ def test_the_real_scripts_have_the_options(study, options):
 BAD_OPTIONS = {  # by what is said
     " is not an option": ["--frobnicate 3", "Alien"], "--games needs a value": ["--games", "--games ''"],
     "--suite is chess": ["--suite chess"], "make 0 runs": ["--games ,"], "the script ": ["--methods missing.py"],
-    "atari has no ": ["--methods ppo", "--methods ,"], "dmc has no dqn": ["--methods dqn,sac", "--suite dmc --methods dqn"],
+    "atari has no ppo, but dqn drq ": ["--methods ppo"], "atari has no , but": ["--methods ,"], "dmc has no dqn": ["--methods dqn,sac", "--suite dmc --methods dqn"],
     "commas separate methods": ["--methods 'dqn rde_dqn'", "--methods 'dqn\nrde_dqn'"],
-    "--seed is set for every run by the options before any --": ["-- --seed 3", "--methods 'rde_dqn --seed 3'"],
+    "--seed is set by benchmark.sh itself for every run (see --games, --seeds,": ["-- --seed 3", "--methods 'rde_dqn --seed 3'"],
     "--runs-dir is set": ["-- --runs-dir X", "--methods 'rde_dqn --beta 2 --runs_dir=x'"],
     "--env-id is set": ["-- --env-id X", "-- --env_id=X"], "--replay-ratio is set": ["-- --replay-ratio=3"],
     "--resume is set": ["-- --resume auto"], "--check-only is set": ["-- --note x --check-only"],
@@ -315,7 +315,7 @@ BAD_OPTIONS = {  # by what is said
     "neither a seed nor a range": ["--seeds x", "--seeds 99999999999999999999"],
     "the lists make 1200000 runs, but 1 to 100,000": ["--seeds 100000"],
     "but must be a number from 1 to 999": ["--jobs 0", "--jobs two", "--jobs 1000", "--jobs 9223372036854775808"],
-    "atari has no setting unofficial": ["--setting unofficial"],
+    "atari has no setting unofficial; --setting official and": ["--setting unofficial"],
     "dmc has no setting": ["--setting official --methods sac", "--smoke --methods sac"],
 }  # fmt: skip
 

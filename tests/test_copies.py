@@ -49,14 +49,46 @@ def test_the_atari_scripts_define_the_same_but_for_the_idea():
     assert above["sr_dqn_atari"] - above["dqn_atari"] == {"RESET_LAYERS", "resets_due"}
     assert above["rde_dqn_atari"] - above["sr_dqn_atari"] == {"selection_probabilities"}
     assert above["dqn_atari"] <= above["sr_dqn_atari"] <= above["rde_dqn_atari"]
-    # What the ensembles of two suites have in common above the line is the same text.
-    atari, dmc = ((ROOT / f"rde_{name}.py").read_text() for name in ("dqn_atari", "sac_dmc"))
-    for name in ("selection_probabilities", "gradient_steps_due", "resets_due", "events_due", "check_schedules"):
-        assert source_of(atari, name) == source_of(dmc, name), name
+
+
+ENSEMBLES = {"rde_dqn_atari", "rde_drq_atari", "rde_dqn", "rde_sac_dmc", "rde_sac_safety"}
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("selection_probabilities", 5), ("resets_due", 5), ("events_due", 5), ("linear_schedule", 6), ("Agent.autocast", 8)],
+)
+def test_what_scripts_have_in_common_above_the_line_is_one_text(name, count):
+    """The ensembles their choice and their resets; whoever has one, the schedule."""
+    paths = [path for path in SCRIPTS if count > 5 or path.stem in ENSEMBLES]
+    paths = [path for path in paths if name.split(".")[0] in definitions(copies.parts(path)[0])]
+    texts = [source_of(copies.parts(path)[0], name) for path in paths]
+    assert len(texts) == count and len(set(texts)) == 1
+
+
+def test_the_arguments_of_the_run_and_of_the_machine_are_one_text():
+    """But for --bf16 of rnd_dqn_atari.py, which says that the bonus is computed in float32."""
+    texts = {
+        path.stem: re.search(r"    # -+ the run\n(.*?)    # -+ the environment\n", path.read_text(), re.DOTALL)[1]
+        for path in SCRIPTS
+    }
+    common = texts["dqn_atari"]
+    start, end = (
+        re.search(r'    bf16: bool = False\n    """.*?"""\n', text, re.DOTALL).span()
+        for text in (common, texts["rnd_dqn_atari"])
+    )
+    texts["rnd_dqn_atari"] = texts["rnd_dqn_atari"][: end[0]] + common[start[0] : start[1]] + texts["rnd_dqn_atari"][end[1] :]
+    assert (
+        [name for name, text in texts.items() if text != common] == [] and "resume: str" in common and "cuda_graphs" in common
+    )
 
 
 def source_of(text: str, name: str) -> str:
-    (node,) = [node for node in ast.parse(text).body if name in names(node)]
+    """Of a definition at the top level, or, as Class.method, in a class."""
+    body = ast.parse(text).body
+    for part in name.split("."):
+        (node,) = [node for node in body if part in names(node)]
+        body = getattr(node, "body", None)
     return ast.get_source_segment(text, node)
 
 

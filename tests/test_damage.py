@@ -64,6 +64,11 @@ def a_part_of_another_size(path):
         (cut_off, "checkpoint.pt is damaged, cut off, or of another version of the scripts"),
         (empty, "checkpoint.pt is damaged, cut off, or of another version of the scripts"),
         (garbage, "checkpoint.pt is damaged, cut off, or of another version of the scripts"),
+        (
+            lambda path: torch.save({"actors": 1}, path / "checkpoint.pt"),
+            "checkpoint.pt is damaged, cut off, or of another version",
+        ),
+        (lambda path: torch.save([1], path / "checkpoint.pt"), "checkpoint.pt is damaged, cut off, or of another version"),
         (lambda path: change_argument(path, num_agents=3), "was written with num_agents = 2, but args.json says 3"),
         (lambda path: rewrite(path, script="dqn_atari.py"), "was written by dqn_atari.py, not by rde_"),
         (lambda path: rewrite_versions(path, torch="1.0"), "was written with torch 1.0, but here is"),
@@ -78,6 +83,23 @@ def test_a_checkpoint_that_does_not_fit(copy_of_stopped_run, damage, message):
     script = copy_of_stopped_run.name.split("__")[1]
     line = refused(load_script(script), copy_of_stopped_run, "--total-timesteps", 2_100)
     assert message in line
+
+
+@pytest.mark.parametrize("where", ["load_checkpoint", "restored"])
+@pytest.mark.parametrize("error", [RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), MemoryError(),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried")], ids=["mmap", "host", "cuda"])  # fmt: skip
+def test_lack_of_memory_is_not_called_damage(where, error, copy_of_stopped_run, sac, monkeypatch):
+    """Who reads that a checkpoint is damaged may delete it."""
+
+    def lack(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(*((sac.torch, "load") if where == "load_checkpoint" else (sac, "restored")), lack)
+    before = snapshot(copy_of_stopped_run)["checkpoint.pt"]
+    result = run_main(sac, "--resume", copy_of_stopped_run)
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: out of memory (")
+    assert snapshot(copy_of_stopped_run)["checkpoint.pt"] == before
 
 
 def test_a_bit_that_is_flipped_anywhere(stopped_runs, sac, tmp_path):

@@ -85,7 +85,7 @@ def test_full_while_a_checkpoint_is_written(name, kilobytes, tmp_path, runs, mon
 def test_full_when_the_weights_are_written(tmp_path, runs, sac, monkeypatch):
     """The checkpoint of the end stays. With more room there is nothing left to do but the final evaluation."""
     with small_disk(tmp_path / "disk", "100m") as disk, monkeypatch.context() as patch:
-        full_at(patch, disk, sac.Run, "write_model", 1, 0)
+        full_at(patch, disk, sac.Run, "write", 2, 0)  # after the last checkpoint
         line = error_line(run_main(sac, *RUNS["sac"][1], "--runs-dir", disk / "runs"))
         path = only_run(disk / "runs")
         assert "No space left on device" in line or f"{path}/model.pt was not written: 0 MB are free" in line

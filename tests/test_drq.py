@@ -298,6 +298,16 @@ def test_what_is_seen_before_and_after_has_its_own_draws_and_all_agents_see_the_
 # ----------------------------------------------------------------------------------------------------------------- network
 
 
+def test_with_bf16_values_that_differ_by_a_thousandth_are_told_apart():
+    """Between 8 and 8.06 there is no number in bfloat16."""
+    agent = make_agent(num_atoms=1, bf16=True)
+    for network in agent.q_networks:
+        for layer, bias in ((network.value, 8.0), (network.advantage, 0.0)):
+            layer.weight.data.zero_(), layer.bias.data.fill_(bias)
+        network.advantage.bias.data[NUM_ACTIONS - 1] = 0.008
+    assert agent.act(pictures(1, 3, 4), torch.Generator())[0].tolist() == [NUM_ACTIONS - 1] * 3
+
+
 @pytest.mark.parametrize("num_atoms", [1, 7])
 def test_only_differences_of_advantages_count(num_atoms):
     torch.manual_seed(0)

@@ -255,7 +255,6 @@ def test_a_buffer_goes_on_from_its_state(num_steps):
     continued = []
     for target in (buffer, fresh):
         if target is fresh:
-            fresh.frames_written = state["frames_written"]  # first in KEPT: it says how many frames there are
             rnd.restored(fresh, state)
         target.start_episode(0, frame(900))
         target.start_episode(1, frame(901))

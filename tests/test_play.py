@@ -378,6 +378,8 @@ def test_other_scripts(play, folder, tmp_path):
     assert result.code == 0 and scores(result.out.splitlines()) == scores(played(play, path))
     assert result.err == "warning: rde_dqn.py has been changed since it made the run; it is played as it is now\n"
     (scripts / "rde_dqn.py").write_text("def evaluate(): pass")
-    assert "it has no Agent, check_environment," in refused(play, path, "--scripts-dir", scripts)
+    assert "it has no Agent, EVALUATION, RunError, SCRIPT, StopSignal, check_environment," in refused(
+        play, path, "--scripts-dir", scripts
+    )
     (scripts / "rde_dqn.py").write_text("import no_such_package")
     assert "cannot be imported: No module named" in refused(play, path, "--scripts-dir", scripts)

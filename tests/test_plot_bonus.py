@@ -1,5 +1,6 @@
 """plot_bonus.py: which screens it takes, what it says of them, what it refuses."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["nowhere"], "is not the folder of a finished run of rnd_dqn_atari.py"), (["--screens", "9"], "--screens must be 1 to 8"),
+    (["nowhere"], "nowhere is not a run folder: "), (["--screens", "9"], "--screens must be 1 to 8"),
     (["--steps", "2"], "--steps at least as many"), (["--epsilon", "2"], "--epsilon in [0, 1]"),
 ])  # fmt: skip
 def test_wrong_arguments(options, message, run_folder, monkeypatch, capsys):
@@ -86,3 +87,20 @@ def test_a_run_without_models_on_its_way(run_folder, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as end:
         plot(monkeypatch, tmp_path)
     assert end.value.code == 2 and "kept no models on its way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content", [
+    ("model.pt", b""), ("model.pt", b"PK\3\4"), ("args.json", b"{"), ("args.json", b'{"script": "dqn_atari.py", "script_sha256": "", "args": {}}'),
+])  # fmt: skip
+def test_a_folder_that_is_damaged_or_of_another_script(name, content, run_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        plot(monkeypatch, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert (
+        "model.pt is damaged, cut off, or holds more" in error
+        if name == "model.pt"
+        else "is not a run folder of rnd" in error or "not of rnd" in error
+    )

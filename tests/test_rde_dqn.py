@@ -150,6 +150,16 @@ def test_update_in_bfloat16_is_near_that_in_float32(script):
     assert 0 < difference < 0.1
 
 
+def test_with_bfloat16_values_that_differ_by_a_thousandth_are_told_apart(script):
+    """Between 8 and 8.06 there is no number in bfloat16."""
+    agent = make_agent(script, 2, bf16=True)
+    weight, bias = agent.q_networks.layers[-1]
+    weight.zero_(), bias.fill_(8.0)
+    bias[..., -1] = 8.008
+    actions, _ = agent.act(torch.randn(3, OBSERVATION_DIM), torch.Generator())
+    assert actions.tolist() == [NUM_ACTIONS - 1] * 3
+
+
 def test_the_target_moves_by_tau(script):
     agent = make_agent(script, 2, tau=0.25, target_update_interval=0)
     for _ in range(3):

@@ -456,6 +456,15 @@ def test_auto_of_a_finished_run_says_so(copy_of_finished_run, sac, runs):
     assert_same_end(copy_of_finished_run, runs("sac").path)
 
 
+def test_a_run_that_another_process_finishes_meanwhile(copy_of_finished_run, sac, monkeypatch):
+    """Between the first look at the folder and the lock: it is not begun anew, which would take its files away."""
+    before, answers, is_finished = snapshot(copy_of_finished_run), iter([False]), sac.is_finished
+    monkeypatch.setattr(sac, "is_finished", lambda path: next(answers, None) is not False and is_finished(path))
+    result = run_main(sac, "--resume", copy_of_finished_run)
+    assert (result.returncode, result.stdout) == (0, f"the run in {copy_of_finished_run} is finished already\n")
+    assert next(answers, None) is None and snapshot(copy_of_finished_run) == before
+
+
 def test_auto_looks_at_script_and_arguments(copy_of_stopped_run, sac):
     """Of an interrupted run; whatever the current folder, and the form of --runs-dir, is."""
     runs_dir = copy_of_stopped_run.parent

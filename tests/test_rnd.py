@@ -323,6 +323,16 @@ def test_with_bfloat16_the_bonus_is_the_same():
     )
 
 
+def test_with_bfloat16_values_that_differ_by_a_thousandth_are_told_apart():
+    """Between 8 and 8.06 there is no number in bfloat16."""
+    agent = make_agent(bf16=True)
+    for head in agent.q_network.heads:
+        head["value"].weight.data.zero_(), head["value"].bias.data.fill_(8.0)
+        head["advantage"].weight.data.zero_(), head["advantage"].bias.data.zero_()
+        head["advantage"].bias.data[NUM_ACTIONS - 1] = 0.008
+    assert agent.act(pictures(1, 3, 4)).tolist() == [NUM_ACTIONS - 1] * 3
+
+
 # -------------------------------------------------------------------------------------------------------- coefficient 0
 
 

@@ -144,7 +144,7 @@ def test_gradient_step_against_float64(safety, num_agents, multiplier):
     for i, reference in enumerate(references):
         alpha = reference.log_alpha.detach().exp()
         policy_actions, log_probs = reference.policy(observations, noise[i])
-        (-(reference.log_alpha * (log_probs.detach() - -ACTION_DIM * -1)).mean()).backward()
+        (-(reference.log_alpha * (log_probs.detach() - ACTION_DIM)).mean()).backward()
         with torch.no_grad():
             next_actions, next_log_probs = reference.policy(next_observations, next_noise[i])
             first, second, cost = reference.values(reference.targets, next_observations, next_actions)
@@ -170,6 +170,7 @@ def test_gradient_step_against_float64(safety, num_agents, multiplier):
             close(metrics["actor_loss"][i], cost.mean())
         assert actor_loss.abs() < 10
 
+        close(agent.alpha_optimizer.param_groups[i]["params"][0].grad[0], reference.log_alpha.grad)
         for k, layers in enumerate([*reference.critics, reference.actor]):
             optimizer, network = (agent.critic_optimizer, k) if k < 3 else (agent.actor_optimizer, 0)
             slices = optimizer.param_groups[i]["params"]

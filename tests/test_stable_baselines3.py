@@ -50,27 +50,27 @@ def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, arguments, in
 
 
 @pytest.mark.parametrize(
-    "script, argument",
+    "script, argument, message",
     [
-        ("dqn", "--replay-ratio=2"),
-        ("dqn", "--bf16"),
-        ("dqn", "--resume=auto"),
-        ("dqn", "--no-cuda"),
-        ("dqn", "--keep-models=2"),
-        ("dqn", "--gamma=2"),
-        ("sac", "--num-agents=2"),
-        ("sac", "--replay-ratio=0.5"),
-        ("sac", "--checkpoint-interval=10"),
-        ("sac", "--beta=1"),
+        ("dqn", "--replay-ratio=2", "--replay-ratio must be 1 / --num-envs here"),
+        ("dqn", "--bf16", "--bf16 has no effect on stable-baselines3's DQN"),
+        ("dqn", "--resume=auto", "--resume has no effect on"),
+        ("dqn", "--no-cuda", "--cuda has no effect on"),
+        ("dqn", "--keep-models=2", "--keep-models has no effect on"),
+        ("dqn", "--gamma=2", "--gamma is 2.0, but must lie in [0, 1]"),
+        ("sac", "--num-agents=2", "stable-baselines3's SAC has one agent"),
+        ("sac", "--replay-ratio=0.5", "and here one environment and a whole replay ratio"),
+        ("sac", "--checkpoint-interval=10", "--checkpoint-interval has no effect on stable-baselines3's SAC"),
+        ("sac", "--beta=1", "--beta has no effect on"),
     ],
 )
-def test_what_it_cannot_do_is_one_line(tmp_path, script, argument, monkeypatch, capsys):
+def test_what_it_cannot_do_is_one_line(tmp_path, script, argument, message, monkeypatch, capsys):
     arguments = {"dqn": DQN, "sac": SAC}[script]
     monkeypatch.setattr(sys, "argv", ["", *arguments, argument, "--runs-dir", str(tmp_path / "runs")])
     with pytest.raises(SystemExit) as end:
         load_script(f"baselines/stable_baselines3_{script}").main()
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ")
+    assert end.value.code == 2 and error.startswith("error: ") and message in error
     assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
