@@ -28,6 +28,12 @@ SAC = (
     "--env-id cartpole-swingup --total-timesteps 1300 --learning-starts 700 --replay-ratio 0.5 --batch-size 16 "
     "--hidden-dim 16 --buffer-size 1000 --eval-interval 600 --eval-episodes 2 "
 )
+SAFETY = (
+    "--env-id SafetyPointMaze-v0 --total-timesteps 1300 --learning-starts 700 --replay-ratio 0.5 --batch-size 16 "
+    "--hidden-dim 16 --buffer-size 1000 --eval-interval 600 --eval-episodes 1 "
+)
+MLP = "--env-id CartPole-v1 --total-timesteps 1300 --learning-starts 200 --hidden-dim 32 --eval-interval 600 --eval-episodes 2 "
+BEFORE = {"rde_sac_dmc": SAC, "rde_sac_safety": SAFETY, "rde_dqn": MLP}  # of the others ATARI
 ALIEN, FREEWAY, QBERT = (f"--env-id {game}NoFrameskip-v4 " for game in ("Alien", "Freeway", "Qbert"))
 
 # Name: script, arguments beside those above, threads. The names' last words say what a case is there for.
@@ -64,13 +70,22 @@ CASES = {
     "sac checkpoints": ("rde_sac_dmc", "--reset-interval 200 --checkpoint-interval 250", 1),
     "sac 2 threads": ("rde_sac_dmc", "--reset-interval 200 --hidden-dim 256 --batch-size 256", 2),
     "sac video": ("rde_sac_dmc", "--reset-interval 0 --eval-interval 0 --eval-episodes 1 --capture-video", 1),
+    "drq": ("rde_drq_atari", "--reset-interval 120", 1),
+    "drq numbers 2 environments": ("rde_drq_atari", "--reset-interval 120 --num-atoms 1 --width 0.5 --anneal --num-envs 2", 1),
+    "rnd": ("rnd_dqn_atari", "", 1),
+    "rnd without bonus": ("rnd_dqn_atari", "--intrinsic-coef 0 --num-envs 2", 1),
+    "mlp": ("rde_dqn", "--reset-interval 300", 1),
+    "mlp minigrid": ("rde_dqn", "--env-id MiniGrid-LavaGapS5-v0 --reset-interval 200 --tau 0.01 --target-update-interval 0", 1),
+    "mlp lunar lander": ("rde_dqn", "--env-id LunarLander-v3 --reset-interval 300 --optimizer rmsprop --num-envs 2", 1),
+    "safety": ("rde_sac_safety", "--reset-interval 200", 1),
+    "safety cheetah": ("rde_sac_safety", "--env-id SafetyHalfCheetahVelocity-v1 --reset-interval 200 --kappa 1", 1),
 }  # fmt: skip
 
 
 def run(folder: pathlib.Path, case: str, runs_dir: str) -> tuple[pathlib.Path | None, str]:
     """The run's folder, or None and what went wrong."""
     script, arguments, num_threads = CASES[case]
-    arguments = (SAC if script == "rde_sac_dmc" else ATARI) + arguments
+    arguments = BEFORE.get(script, ATARI) + arguments
     environment = {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, folder / f"{script}.py", *arguments.split(), "--runs-dir", runs_dir],
