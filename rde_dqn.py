@@ -1,12 +1,12 @@
 """Reset deep ensemble of DQN agents (RDE+DQN) with MLPs: MiniGrid, LunarLander, CartPole, and other flat observations.
 
 N agents learn from one replay buffer. They are reset one after another against primacy bias, and act as one: every agent
-proposes its greedy action, and the oldest agent, whose reset lies longest back, judges the proposals with its Q-values. The
+proposes its greedy action, and the oldest agent, whose last reset is longest ago, judges the proposals with its Q-values. The
 baselines are this script, too: SR+DQN is `--num-agents 1`, DQN `--num-agents 1 --reset-interval 0`.
 
     python rde_dqn.py --env-id MiniGrid-LavaGapS5-v0
 
-In two minutes, to see everything happen once (two resets among it):
+In two minutes, to see everything happen once (with two resets):
 
     python rde_dqn.py --env-id MiniGrid-LavaGapS5-v0 --total-timesteps 15000 --reset-interval 6000 --eval-interval 3000
 

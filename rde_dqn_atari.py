@@ -1,11 +1,11 @@
 """Reset deep ensemble of DQN agents (RDE+DQN) on Atari.
 
 N agents learn from one replay buffer. They are reset one after another against primacy bias, and act as one: every agent
-proposes its greedy action, and the oldest agent, whose reset lies longest back, judges the proposals with its Q-values.
+proposes its greedy action, and the oldest agent, whose last reset is longest ago, judges the proposals with its Q-values.
 
     python rde_dqn_atari.py --env-id AlienNoFrameskip-v4 --reset-depth last1
 
-In two minutes, to see everything happen once (three resets among it):
+In two minutes, to see everything happen once (with three resets):
 
     python rde_dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 --learning-starts 500
         --reset-interval 1600 --eval-interval 1000 --eval-episodes 2

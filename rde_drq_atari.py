@@ -2,12 +2,12 @@
 
 The base is DrQ(epsilon): dueling double DQN, 10-step returns and randomly shifted frames; by default its Q-values are
 distributions (C51). N such agents learn from one replay buffer. They are reset one after another against primacy bias, and
-act as one: every agent proposes its greedy action, and the oldest agent, whose reset lies longest back, judges the proposals
+act as one: every agent proposes its greedy action, and the oldest agent, whose last reset is longest ago, judges the proposals
 with its Q-values. The baselines are this script, too: SR+DrQ is `--num-agents 1`, DrQ `--num-agents 1 --reset-interval 0`.
 
     python rde_drq_atari.py --env-id BoxingNoFrameskip-v4
 
-On a CPU in six tenths of the time: `--width 0.5`. In two minutes, to see everything happen once (three resets among it):
+On a CPU in six tenths of the time: `--width 0.5`. In two minutes, to see everything happen once (with three resets):
 
     python rde_drq_atari.py --env-id BreakoutNoFrameskip-v4 --width 0.5 --total-timesteps 3000 --learning-starts 500
         --reset-interval 1600 --eval-interval 1000 --eval-episodes 2

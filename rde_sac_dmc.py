@@ -1,13 +1,13 @@
 """Reset deep ensemble of SAC agents (RDE+SAC) on the DeepMind Control Suite.
 
 N agents learn from one replay buffer. They are reset one after another against primacy bias, and act as one: every agent
-proposes an action of its policy, and the oldest agent, whose reset lies longest back, judges the proposals with the smaller
+proposes an action of its policy, and the oldest agent, whose last reset is longest ago, judges the proposals with the smaller
 of its two critics. The baselines are this script, too: SR+SAC is `--num-agents 1`, SAC `--num-agents 1 --reset-interval 0`.
 
     python rde_sac_dmc.py --env-id hopper-hop
 
 The paper's sizes are made for a GPU; without one, `--hidden-dim 256 --batch-size 256` are sizes to wait for. In two minutes,
-to see everything happen once (two resets among it):
+to see everything happen once (with two resets):
 
     python rde_sac_dmc.py --env-id cartpole-swingup --hidden-dim 64 --batch-size 64 --total-timesteps 8000
         --learning-starts 1000 --reset-interval 5000 --eval-interval 2000 --eval-episodes 2

@@ -2,7 +2,7 @@
 
 N agents learn from one replay buffer, are reset one after another against primacy bias, and act as one. Beside its reward
 critics every agent has a cost critic; one Lagrange multiplier, a PID controller on the cost of the training episodes, keeps
-that cost at the limit. Every agent proposes an action of its policy; the oldest agent, whose reset lies longest back, judges
+that cost at the limit. Every agent proposes an action of its policy; the oldest agent, whose last reset is longest ago, judges
 the proposals by its reward critics and by its cost critic, so that a new agent is kept from acting where it would be
 dangerous. The baselines are this script, too: SAC-Lagrangian with resets (SR) is `--num-agents 1`, SAC-Lagrangian
 `--num-agents 1 --reset-interval 0`, RDE without the safety-aware selection `--kappa 1`, RDE+SAC that only counts cost
@@ -11,7 +11,7 @@ dangerous. The baselines are this script, too: SAC-Lagrangian with resets (SR) i
     python rde_sac_safety.py --env-id SafetyHalfCheetahVelocity-v1
     python rde_sac_safety.py --env-id SafetyPointMaze-v0 --cost-limit 5
 
-In two minutes, to see everything happen once (four resets among it):
+In two minutes, to see everything happen once (with four resets):
 
     python rde_sac_safety.py --env-id SafetyPointMaze-v0 --cost-limit 5 --hidden-dim 64 --batch-size 64
         --total-timesteps 8000 --learning-starts 1000 --reset-interval 3000 --eval-interval 2000 --eval-episodes 2

@@ -5,7 +5,7 @@ kept.
 
     python sr_dqn_atari.py --env-id AlienNoFrameskip-v4 --reset-depth last1
 
-In two minutes, to see everything happen once (three resets among it):
+In two minutes, to see everything happen once (with three resets):
 
     python sr_dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 --learning-starts 500
         --reset-interval 800 --eval-interval 1000 --eval-episodes 2
