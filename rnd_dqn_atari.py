@@ -1220,8 +1220,8 @@ class RunError(Exception):
 def state_of(part):
     """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
 
-    A class names the attributes that have to be kept in KEPT, in the order in which they are restored. PyTorch's modules, optimizers and generators, NumPy's
-    generators, arrays and tensors keep themselves; everything else has to be a plain value.
+    A class names the attributes that have to be kept in KEPT, in the order in which they are restored. PyTorch's modules,
+    optimizers and generators, NumPy's generators, arrays and tensors keep themselves; everything else has to be a plain value.
     """
     if hasattr(part, "KEPT"):
         return {name: state_of(getattr(part, name)) for name in part.KEPT}
@@ -1344,7 +1344,7 @@ class Run:
     # ------------------------------------------------------------ begin, go on, end
 
     def restore(self, parts: dict) -> bool:
-        """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as they were at it."""
+        """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as at it."""
         self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
         self.parts = {"run": self, "initialisation": torch.default_generator} | parts
         checkpoint = self.file("checkpoint.pt")
