@@ -146,11 +146,25 @@ def test_run_by_hand(tmp_path):
     assert resets[["step", "different_before", "different_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
 
 
+def test_arguments_without_an_effect_do_not_tell_runs_apart(tmp_path):
+    """Without resets it says nothing what they do, for one agent nothing is chosen; where they have an effect, they do."""
+    settings = lambda **args: plot.parse_args(json.dumps({"args": args | {"env_id": ALIEN, "seed": 1, "total_timesteps": 9}}))[
+        1
+    ]
+    common = {"exp_name": "rde", "replay_ratio": 1.0, "eval_episodes": 2, "num_agents": 1, "reset_interval": 0}
+    both = lambda name, values, **args: [settings(**common | args | {name: value}) for value in values]
+    for name, values, with_effect in [
+        ("reset_depth", ("last1", "full"), {"reset_interval": 9}), ("shrink", (0.8, 0.5), {"reset_interval": 9}),
+        ("beta", (50.0, 1e9), {"num_agents": 2}), ("beta_cost", (50.0, 1.0), {"num_agents": 2}), ("kappa", (0.5, 1.0), {"num_agents": 2}),
+    ]:  # fmt: skip
+        assert len(set(both(name, values))) == 1 and len(set(both(name, values, **with_effect))) == 2, name
+
+
 LABELS = [
     (DQN, "DQN"), (SR, "SR+DQN"), (RDE, "RDE+DQN"), (SR | {"reset_interval": 0}, "DQN"), (RDE | {"num_agents": 1}, "SR+DQN"),
     (RDE | {"reset_interval": 0}, "Ensemble+DQN"), (RDE | {"exp_name": "rde_sac_dmc"}, "RDE+SAC"),
     (SR | {"exp_name": "rde_sac_dmc"}, "SR+SAC"), (DQN | {"exp_name": "rde_sac_dmc"}, "SAC"),
-    (RDE | {"exp_name": "rde_dqn_minigrid"}, "RDE+DQN"), (RDE | {"exp_name": "my idea"}, "my idea"),
+    (RDE | {"exp_name": "my idea"}, "my idea"),
     (DQN | {"exp_name": "dqn"}, "DQN"), (SR | {"exp_name": "sr_dqn"}, "SR+DQN"), (RDE | {"exp_name": "rde_dqn"}, "RDE+DQN"),
     (DQN | {"exp_name": "rde_dqn"}, "DQN"), (DQN | {"exp_name": "sac_lag"}, "SAC-Lag"),
     (SR | {"exp_name": "sr_sac_lag"}, "SR+SAC-Lag"), (RDE | {"exp_name": "rde_sac_lag"}, "RDE+SAC-Lag"),
@@ -520,7 +534,7 @@ def minigrid(tmp_path):
     for seed, rates in enumerate(((10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2))):
         evaluations = [(step, "final" if step == 80 else "scheduled", [(0.5, 1)] * rate + [(0, 0)] * (20 - rate))
                        for step, rate in zip((20, 40, 60, 80), rates)]  # fmt: skip
-        args = {"env_id": "MiniGrid-LavaGapS5-v0", "exp_name": "rde_dqn_minigrid", "total_timesteps": 80, "eval_episodes": 20}
+        args = {"env_id": "MiniGrid-LavaGapS5-v0", "exp_name": "rde_dqn", "total_timesteps": 80, "eval_episodes": 20}
         write_run(tmp_path, evaluations, games=[(10, (0.5, 1))], extra="success", seed=seed, **args)
     return tmp_path
 

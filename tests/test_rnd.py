@@ -596,7 +596,10 @@ def test_refused_arguments_have_a_line(arguments, message, capsys):
 
 
 def test_the_largest_n_that_is_left_is_accepted():
-    rnd.check_args(rnd.Args(n_step=100, num_envs=2, learning_starts=398, buffer_size=300))
+    """When the predictor begins to learn, after half of --learning-starts, whole loop steps are stored: 200, of which 2 are left."""
+    rnd.check_args(rnd.Args(n_step=100, num_envs=2, learning_starts=400, buffer_size=300))
+    with pytest.raises(SystemExit):  # 198 are stored, of which nothing is left
+        rnd.check_args(rnd.Args(n_step=100, num_envs=2, learning_starts=398, buffer_size=300))
 
 
 def test_rooms_of_montezumas_revenge_are_counted_once():
