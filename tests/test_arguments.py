@@ -76,9 +76,15 @@ WRONG_ATARI = [
     ("--env-id pong", "PongNoFrameskip-v4"),
     ("--total-timesteps 10000", "--learning-starts 10000 leaves nothing of --total-timesteps 10000"),
     ("--learning-starts 200000", "leaves nothing of --total-timesteps 100000"),
-    ("--learning-starts 31", "--batch-size 32 is more than the 31 transitions"),
+    (
+        "--learning-starts 31",
+        "--batch-size 32 is more than the 31 transitions that are stored when learning starts; lower it, or raise --learning-starts",
+    ),
     ("--batch-size 20000", "more than the 10000 transitions that are stored"),
-    ("--buffer-size 20", "--batch-size 32 is more than the 20 transitions"),
+    (
+        "--buffer-size 20",
+        "--batch-size 32 is more than the 20 transitions that are stored when learning starts; lower it, or raise --buffer-size",
+    ),
     ("--buffer-size 4 --batch-size 2", "too small for stacks of 4 frames"),
     ("--num-envs 8 --buffer-size 39", "it must be at least 40"),
     ("--num-envs 6000", "--eval-interval 5000 is shorter than one loop step of 6000 environments"),
@@ -173,6 +179,19 @@ def test_good_arguments_are_accepted(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     result = check(script, ["--buffer-size", "20000"], monkeypatch)
     assert (result.returncode, result.stderr, os.listdir(tmp_path)) == (0, "", [])
+
+
+@pytest.mark.parametrize(
+    "script", ["rde_dqn_atari", "rde_drq_atari", "rde_dqn", "rde_sac_dmc", "rde_sac_safety", "sr_dqn_atari"]
+)
+def test_the_shortest_reset_interval_is_computed_exactly(script, capsys):
+    """3 * 0.1 * 10 is more than 3 in floating point."""
+    module, agents = load_script(script), {} if script == "sr_dqn_atari" else {"num_agents": 10}
+    args = lambda interval: module.Args(num_envs=3 if agents else 30, replay_ratio=0.1, reset_interval=interval, **agents)
+    module.check_schedules(args(3))
+    with pytest.raises(SystemExit):
+        module.check_schedules(args(2))
+    assert "use at least 3, or 0 for never" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
