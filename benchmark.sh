@@ -38,9 +38,9 @@ Runs all combinations of games, methods, replay ratios and seeds, then plot_benc
   --replay-ratios LIST   default 1,4; with --setting official 0.25,1, which are 1 and 4 of the paper
   --seeds N | LIST       5 = the seeds 1 to 5 (the default); or seeds and ranges: 1,3,6-10; seed 3 alone: 3-3
   --total-timesteps N    environment steps of a run (default: that of the script)
-  --setting official     nearly that of the paper: --num-envs 4 --reset-interval 20000 --learning-starts 2000 --end-e 0.1
+  --setting official     that of the code of the paper: --num-envs 4 --learning-starts 2000 --end-e 0.1 --tau 0.00125/ratio
   --smoke                a small study of two minutes, to see that everything works
-  --reset-interval N     of the methods that reset (default: that of the script; in Freeway 40000, or 10000 if official)
+  --reset-interval N     of the methods that reset (default: that of the script, in Freeway 40000; official: 20000 and 10000)
   --reset-depth DEPTH    last1, last2 or full, of the methods that reset
   --jobs N               runs at the same time (default 1); from 2 on with OMP_NUM_THREADS=1 each, unless it is set
   --runs-dir FOLDER      for the runs, their logs and the results (default: runs/benchmark, with --smoke runs/smoke)
@@ -113,11 +113,11 @@ compose() { # index
     local m=$(($1 % num_methods)) game=${games[$1 / num_methods % num_games]} interval
     local seed=${seeds[$1 / num_methods / num_games % num_seeds]}
     local ratio=${replay_ratios[$1 / num_methods / num_games / num_seeds]}
-    interval=${RESET_INTERVALS[$setting:${game%NoFrameskip*}]:-${RESET_INTERVALS[$setting]:-}}
-    interval=${reset_interval:-$interval}
+    interval=${reset_interval:-${RESET_INTERVALS[$setting:${game%NoFrameskip*}]:-${RESET_INTERVALS[$setting]:-}}}
     run="$game ${methods[m]}, replay ratio $ratio, seed $seed"
     [[ $suite != atari || $game == *[-/]* ]] || game+=NoFrameskip-v4
     command=("${scripts[m]}" --env-id "$game" --seed "$seed" --replay-ratio "$ratio" "${added[@]}")
+    [[ $setting != official ]] || command+=(--tau "$(LC_ALL=C awk -v r="$ratio" 'BEGIN { print (r > 0 ? 0.00125 / r : 0) }')")
     [[ -z ${resets[m]} ]] || command+=(${interval:+--reset-interval "$interval"} ${reset_depth:+--reset-depth "$reset_depth"})
     command+=("${passed_on[@]}" ${options[m]} --runs-dir "$runs_dir" --resume auto)
 }

@@ -522,10 +522,10 @@ def draw_curve(data: pd.DataFrame, color: str, label: str, style: str) -> None:
     plt.plot(data.x[data.dip], data.y[data.dip], "v", color=color, markersize=7, markeredgecolor="white", zorder=3)
 
 
-def draw_panels(curves: list[pd.DataFrame], width: float = 4.4) -> sns.FacetGrid:
-    """A panel for every value of the column panel, at most 2 in a row."""
+def draw_panels(curves: list[pd.DataFrame], of_study: list[str], width: float = 4.4) -> sns.FacetGrid:
+    """A panel for every value of the column panel, at most 2 in a row; a method of the study looks alike in all pictures."""
     rows, lines, others = pd.concat(curves), itertools.cycle(["-", "--", "-."]), itertools.cycle(COLORS[len(PREFIXES) :])
-    methods = methods_of(rows)
+    methods = [*of_study, *(level for level in methods_of(rows) if level not in of_study)]
     colors = [COLORS[rank] if (rank := rank_of(method)) < len(PREFIXES) else next(others) for method in methods]
     styles = [":" if re.search(r"^limit |\(published\)$", method) else next(lines) for method in methods]
     facets = {"col": "panel", "col_wrap": min(2, rows.panel.nunique()), "sharex": False, "sharey": False}
@@ -533,7 +533,7 @@ def draw_panels(curves: list[pd.DataFrame], width: float = 4.4) -> sns.FacetGrid
     grid = sns.FacetGrid(rows, height=3.4, aspect=width / 3.4, **facets).map_dataframe(draw_curve)
     for panel, axes in grid.axes_dict.items():
         axes.set(**dict(zip(("title", "xlabel", "ylabel"), panel.split("\n\n"))))
-    grid.tight_layout().add_legend(title="")
+    grid.tight_layout().add_legend(title="", label_order=methods_of(rows))
     grid.figure.text(0.02, 0, LEGEND, verticalalignment="top", fontsize="small")
     return grid
 
@@ -564,7 +564,7 @@ def curves_of(picture: str, games: pd.DataFrame, published: pd.DataFrame, args: 
     return curves
 
 
-def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
+def plot_collapse(source: str, collapses: pd.DataFrame, of_study: list[str]) -> plt.Figure:
     """Games from left to right, in each a short line for every method."""
     rows = collapses[(collapses.source == source) & collapses.ratio.notna()].sort_values("replay_ratio", kind="stable")
     names, methods, curves = sorted(map(game_name, rows.env_id.unique())), methods_of(rows), []
@@ -573,7 +573,7 @@ def plot_collapse(source: str, collapses: pd.DataFrame) -> plt.Figure:
         ends = [left, left + 0.6 / len(methods), math.nan]
         panel = (f"{source}, replay ratio {row.replay_ratio:g}", "", "score after / before a reset")
         curves.append(new_curve(panel, row.method, ends, row.ratio, [[row.low], [row.high]], row.of_seeds))
-    grid = draw_panels(curves, width=max(4.4, 0.35 * len(names)))
+    grid = draw_panels(curves, of_study, max(4.4, 0.35 * len(names)))
     for axes in grid.axes_dict.values():
         axes.axhline(1, color="grey", linewidth=1, linestyle="--")
         axes.set_xticks(range(len(names)), [name.replace("-", "-\n") for name in names], rotation=90 if len(names) > 4 else 0)
@@ -589,12 +589,12 @@ def pictures_of(
     sns.set_theme(style="whitegrid", font="DejaVu Sans", font_scale=0.85, rc=STYLE)
     games = games.assign(title=games.env_id.map(game_name) + games.replay_ratio.map(", replay ratio {:g}".format))
     by_game = {f"_{urllib.parse.quote(game_name(env_id), safe='')[:200]}": rows for env_id, rows in games.groupby("env_id")}
+    of_study, profiles = methods_of(games), []
     for picture, (source, columns) in CURVES.items():
         for name, rows in {"": shared}.items() if "normalized" in columns else by_game.items():
             logged = rows[(rows.phase == "training") == (source == TRAINING)][list(columns)].notna().any().all()
             if logged and (curves := curves_of(picture, rows, published, args)):
-                yield picture + name, draw_panels(curves).figure
-    profiles = []
+                yield picture + name, draw_panels(curves, of_study).figure
     for title, rows in shared.groupby("title", sort=False):
         final, panel = runs_of(rows).normalized, (title, "final normalized score", "fraction of runs above")
         thresholds = np.linspace(final.min() - 0.01, final.max() + 0.01, 401)
@@ -602,10 +602,10 @@ def pictures_of(
         for method, of_method in rows.groupby("method"):
             profiles.append(new_curve(panel, method, thresholds, *bootstrap(fractions_above, final_scores(of_method), args)))
     if profiles:
-        yield "performance_profiles", draw_panels(profiles).figure
+        yield "performance_profiles", draw_panels(profiles, of_study).figure
     for source, name in ((EVALUATIONS, "collapse"), (TRAINING, "collapse_training_games")):
         if collapses[collapses.source == source].ratio.notna().any():
-            yield name, plot_collapse(source, collapses)
+            yield name, plot_collapse(source, collapses, of_study)
 
 
 def main() -> None:

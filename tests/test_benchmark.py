@@ -207,13 +207,19 @@ def test_default_study(study):
 
 
 def test_settings(study):
-    options = "7 0.25 --num-envs 4 --learning-starts 2000 --end-e 0.1"
+    options = "7 0.25 --num-envs 4 --learning-starts 2000 --end-e 0.1 --tau 0.005"
     expected = []
     for game, interval in (("FreewayNoFrameskip-v4", 10000), ("MsPacmanNoFrameskip-v4", 20000)):
         expected += [f"dqn_atari.py {game} {options}"]
         expected += [f"{method}_dqn_atari.py {game} {options} --reset-interval {interval}" for method in ("sr", "rde")]
     assert in_short(dry_run(study, "--setting", "official", "--seeds", "7-7"))[:6] == expected
     assert study.run("--setting", "official", "--count").stdout == "60\n"  # replay ratios 0.25 and 1
+    one_run = ("--setting", "official", "--seeds", "1", "--games", "MsPacman", "--methods", "dqn")
+    of_the_ratio = dry_run(study, *one_run, "--replay-ratios", "0.25,0.5,1,2,3")
+    assert [c[c.index("--tau") + 1] for c in of_the_ratio] == ["0.005", "0.0025", "0.00125", "0.000625", "0.000416667"]
+    assert "--tau" not in dry_run(study, *ONCE)[0] and "--tau" not in dry_run(study, "--smoke")[0]
+    [own] = dry_run(study, *one_run, "--replay-ratios", "1", "--", "--tau", "0.01")
+    assert own.count("--tau") == 2 and own.index("0.01") > own.index("0.00125")  # the last one holds
 
     commands = dry_run(study, "--smoke", "--total-timesteps", "400")
     options = "--total-timesteps 300 --learning-starts 100 --buffer-size 5000 --eval-interval 150 --eval-episodes 1"

@@ -803,6 +803,19 @@ def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(fig
     nothing_covers_another(figure)
 
 
+def test_a_method_looks_alike_in_all_pictures(tmp_path):
+    """Also where another method is missing, as DQN's variant is in the picture of the collapse."""
+    for exp in (dict(exp_name="dqn_tau_0.1"), SR | dict(exp_name="sr_dqn_tau_0.1"), RDE | dict(exp_name="rde_dqn_tau_0.1")):
+        write_run(tmp_path, RESET_CURVE if "reset_interval" in exp else [FINAL], **exp, tau=0.1)
+    looks = {name: {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines
+                    if line.get_label()[0] != "_"} for name, figure in pictures(read(tmp_path)).items()}  # fmt: skip
+    variants = {"SR+DQN tau 0.1", "RDE+DQN tau 0.1"}
+    assert set(looks["collapse"]) == variants and set(looks["learning_curves_Alien"]) == variants | {"DQN tau 0.1"}
+    for name, look in looks.items():
+        assert look.items() <= looks["learning_curves_Alien"].items(), name
+    assert len(set(looks["learning_curves_Alien"].values())) == 3
+
+
 def nothing_covers_another(figure) -> None:
     """Panels with their names, the legend, and the explanation below."""
     renderer = FigureCanvasAgg(figure).get_renderer()
