@@ -285,6 +285,9 @@ class Agent:
         self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
     ):
         self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
+        # Freed at once, and glibc keeps freed blocks of up to this size from then on. It would give those of a step's frames back to
+        # the system, and fetch them anew, page by page, in the next step: with half the width a sixth of an update.
+        torch.empty(30 << 20, dtype=torch.uint8)
         # PyTorch's global generator initialises networks and serves no other purpose.
         torch.manual_seed(derive_seed(args.seed, INITIALISATION))
         self.q_networks = nn.ModuleList(self.fresh_network() for _ in range(args.num_agents))
