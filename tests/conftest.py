@@ -343,6 +343,17 @@ class Started:
                 raise TimeoutError(self.printed())
             time.sleep(0.005)
 
+    def kill_after_checkpoint(self, runs_dir: pathlib.Path, number: int = 1) -> None:
+        """As soon as so many checkpoints have been written, one over the other."""
+        times = set()
+
+        def written() -> bool:
+            times.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
+            return len(times) >= number
+
+        self.wait_for(written)
+        assert self.end(signal.SIGKILL) == -signal.SIGKILL, self.printed()  # else it was faster
+
     def printed(self) -> str:
         return self.log.read_text().replace("\r", "\n")
 

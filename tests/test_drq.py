@@ -1,9 +1,6 @@
 """The reset ensemble on the base of DrQ and C51, in numbers."""
 
 import copy
-import signal
-import subprocess
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +15,8 @@ from test_capture import watched
 from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions
 from conftest import (
     QUICK,
+    Started,
     assert_same_end,
-    command,
-    environment,
     equal,
     error_line,
     load_script,
@@ -549,14 +545,7 @@ def test_killed_and_resumed_it_ends_as_the_run_that_nobody_touched(tmp_path):
     result = run_main(drq, *arguments, "--checkpoint-interval", "0", "--runs-dir", tmp_path / "undisturbed")
     assert result.returncode == 0, result.stderr
     disturbed = [*arguments, "--checkpoint-interval", "170", "--runs-dir", tmp_path / "killed", "--resume", "auto"]
-    process = subprocess.Popen(command("rde_drq_atari", *disturbed), env=environment(), stderr=subprocess.DEVNULL)
-    written = lambda: [path.stat().st_mtime_ns for path in tmp_path.glob("killed/*/checkpoint.pt")]
-    first = []
-    while process.poll() is None and not (first and written() and written() != first):
-        first = first or written()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    Started("rde_drq_atari", *disturbed, log=tmp_path / "log.txt").kill_after_checkpoint(tmp_path / "killed", 2)
     result = run_main(drq, *disturbed)
     assert result.returncode == 0, result.stderr
     assert "at step 340" in result.stderr + result.stdout

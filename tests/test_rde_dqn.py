@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import signal
 import time
 
 import gymnasium as gym
@@ -456,9 +455,7 @@ def test_killed_and_resumed(script, tmp_path, env_id, more):
     assert run_main(script, *arguments, "--checkpoint-interval", "0", "--runs-dir", tmp_path / "undisturbed").returncode == 0
     runs_dir = tmp_path / "runs"
     arguments += ["--checkpoint-interval", "310", "--runs-dir", runs_dir, "--resume", "auto"]
-    started = Started("rde_dqn", *arguments, log=tmp_path / "log.txt")
-    started.wait_for(lambda: any(runs_dir.glob("*/checkpoint.pt")))
-    assert started.end(signal.SIGKILL) == -signal.SIGKILL, "it was faster"
+    Started("rde_dqn", *arguments, log=tmp_path / "log.txt").kill_after_checkpoint(runs_dir)
     checkpoint = torch.load(only_run(runs_dir) / "checkpoint.pt", weights_only=True)
     assert checkpoint["parts"]["run"]["global_step"] == 310
     assert all(env["episode"]["actions"] for env in checkpoint["parts"]["envs"])

@@ -1,11 +1,8 @@
 """Random Network Distillation and the dueling DQN that follows it, in numbers."""
 
 import copy
-import csv
 import math
 import signal
-import subprocess
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_capture import watched
 
-from conftest import QUICK, command, environment, load_script, run_script
+from conftest import QUICK, Started, assert_same_end, load_script, model, only_run, run_script, scalars
 
 rnd = load_script("rnd_dqn_atari")
 CPU = torch.device("cpu")
@@ -495,48 +492,24 @@ def test_weights_go_to_another_agent(arguments):
         assert torch.equal(agent.rnd.learn(frames), other.rnd.learn(frames))
 
 
-def rows(path, name: str) -> list[list[str]]:
-    with open(path / name, newline="") as file:
-        table = list(csv.reader(file))
-    keep = [i for i, column in enumerate(table[0]) if column != "wall_seconds"]
-    return [[row[i] for i in keep] for row in table]
-
-
 def test_killed_and_resumed_it_ends_as_the_run_that_nobody_touched(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    """Killed after the second checkpoint: it has learned."""
     arguments = [*QUICK, "--num-envs", "2", "--exploration-steps", "200", "--total-timesteps", "500", "--eval-interval", "0"]
     result = run_script("rnd_dqn_atari", *arguments, "--checkpoint-interval", "0", "--runs-dir", tmp_path / "undisturbed")
     assert result.returncode == 0, result.stderr
-    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
     disturbed = [*arguments, "--checkpoint-interval", "130", "--runs-dir", tmp_path / "killed", "--resume", "auto"]
-    process = subprocess.Popen(command("rnd_dqn_atari", *disturbed), env=environment(), stderr=subprocess.DEVNULL)
-    written = lambda: [path.stat().st_mtime_ns for path in tmp_path.glob("killed/*/checkpoint.pt")]
-    first = []
-    while process.poll() is None and not (first and written() and written() != first):  # the second one: it has learned
-        first = first or written()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    Started("rnd_dqn_atari", *disturbed, log=tmp_path / "log.txt").kill_after_checkpoint(tmp_path / "killed", 2)
     result = run_script("rnd_dqn_atari", *disturbed)
     assert result.returncode == 0, result.stderr
     assert "at step 260" in result.stderr + result.stdout
-    (path,) = (tmp_path / "killed").iterdir()
-    for name in ("episodes.csv", "evaluations.csv"):
-        assert rows(path, name) == rows(undisturbed, name)
-    leaves = [torch.utils._pytree.tree_leaves(torch.load(folder / "model.pt")) for folder in (path, undisturbed)]
-    assert same(*leaves) and len(leaves[0]) == 42  # networks and statistics
-
-    scalars = {}
-    for folder in (path, undisturbed):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
-        scalars[folder] = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    assert scalars[path] == scalars[undisturbed]
+    path = only_run(tmp_path / "killed")
+    assert_same_end(path, only_run(tmp_path / "undisturbed"))
+    assert len(torch.utils._pytree.tree_leaves(model(path))) == 42  # networks and statistics
+    points = scalars(path)
     for name in ("rnd/bonus", "rnd/bonus_largest", "rnd/predictor_loss", "rnd/intrinsic_return_std", "losses/td_loss",
                  "losses/intrinsic_td_loss", "losses/q_values", "losses/intrinsic_q_values"):  # fmt: skip
-        assert [step for step, _ in scalars[path][name]] == [300, 400, 500]
-        assert all(math.isfinite(value) and value != 0 for _, value in scalars[path][name])
+        assert [step for step, _ in points[name]] == [300, 400, 500]
+        assert all(math.isfinite(value) and value != 0 for _, value in points[name])
 
 
 @pytest.mark.parametrize("bf16", [False, True])

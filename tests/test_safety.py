@@ -5,7 +5,6 @@ import io
 import json
 import math
 import shutil
-import signal
 import time
 
 import gymnasium as gym
@@ -574,14 +573,7 @@ def test_killed_and_resumed(safety, tmp_path, env_id):
     assert undisturbed.returncode == 0, undisturbed.stderr
     runs_dir = tmp_path / "killed"
     started = Started("rde_sac_safety", *arguments, "--runs-dir", runs_dir, log=tmp_path / "log.txt")
-    seen = set()
-
-    def three_checkpoints():
-        seen.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
-        return len(seen) >= 3
-
-    started.wait_for(three_checkpoints)
-    assert started.end(signal.SIGKILL) == -signal.SIGKILL, started.printed()
+    started.kill_after_checkpoint(runs_dir, 3)
     printed = started.printed()
     assert "WARN" not in printed and "out of date" not in printed and "Adroit" not in printed, printed
     checkpoint = torch.load(only_run(runs_dir) / "checkpoint.pt", weights_only=True)["parts"]
