@@ -109,7 +109,7 @@ num_runs=$((num_ratios * num_seeds * num_games * num_methods))
 ((num_runs > 0 && num_runs <= 100000)) || fail "the lists make $num_runs runs, but 1 to 100,000 are a study"
 [[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || fail "--jobs is $jobs, but must be a number from 1 to 999"
 # Sets `command` and `run`, its name. Replay ratio by replay ratio, in it seed by seed: stopped early it is a smaller study.
-compose() { # index
+compose() { # index. --tau: the official target network moves by 0.005 once in a step of 4 environments
     local m=$(($1 % num_methods)) game=${games[$1 / num_methods % num_games]} interval
     local seed=${seeds[$1 / num_methods / num_games % num_seeds]}
     local ratio=${replay_ratios[$1 / num_methods / num_games / num_seeds]}
