@@ -671,6 +671,21 @@ def test_published_scores_are_lines_in_the_picture_over_games(published, tmp_pat
     assert own.get_color() != level.get_color() and level.get_linestyle() == ":"
 
 
+def test_the_published_scores_that_come_along(tmp_path, call):
+    """Their means over the 26 games are those that the papers give: of three methods rliable's, of the fourth its own."""
+    scores = pd.read_csv(ROOT / "results" / "atari100k_published.csv", comment="#")
+    assert set(scores.game) == set(plot.RANDOM_AND_HUMAN_SCORES) and not scores.duplicated(["game", "method"]).any()
+    low, high = np.array([plot.RANDOM_AND_HUMAN_SCORES[game] for game in scores.game]).T
+    means = ((scores.score - low) / (high - low)).groupby(scores.method).agg(["mean", "size"])
+    assert set(means["size"]) == {26}
+    for method, mean in {"DER": 0.350, "DrQ(ε)": 0.465, "SPR": 0.616, "SPR with resets": 0.911}.items():
+        assert means["mean"][method] == pytest.approx(mean, abs=0.0006)
+    write_run(tmp_path / "runs", [FINAL], games=[(90, 500.0)], env_id=ALIEN)
+    call(tmp_path / "runs", tmp_path / "out", "--references", str(ROOT / "results" / "atari100k_published.csv"))
+    table = re.sub(" +", " ", (tmp_path / "out" / "table.md").read_text(encoding="utf-8"))
+    assert f"| Alien | DrQ(ε) (published) | 865 | {(865.2 - 227.8) / 6899.9:.3f} |" in table
+
+
 # -------------------------------------------------------------------------------------------------------- the whole of it
 
 
