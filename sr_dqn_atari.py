@@ -1214,7 +1214,7 @@ class Run:
         self.log_scalars(scalars)
         mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "-"
         epsilon = f" epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
-        speed = f"{scalars.get('charts/SPS', 0):.0f}"
+        speed = f"{scalars['charts/SPS']:.0f}" if "charts/SPS" in scalars else "-"
         self.progress.set_postfix_str(f"return={mean_return}{epsilon} SPS={speed}", refresh=False)
 
     def finite_metrics(self) -> np.ndarray:

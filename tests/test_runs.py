@@ -313,6 +313,17 @@ def test_what_a_person_sees(runs, name):
     assert re.search(rf"{LAST[name]}/{LAST[name]} .*return=\d+\.\d{epsilon} SPS=\d+", run.printed)
 
 
+def test_the_progress_bar_says_no_speed_before_learning_begins(sac, tmp_path, monkeypatch):
+    """The speed is that of learning; at steps 100, 200 and 300, of which learning begins after the first."""
+    said = []
+    monkeypatch.setattr(sac.tqdm, "set_postfix_str", lambda self, text, refresh: said.append(text))
+    arguments = "--env-id cartpole-balance --total-timesteps 300".split()
+    result = run_main(sac, *QUICK_SAC, *arguments, "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert said[0] == "return=- SPS=-"
+    assert len(said) == 3 and all(re.fullmatch(r"return=- SPS=[1-9]\d*", text) for text in said[1:]), said
+
+
 @pytest.mark.parametrize("name", ["dqn", "rde", "sac"])
 def test_the_weights_of_the_run_play_as_the_last_evaluation_did(runs, name):
     """model.pt alone is enough to rebuild the agent that was evaluated."""
