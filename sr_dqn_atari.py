@@ -1124,6 +1124,7 @@ class Run:
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
         self.close_progress()
+        self.file_sizes()  # waits for the disk: with model.pt the run is finished, and nothing is added any more
         self.write("model.pt", weights)
         remove_leftovers(self.path)
         self.writer.close()
