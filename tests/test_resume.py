@@ -516,7 +516,7 @@ def test_of_two_processes_at_the_same_moment_one_trains(tmp_path):
 
 
 def test_killed_between_model_and_the_removal_of_the_checkpoint(copy_of_stopped_run, sac, runs):
-    """All that was logged is there, though the disk is slow; the next --resume auto takes the checkpoint away, and says so."""
+    """All points are there, from a slow writer, too. The next --resume auto takes the checkpoint away; the run is finished."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import os, signal, time, rde_sac_dmc as script\n"
