@@ -1401,7 +1401,7 @@ class Run:
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
         self.close_progress()
-        self.file_sizes()  # waits for the disk: with model.pt the run is finished, and nothing is added any more
+        self.wait_for_disk()  # with model.pt the run is finished, and nothing is added any more
         self.write("model.pt", weights)
         remove_leftovers(self.path)
         self.writer.close()
@@ -1555,15 +1555,17 @@ class Run:
         events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
         return events + [self.file("episodes.csv"), self.file("evaluations.csv")]
 
-    def file_sizes(self) -> dict[str, int]:
-        """The sizes of the files that grow, so much of which is on the disk."""
+    def wait_for_disk(self) -> None:
+        """Until all that was logged is on the disk."""
         self.writer.flush()
-        sizes = {}
         for path in self.growing_files():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-                sizes[os.path.basename(path)] = os.fstat(file.fileno()).st_size
-        return sizes
+
+    def file_sizes(self) -> dict[str, int]:
+        """The sizes of the files that grow, so much of which is on the disk."""
+        self.wait_for_disk()
+        return {os.path.basename(path): os.path.getsize(path) for path in self.growing_files()}
 
     def save(self) -> None:
         """Replaces the checkpoint."""
