@@ -22,7 +22,7 @@ DQN: Mnih et al., "Human-level control through deep reinforcement learning", Nat
 Where is what:
     Args                          every argument, its meaning and its range
     StackedMLP                    the networks
-    selection_probabilities       which agent acts
+    selection_probabilities, ...  which agent acts
     Agent                         act, update, reset
     epsilon_at, ...               how much is explored; when there is a gradient step, a reset, an evaluation
     train                         the training loop
@@ -191,8 +191,12 @@ class Args:
     # ------------------------------------------------------------ the ensemble
     num_agents: Annotated[int, "[1, inf)"] = 2
     """agents in the ensemble (sensible: 2 to 4; 1 = SR+DQN)"""
-    beta: Annotated[float, "[0, inf)"] = 50.0
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest"""
+    selection: Literal["value", "advantage"] = "value"
+    """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
+    stake in the state, the best action's lead over a random one (advantage)"""
+    beta: Annotated[float | None, "[0, inf)"] = None
+    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
+    --selection value, 5 with advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -265,14 +269,31 @@ class StackedMLP:
                 bias[i, 0].copy_(state[f"{2 * depth}.bias"])
 
 
-def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
-    """p_i = softmax_i(beta * q_i / max_j |q_j|), uniform if all q are 0: (batch, N) to (batch, N).
+DEFAULT_BETA = {"value": 50.0, "advantage": 5.0}  # of --selection
 
-    Dividing by the largest absolute value, not by the largest value, keeps the order of proposals whose values are
-    negative (the official code clips there, and chooses uniformly).
-    """
-    scale = q_values.abs().amax(dim=1, keepdim=True)
+
+def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
+    """p_i = softmax_i(beta * q_i / scale), uniform where the scale is 0: (batch, N) and (batch, 1) to (batch, N)."""
     return torch.softmax(beta * torch.where(scale > 0, q_values / scale, 0.0), dim=1)
+
+
+def value_scale(q_values: torch.Tensor) -> torch.Tensor:
+    """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
+
+    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
+    there, and chooses uniformly).
+    """
+    return q_values.abs().amax(dim=1, keepdim=True)
+
+
+def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> torch.Tensor:
+    """The scale of `--selection advantage`: what is at stake, max q - mean q of random actions: (batch, ...) to (batch, 1).
+
+    A proposal as bad as a random action is exp(beta) times less likely than the best, wherever the zero of the values lies
+    and whatever their unit. The scale is not less than a millionth of the largest |q|: below that float32 has only noise.
+    """
+    stake = q_values.amax(dim=1, keepdim=True) - random_q_values.mean(dim=1, keepdim=True)
+    return torch.maximum(stake, 1e-6 * value_scale(q_values))
 
 
 # -------------------------------------------------------------------------------------------------------------- agent
@@ -281,7 +302,7 @@ def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) 
 class Agent:
     """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
-    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts")
+    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts", "choices")
     METRICS = ("td_loss", "q_values")
 
     def __init__(
@@ -296,10 +317,11 @@ class Agent:
             self.initialise(index)
         self.optimizer = self.make_optimizer()
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
-        self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
+        self.beta = torch.zeros((), device=device)  # see `num_resets`
         self.num_resets = 0
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
+        self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
     @staticmethod
     def widths(args: Args, observation_space: gym.Space, action_space: gym.Space) -> list[int]:
@@ -326,7 +348,10 @@ class Agent:
     def num_resets(self, num_resets: int) -> None:
         self._num_resets = num_resets
         self.oldest.fill_(num_resets % self.args.num_agents)
-        self.beta.fill_(self.args.beta if num_resets else 0.0)
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = num_resets > 0 or self.args.selection == "advantage"
+        beta = DEFAULT_BETA[self.args.selection] if self.args.beta is None else self.args.beta
+        self.beta.fill_(beta if judges else 0.0)
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -350,18 +375,26 @@ class Agent:
         return optim.Adam(self.parameters, fused=True, **options)
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, observation_dim)."""
+    def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
+        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, observation_dim).
+
+        With `counted` it is noted for the log how undecided the choice was.
+        """
         with self.autocast():
             q_values = self.q_networks.forward(self.for_all(observations))  # (N, num_envs, actions)
         proposals = q_values.argmax(dim=2).T  # (num_envs, N)
         if self.args.num_agents == 1:  # nothing to choose, and so nothing to judge
             return torch.stack([proposals[:, 0], torch.zeros_like(proposals[:, 0])])
-        judgement = q_values.index_select(0, self.oldest).squeeze(0).gather(1, proposals)  # (num_envs, N)
-        probabilities = selection_probabilities(judgement, self.beta)
+        judged = q_values.index_select(0, self.oldest).squeeze(0)  # (num_envs, actions), all actions by the oldest agent
+        judgement = judged.gather(1, proposals)  # (num_envs, N)
+        scale = advantage_scale(judged, judged) if self.args.selection == "advantage" else value_scale(judgement)
+        probabilities = selection_probabilities(judgement, scale, self.beta)
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
+        if counted:
+            entropies = torch.special.entr(probabilities).sum(dim=1)  # (num_envs,)
+            self.choices.add_(torch.stack([torch.ones_like(entropies), entropies], dim=1).sum(dim=0))
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     @torch.no_grad()
@@ -417,12 +450,17 @@ class Agent:
         return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and how often an agent's proposal was taken since the last call."""
-        counts = self.acting_counts / max(1, self.acting_counts.sum())
+        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
+        choice was (at most log N).
+        """
+        fractions, (num_choices, entropy) = self.acting_counts / max(1, self.acting_counts.sum()), self.choices.tolist()
         self.acting_counts[:] = 0
-        return {"rde/oldest_agent": self.num_resets % self.args.num_agents} | {
-            f"rde/acting_fraction_{i}": count for i, count in enumerate(counts)
-        }
+        self.choices.zero_()
+        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
+        if self.num_resets:
+            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        return scalars | {"rde/choice_entropy": entropy / max(1, num_choices)}
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
@@ -509,7 +547,7 @@ def train(args: Args, path: str | None = None) -> None:
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
-    act = CudaGraph(lambda: agent.act(device_observations, selection), selection, run.captures)
+    act = CudaGraph(lambda: agent.act(device_observations, selection, counted=True), selection, run.captures)
     update = CudaGraph(agent.update, mini_batches, run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
@@ -648,7 +686,7 @@ class MiniGridView(gym.Wrapper):
 class Task(gym.Wrapper):
     """A task with float32 vectors as observations and actions from 0 on, which can be saved in the middle of an episode.
 
-    Numbers as observations become one-hot vectors. At the end of an episode `info["episode"]` holds the return "r", the
+    Numbers as observations become one-hot vectors, arrays are flattened. At the end of an episode `info["episode"]` holds the return "r", the
     length "l" and, if the environment tells it, the "success".
 
     Some worlds cannot be saved (Box2D's). So none is: kept are the beginning of the episode (a seed, or the state of the
@@ -662,7 +700,7 @@ class Task(gym.Wrapper):
         super().__init__(env)
         space = env.observation_space
         self.one_hot = np.eye(space.n, dtype=np.float32) if isinstance(space, gym.spaces.Discrete) else None
-        observation_dim = space.shape[0] if self.one_hot is None else int(space.n)
+        observation_dim = math.prod(space.shape) if self.one_hot is None else int(space.n)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.first_action, self.action_space = int(env.action_space.start), gym.spaces.Discrete(int(env.action_space.n))
         self.start: int | dict | None = None  # the seed, the state of the random generator, or (before the first reset) None
@@ -689,7 +727,7 @@ class Task(gym.Wrapper):
     def encode(self, observation) -> np.ndarray:
         if self.one_hot is not None:
             return self.one_hot[observation - self.env.observation_space.start]
-        return np.array(observation, np.float32)
+        return np.array(observation, np.float32).ravel()
 
     @property
     def episode(self) -> dict:
@@ -760,12 +798,12 @@ def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
     observation_space, action_space = env.observation_space, env.action_space
     if not is_minigrid(env_id) and not isinstance(observation_space, gym.spaces.Discrete):
         shape = getattr(observation_space, "shape", None)
-        if isinstance(observation_space, gym.spaces.Box) and len(shape) in (2, 3):
+        if not isinstance(observation_space, gym.spaces.Box):
+            fail(f"{given} has observations in {observation_space}, and this script takes arrays (Box) or single numbers "
+                 "(Discrete)")  # fmt: skip
+        if observation_space.dtype == np.uint8 and len(shape) == 3 and math.prod(shape) > 10_000:
             fail(f"{given} has pictures as observations, of shape {shape}, and this script takes vectors or single numbers; "
                  "for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
-        if not isinstance(observation_space, gym.spaces.Box) or len(shape) != 1:
-            fail(f"{given} has observations in {observation_space}, and this script takes vectors (a flat Box) or single "
-                 "numbers (Discrete)")  # fmt: skip
     if not isinstance(action_space, gym.spaces.Discrete):
         kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
         fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
@@ -782,6 +820,9 @@ def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
 def known_environments(env_id: str) -> list[str]:
     """All that are registered, MiniGrid's among them, and those of the module in module:MyTask-v0, with its name."""
     module = env_id.partition(":")[0] if ":" in env_id else ""
+    if env_id not in gym.registry:  # MinAtar and others offer their environments as plugins, which Gymnasium 1.x does not load
+        for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):
+            plugin.load()()
     minigrid = "minigrid" if env_id not in gym.registry and importlib.util.find_spec("minigrid") else ""
     for name in filter(None, (minigrid, module)):
         try:
@@ -1641,7 +1682,7 @@ def wrong_value(args: Args) -> str | None:
         endless = value == math.inf and any(interval.endswith("inf]") for interval in intervals)
         if isinstance(value, (float, int)) and not abs(value) < 1e30 and not endless:
             return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
-        for interval in intervals:  # as "[0, 1)"
+        for interval in intervals if value is not None else ():  # as "[0, 1)"
             low, high = map(float, interval[1:-1].split(", "))
             if not (low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")):
                 return f"{flag} is {value}, but must lie in {interval}"

@@ -1541,7 +1541,7 @@ def wrong_value(args: Args) -> str | None:
         endless = value == math.inf and any(interval.endswith("inf]") for interval in intervals)
         if isinstance(value, (float, int)) and not abs(value) < 1e30 and not endless:
             return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
-        for interval in intervals:  # as "[0, 1)"
+        for interval in intervals if value is not None else ():  # as "[0, 1)"
             low, high = map(float, interval[1:-1].split(", "))
             if not (low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")):
                 return f"{flag} is {value}, but must lie in {interval}"
