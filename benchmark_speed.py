@@ -113,8 +113,8 @@ class TrainingLoop:
         selection = torch.Generator(device).manual_seed(1)
         self.device_observations = torch.zeros((1, 4, 84, 84), dtype=torch.uint8, device=device)
         capture = args.cuda_graphs and device.type == "cuda"
-        self.act = rde.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
-        self.update = rde.CudaGraph(self.agent.update, self.buffer.generator, capture)
+        self.act = rde.CudaGraph(lambda: self.agent.act(self.device_observations, selection), [selection], capture)
+        self.update = rde.CudaGraph(self.agent.update, [self.buffer.generator], capture)
         self.observations = np.zeros((1, 4, 84, 84), np.uint8)
         self.observations[0], _ = self.env.reset(seed=0)
         self.buffer.start_episode(0, self.observations[0, -1])
@@ -231,8 +231,8 @@ class SACTrainingLoop:
         selection = torch.Generator(device).manual_seed(1)
         self.device_observations = torch.zeros((1, *spaces[0].shape), device=device)
         capture = args.cuda_graphs and device.type == "cuda"
-        self.act = sac.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
-        self.update = sac.CudaGraph(self.agent.update, self.buffer.generator, capture)
+        self.act = sac.CudaGraph(lambda: self.agent.act(self.device_observations, selection), [selection], capture)
+        self.update = sac.CudaGraph(self.agent.update, [self.buffer.generator], capture)
         self.observation, _ = self.env.reset(seed=0)
         generator = np.random.default_rng(0)
         for _ in range(500):
@@ -276,8 +276,8 @@ class MLPTrainingLoop:
         selection = torch.Generator(device).manual_seed(1)
         self.device_observations = torch.zeros((1, *spaces[0].shape), device=device)
         capture = args.cuda_graphs and device.type == "cuda"
-        self.act = mlp.CudaGraph(lambda: self.agent.act(self.device_observations, selection), selection, capture)
-        self.update = mlp.CudaGraph(self.agent.update, self.buffer.generator, capture)
+        self.act = mlp.CudaGraph(lambda: self.agent.act(self.device_observations, selection), [selection], capture)
+        self.update = mlp.CudaGraph(self.agent.update, [self.buffer.generator], capture)
         self.num_updates = 0
         self.observation, _ = self.env.reset(seed=0)
         generator = np.random.default_rng(0)

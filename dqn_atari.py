@@ -299,8 +299,8 @@ def train(args: Args, path: str | None = None) -> None:
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
-    act = CudaGraph(lambda: agent.act(device_observations), None, run.captures)
-    update = CudaGraph(agent.update, mini_batches, run.captures)
+    act = CudaGraph(lambda: agent.act(device_observations), [], run.captures)
+    update = CudaGraph(agent.update, [mini_batches], run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
              "mini_batches": mini_batches}  # fmt: skip
@@ -308,7 +308,7 @@ def train(args: Args, path: str | None = None) -> None:
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
             buffer.start_episode(i, observations[i, -1])
-    run.announce(1, agent.num_parameters, num_resets=0)
+    run.announce(f"1 agent(s) x {agent.num_parameters:,} parameters", num_resets=0)
 
     while run.goes_on():
         # Between two steps: an evaluation, a checkpoint.
@@ -736,7 +736,7 @@ class ReplayBuffer:
 # -------------------------------------------------------------------------------------------- seeds, devices, copying
 
 # One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
-ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION, RANDOM_ACTIONS = range(7)
 
 
 def derive_seed(seed: int, purpose: int, *indices: int) -> int:
@@ -774,8 +774,8 @@ class CudaGraph:
     nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
     """
 
-    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
-        self.function, self.generator, self.enabled = function, generator, enabled
+    def __init__(self, function, generators: list[torch.Generator], enabled: bool):
+        self.function, self.generators, self.enabled = function, generators, enabled
         self.graph, self.warm_up_calls = None, 3
 
     def __call__(self):
@@ -791,8 +791,8 @@ class CudaGraph:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function()
         self.graph.replay()
@@ -1041,14 +1041,14 @@ class Run:
             rows.writerow(columns)
         return rows
 
-    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+    def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do."""
         args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
         gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
-        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
-                f"parameters, {gradient_steps:,} gradient steps, {num_resets} reset(s), "
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {agents}, "
+                f"{gradient_steps:,} gradient steps, {num_resets} reset(s), "
                 f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
         if self.speed_steps:  # of a run that goes on the speed is known
             seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps

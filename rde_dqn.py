@@ -317,6 +317,7 @@ class Agent:
             self.initialise(index)
         self.optimizer = self.make_optimizer()
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
+        self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
         self.beta = torch.zeros((), device=device)  # see `num_resets`
         self.num_resets = 0
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
@@ -340,6 +341,12 @@ class Agent:
         """Of one agent's network."""
         return self.q_networks.values.shape[1]
 
+    def summary(self) -> str:
+        """For the line in which a run says what it will do."""
+        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
+        return agents + choice
+
     @property
     def num_resets(self) -> int:
         return self._num_resets
@@ -350,8 +357,7 @@ class Agent:
         self.oldest.fill_(num_resets % self.args.num_agents)
         # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
         judges = num_resets > 0 or self.args.selection == "advantage"
-        beta = DEFAULT_BETA[self.args.selection] if self.args.beta is None else self.args.beta
-        self.beta.fill_(beta if judges else 0.0)
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -453,7 +459,8 @@ class Agent:
         """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
         choice was (at most log N).
         """
-        fractions, (num_choices, entropy) = self.acting_counts / max(1, self.acting_counts.sum()), self.choices.tolist()
+        fractions = self.acting_counts / max(1, self.acting_counts.sum())
+        num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
         self.choices.zero_()
         scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
@@ -547,15 +554,15 @@ def train(args: Args, path: str | None = None) -> None:
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
-    act = CudaGraph(lambda: agent.act(device_observations, selection, counted=True), selection, run.captures)
-    update = CudaGraph(agent.update, mini_batches, run.captures)
+    act = CudaGraph(lambda: agent.act(device_observations, selection, counted=True), [selection], run.captures)
+    update = CudaGraph(agent.update, [mini_batches], run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
              "mini_batches": mini_batches, "selection": selection}  # fmt: skip
     if not run.restore(parts):
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
-    run.announce(args.num_agents, agent.num_parameters, resets_due(args, gradient_steps_due(args, run.last_loop_step)))
+    run.announce(agent.summary(), resets_due(args, gradient_steps_due(args, run.last_loop_step)))
 
     while run.goes_on():
         # Between two steps: an evaluation, a reset of the oldest agent, a checkpoint.
@@ -918,7 +925,7 @@ class ReplayBuffer:
 # -------------------------------------------------------------------------------------------- seeds, devices, copying
 
 # One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
-ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION, RANDOM_ACTIONS = range(7)
 
 
 def derive_seed(seed: int, purpose: int, *indices: int) -> int:
@@ -956,8 +963,8 @@ class CudaGraph:
     nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
     """
 
-    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
-        self.function, self.generator, self.enabled = function, generator, enabled
+    def __init__(self, function, generators: list[torch.Generator], enabled: bool):
+        self.function, self.generators, self.enabled = function, generators, enabled
         self.graph, self.warm_up_calls = None, 3
 
     def __call__(self):
@@ -973,8 +980,8 @@ class CudaGraph:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function()
         self.graph.replay()
@@ -1223,14 +1230,14 @@ class Run:
             rows.writerow(columns)
         return rows
 
-    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+    def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do."""
         args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
         gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
-        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
-                f"parameters, {gradient_steps:,} gradient steps, {num_resets} reset(s), "
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {agents}, "
+                f"{gradient_steps:,} gradient steps, {num_resets} reset(s), "
                 f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
         if self.speed_steps:  # of a run that goes on the speed is known
             seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps

@@ -16,7 +16,7 @@ DQN: Mnih et al., "Human-level control through deep reinforcement learning", Nat
 Where is what:
     Args                          every argument, its meaning and its range
     QNetwork                      the network
-    selection_probabilities       which agent acts
+    selection_probabilities, ...  which agent acts
     Agent                         act, update, reset
     gradient_steps_due, ...       when there is a gradient step, a reset, an evaluation
     train                         the training loop
@@ -167,8 +167,12 @@ class Args:
     # ------------------------------------------------------------ the ensemble
     num_agents: Annotated[int, "[1, inf)"] = 2
     """agents in the ensemble (sensible: 2 to 4; 1 = SR+DQN)"""
-    beta: Annotated[float, "[0, inf)"] = 50.0
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest"""
+    selection: Literal["value", "advantage"] = "value"
+    """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
+    stake in the state, the best action's lead over a random one (advantage)"""
+    beta: Annotated[float | None, "[0, inf)"] = None
+    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
+    --selection value, 5 with advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -203,14 +207,31 @@ def network_input(frames: torch.Tensor) -> torch.Tensor:
     return frames.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
-def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
-    """p_i = softmax_i(beta * q_i / max_j |q_j|), uniform if all q are 0: (batch, N) to (batch, N).
+DEFAULT_BETA = {"value": 50.0, "advantage": 5.0}  # of --selection
 
-    Dividing by the largest absolute value, not by the largest value, keeps the order of proposals whose values are
-    negative (the official code clips there, and chooses uniformly).
-    """
-    scale = q_values.abs().amax(dim=1, keepdim=True)
+
+def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
+    """p_i = softmax_i(beta * q_i / scale), uniform where the scale is 0: (batch, N) and (batch, 1) to (batch, N)."""
     return torch.softmax(beta * torch.where(scale > 0, q_values / scale, 0.0), dim=1)
+
+
+def value_scale(q_values: torch.Tensor) -> torch.Tensor:
+    """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
+
+    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
+    there, and chooses uniformly).
+    """
+    return q_values.abs().amax(dim=1, keepdim=True)
+
+
+def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> torch.Tensor:
+    """The scale of `--selection advantage`: what is at stake, max q - mean q of random actions: (batch, ...) to (batch, 1).
+
+    A proposal as bad as a random action is exp(beta) times less likely than the best, wherever the zero of the values lies
+    and whatever their unit. The scale is not less than a millionth of the largest |q|: below that float32 has only noise.
+    """
+    stake = q_values.amax(dim=1, keepdim=True) - random_q_values.mean(dim=1, keepdim=True)
+    return torch.maximum(stake, 1e-6 * value_scale(q_values))
 
 
 # -------------------------------------------------------------------------------------------------------------- agent
@@ -219,7 +240,7 @@ def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) 
 class Agent:
     """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
-    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts")
+    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts", "choices")
     METRICS = ("td_loss", "q_values")
 
     def __init__(
@@ -236,10 +257,12 @@ class Agent:
             self.q_networks.parameters(), lr=args.learning_rate, fused=True, capturable=device.type == "cuda"
         )
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
-        self.beta = torch.zeros((), device=device)  # before the first reset 0: a uniform choice
+        self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
+        self.beta = torch.zeros((), device=device)  # see `num_resets`
         self.num_resets = 0
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
+        self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
     @staticmethod
     def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
@@ -251,6 +274,12 @@ class Agent:
         """Of one agent's network."""
         return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
 
+    def summary(self) -> str:
+        """For the line in which a run says what it will do."""
+        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
+        return agents + choice
+
     @property
     def num_resets(self) -> int:
         return self._num_resets
@@ -259,20 +288,30 @@ class Agent:
     def num_resets(self, num_resets: int) -> None:
         self._num_resets = num_resets
         self.oldest.fill_(num_resets % self.args.num_agents)
-        self.beta.fill_(self.args.beta if num_resets else 0.0)
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = num_resets > 0 or self.args.selection == "advantage"
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, 4, 84, 84) uint8."""
+    def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
+        """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, 4, 84, 84) uint8.
+
+        With `counted` it is noted for the log how undecided the choice was.
+        """
         observations = network_input(observations)
         with self.autocast():
             q_values = torch.stack([q_network(observations) for q_network in self.q_networks])  # (N, num_envs, actions)
         proposals = q_values.argmax(dim=2).T  # (num_envs, N)
-        judgement = q_values.index_select(0, self.oldest).squeeze(0).gather(1, proposals)  # (num_envs, N)
-        probabilities = selection_probabilities(judgement, self.beta)
+        judged = q_values.index_select(0, self.oldest).squeeze(0)  # (num_envs, actions), all actions by the oldest agent
+        judgement = judged.gather(1, proposals)  # (num_envs, N)
+        scale = advantage_scale(judged, judged) if self.args.selection == "advantage" else value_scale(judgement)
+        probabilities = selection_probabilities(judgement, scale, self.beta)
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
+        if counted:
+            entropies = torch.special.entr(probabilities).sum(dim=1)  # (num_envs,)
+            self.choices.add_(torch.stack([torch.ones_like(entropies), entropies], dim=1).sum(dim=0))
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     def update(self) -> None:
@@ -323,12 +362,18 @@ class Agent:
         return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and how often an agent's proposal was taken since the last call."""
-        counts = self.acting_counts / max(1, self.acting_counts.sum())
+        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
+        choice was (at most log N).
+        """
+        fractions = self.acting_counts / max(1, self.acting_counts.sum())
+        num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
-        return {"rde/oldest_agent": self.num_resets % self.args.num_agents} | {
-            f"rde/acting_fraction_{i}": count for i, count in enumerate(counts)
-        }
+        self.choices.zero_()
+        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
+        if self.num_resets:
+            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        return scalars | {"rde/choice_entropy": entropy / max(1, num_choices)}
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
@@ -398,8 +443,8 @@ def train(args: Args, path: str | None = None) -> None:
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
-    act = CudaGraph(lambda: agent.act(device_observations, selection), selection, run.captures)
-    update = CudaGraph(agent.update, mini_batches, run.captures)
+    act = CudaGraph(lambda: agent.act(device_observations, selection, counted=True), [selection], run.captures)
+    update = CudaGraph(agent.update, [mini_batches], run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
              "mini_batches": mini_batches, "selection": selection}  # fmt: skip
@@ -407,7 +452,7 @@ def train(args: Args, path: str | None = None) -> None:
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
             buffer.start_episode(i, observations[i, -1])
-    run.announce(args.num_agents, agent.num_parameters, resets_due(args, gradient_steps_due(args, run.last_loop_step)))
+    run.announce(agent.summary(), resets_due(args, gradient_steps_due(args, run.last_loop_step)))
 
     while run.goes_on():
         # Between two steps: an evaluation, a reset of the oldest agent, a checkpoint.
@@ -843,7 +888,7 @@ class ReplayBuffer:
 # -------------------------------------------------------------------------------------------- seeds, devices, copying
 
 # One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
-ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION, RANDOM_ACTIONS = range(7)
 
 
 def derive_seed(seed: int, purpose: int, *indices: int) -> int:
@@ -881,8 +926,8 @@ class CudaGraph:
     nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
     """
 
-    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
-        self.function, self.generator, self.enabled = function, generator, enabled
+    def __init__(self, function, generators: list[torch.Generator], enabled: bool):
+        self.function, self.generators, self.enabled = function, generators, enabled
         self.graph, self.warm_up_calls = None, 3
 
     def __call__(self):
@@ -898,8 +943,8 @@ class CudaGraph:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function()
         self.graph.replay()
@@ -1148,14 +1193,14 @@ class Run:
             rows.writerow(columns)
         return rows
 
-    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+    def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do."""
         args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
         gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
-        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
-                f"parameters, {gradient_steps:,} gradient steps, {num_resets} reset(s), "
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {agents}, "
+                f"{gradient_steps:,} gradient steps, {num_resets} reset(s), "
                 f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
         if self.speed_steps:  # of a run that goes on the speed is known
             seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps

@@ -179,10 +179,15 @@ class Args:
     # ------------------------------------------------------------ the ensemble
     num_agents: Annotated[int, "[1, inf)"] = 2
     """agents in the ensemble (sensible: 2 to 4; 1 = SR)"""
-    beta: Annotated[float, "[0, inf)"] = 50.0
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest"""
-    beta_cost: Annotated[float, "[0, inf)"] = 50.0
-    """how strongly the choice of the acting agent prefers a low expected cost; 0 = uniform, 1e9 = the lowest"""
+    selection: Literal["value", "advantage"] = "value"
+    """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
+    stake in the state, the best action's lead over a random one (advantage)"""
+    beta: Annotated[float | None, "[0, inf)"] = None
+    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
+    --selection value, 5 with advantage"""
+    beta_cost: Annotated[float | None, "[0, inf)"] = None
+    """how strongly the choice of the acting agent prefers a low expected cost; 0 = uniform, 1e9 = the lowest; not given: as
+    the default of --beta"""
     kappa: Annotated[float, "[0, 1]"] = 0.5
     """the weight of reward in the choice of the acting agent; the rest is the weight of cost (1 = RDE's own choice)"""
 
@@ -238,32 +243,46 @@ def squashed_gaussian(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Te
     return unsquashed.tanh(), log_probs.sum(dim=-1) - mean.shape[-1] * math.log(4 * math.sqrt(2 * math.pi))
 
 
-def selection_probabilities(q_values: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
-    """p_i = softmax_i(beta * q_i / max_j |q_j|), uniform if all q are 0: (batch, N) to (batch, N).
+DEFAULT_BETA = {"value": 50.0, "advantage": 5.0}  # of --selection
+NUM_RANDOM_ACTIONS = 16  # by which --selection advantage estimates what a random action is worth
 
-    Dividing by the largest absolute value, not by the largest value, keeps the order of proposals whose values are
-    negative (the official code clips there, and chooses uniformly).
-    """
-    scale = q_values.abs().amax(dim=1, keepdim=True)
+
+def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
+    """p_i = softmax_i(beta * q_i / scale), uniform where the scale is 0: (batch, N) and (batch, 1) to (batch, N)."""
     return torch.softmax(beta * torch.where(scale > 0, q_values / scale, 0.0), dim=1)
+
+
+def value_scale(q_values: torch.Tensor) -> torch.Tensor:
+    """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
+
+    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
+    there, and chooses uniformly).
+    """
+    return q_values.abs().amax(dim=1, keepdim=True)
+
+
+def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> torch.Tensor:
+    """The scale of `--selection advantage`: what is at stake, max q - mean q of random actions: (batch, ...) to (batch, 1).
+
+    A proposal as bad as a random action is exp(beta) times less likely than the best, wherever the zero of the values lies
+    and whatever their unit. The scale is not less than a millionth of the largest |q|: below that float32 has only noise.
+    """
+    stake = q_values.amax(dim=1, keepdim=True) - random_q_values.mean(dim=1, keepdim=True)
+    return torch.maximum(stake, 1e-6 * value_scale(q_values))
 
 
 def safe_selection_probabilities(
     q_values: torch.Tensor,
     cost_values: torch.Tensor,
+    scale: torch.Tensor,
+    cost_scale: torch.Tensor,
     beta: torch.Tensor | float,
     beta_cost: torch.Tensor | float,
     kappa: float,
-    cost_scale: float,
 ) -> torch.Tensor:
-    """p_safe = kappa * p + (1 - kappa) * p_cost, where p_cost_i = softmax_i(-beta_cost * cost_i / scale): all (batch, N).
-
-    The scale is the largest |cost_j|, but not less than `cost_scale`: divided by itself alone, the noise of values near zero
-    would make a hard choice where no cost is in sight.
-    """
-    scale = cost_values.abs().amax(dim=1, keepdim=True).clamp(min=cost_scale)
-    cost_probabilities = torch.softmax(-beta_cost * torch.where(scale > 0, cost_values / scale, 0.0), dim=1)
-    return kappa * selection_probabilities(q_values, beta) + (1 - kappa) * cost_probabilities
+    """p_safe = kappa * p + (1 - kappa) * p_cost, where p_cost_i = softmax_i(-beta_cost * cost_i / cost_scale): all (batch, N)."""
+    cost_probabilities = selection_probabilities(-cost_values, cost_scale, beta_cost)
+    return kappa * selection_probabilities(q_values, scale, beta) + (1 - kappa) * cost_probabilities
 
 
 def discounted_limit(cost_limit: float, gamma: float, num_steps: int) -> float:
@@ -310,7 +329,7 @@ class Agent:
     """
 
     KEPT = ("actors", "critics", "target_critics", "log_alphas", "actor_optimizer", "critic_optimizer", "alpha_optimizer",
-            "multiplier", "num_resets", "metrics", "acting_counts", "total_cost", "num_violations")  # fmt: skip
+            "multiplier", "num_resets", "metrics", "acting_counts", "choices", "total_cost", "num_violations")  # fmt: skip
     METRICS = ("critic_loss", "q_values", "actor_loss", "alpha", "cost_critic_loss", "cost_values")
 
     def __init__(
@@ -334,7 +353,10 @@ class Agent:
         self.critic_optimizer = self.make_optimizer(self.critic_parameters)
         self.alpha_optimizer = self.make_optimizer([self.log_alphas])
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
-        self.beta, self.beta_cost = torch.zeros(2, device=device)  # before the first reset 0: a uniform choice
+        self.chosen_beta, self.chosen_beta_cost = (
+            DEFAULT_BETA[args.selection] if beta is None else beta for beta in (args.beta, args.beta_cost)
+        )
+        self.beta, self.beta_cost = torch.zeros(2, device=device)  # see `num_resets`
         self.kappa = args.kappa if math.isfinite(args.cost_limit) else 1.0  # without a limit cost is no reason
         self.cost_scale = discounted_limit(args.cost_limit, args.gamma_cost, episode_limit(args.env_id) or 1_000)
         self.num_resets = 0
@@ -342,6 +364,7 @@ class Agent:
         self.total_cost, self.num_violations = 0.0, 0  # of the whole training; episodes above the limit
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
+        self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
     @staticmethod
     def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
@@ -358,6 +381,12 @@ class Agent:
         parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
         return sum(parameter.numel() for parameter in parameters) // self.args.num_agents
 
+    def summary(self) -> str:
+        """For the line in which a run says what it will do."""
+        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
+        return agents + choice
+
     @property
     def num_resets(self) -> int:
         return self._num_resets
@@ -366,8 +395,10 @@ class Agent:
     def num_resets(self, num_resets: int) -> None:
         self._num_resets = num_resets
         self.oldest.fill_(num_resets % self.args.num_agents)
-        self.beta.fill_(self.args.beta if num_resets else 0.0)
-        self.beta_cost.fill_(self.args.beta_cost if num_resets else 0.0)
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = num_resets > 0 or self.args.selection == "advantage"
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
+        self.beta_cost.fill_(self.chosen_beta_cost if judges else 0.0)
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -416,10 +447,18 @@ class Agent:
         return outputs.float().view(num_agents, 3, batch_size)
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor, generator: torch.Generator, deterministic: bool = False) -> torch.Tensor:
+    def act(
+        self,
+        observations: torch.Tensor,
+        generator: torch.Generator,
+        random_actions_generator: torch.Generator,
+        deterministic: bool = False,
+        counted: bool = False,
+    ) -> torch.Tensor:
         """The ensemble's actions and, in the last column, the agents that proposed them, (num_envs, action_dim + 1).
 
-        For observations (num_envs, observation_dim). The agents propose samples of their policies, or their modes.
+        For observations (num_envs, observation_dim). The agents propose samples of their policies, or their modes. With
+        `counted` it is noted for the log how undecided the choice was.
         """
         num_envs, num_agents = len(observations), self.args.num_agents
         mean, log_std = self.policies(observations)
@@ -427,19 +466,39 @@ class Agent:
         proposals = squashed_gaussian(mean, log_std, noise)[0].transpose(0, 1)  # (num_envs, N, action_dim)
         if num_agents == 1:  # nothing to choose, and so nothing to judge
             return torch.cat([proposals[:, 0], torch.zeros_like(proposals[:, 0, :1])], dim=1)
-        inputs = torch.cat([observations.unsqueeze(1).expand(-1, num_agents, -1), proposals], dim=2).flatten(0, 1)
-        with self.autocast():
-            judging_critics = 3 * self.oldest + torch.arange(3, device=self.device)
-            judgements = self.critics(inputs.expand(3, -1, -1), judging_critics)  # (3, num_envs * N, 1)
-        judgements = judgements.float().view(3, num_envs, num_agents)
-        probabilities = safe_selection_probabilities(
-            judgements[:2].amin(dim=0), judgements[2], self.beta, self.beta_cost, self.kappa, self.cost_scale
-        )
+        judgement, costs = self.judge(observations, proposals)  # (num_envs, N) both
+        scale, cost_scale, least = value_scale(judgement), value_scale(costs), self.cost_scale
+        if self.args.selection == "advantage":
+            random_actions = self.random_actions(num_envs, random_actions_generator)
+            random_judgement, random_costs = self.judge(observations, random_actions)  # (num_envs, NUM_RANDOM_ACTIONS) both
+            scale, cost_scale = advantage_scale(judgement, random_judgement), advantage_scale(-costs, -random_costs)
+            least = self.cost_scale * DEFAULT_BETA["advantage"] / DEFAULT_BETA["value"]  # as hard a choice as by value
+        # Divided by itself alone, the noise of costs near zero would make a hard choice where no cost is in sight.
+        cost_scale = cost_scale.clamp(min=least)
+        probabilities = safe_selection_probabilities(judgement, costs, scale, cost_scale, self.beta, self.beta_cost, self.kappa)
         # An exponential race: the first of N clocks with rates p_i is clock i with probability p_i.
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
+        if counted:
+            entropies = torch.special.entr(probabilities).sum(dim=1)  # (num_envs,)
+            self.choices.add_(torch.stack([torch.ones_like(entropies), entropies], dim=1).sum(dim=0))
         actions = proposals[torch.arange(num_envs, device=self.device), acting_agents]  # (num_envs, action_dim)
         return torch.cat([actions, acting_agents.unsqueeze(1)], dim=1)
+
+    def judge(self, observations: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the oldest agent thinks of K actions in every state, the smaller of its reward critics, and its cost critic:
+        (batch, observation_dim) and (batch, K, action_dim) to (batch, K) both."""
+        inputs = torch.cat([observations.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], dim=2).flatten(0, 1)
+        with self.autocast():
+            judging_critics = 3 * self.oldest + torch.arange(3, device=self.device)
+            judgements = self.critics(inputs.expand(3, -1, -1), judging_critics)  # (3, batch * K, 1)
+        judgements = judgements.float().view(3, *actions.shape[:2])
+        return judgements[:2].amin(dim=0), judgements[2]
+
+    def random_actions(self, num_envs: int, generator: torch.Generator) -> torch.Tensor:
+        """Uniformly drawn, (num_envs, NUM_RANDOM_ACTIONS, action_dim)."""
+        actions = torch.empty((num_envs, NUM_RANDOM_ACTIONS, self.action_dim), device=self.device)
+        return actions.uniform_(-1, 1, generator=generator)
 
     def update(self) -> None:
         """One gradient step of every agent on one mini-batch, in stable-baselines3's order: alpha, critics, actor, targets."""
@@ -496,7 +555,7 @@ class Agent:
 
     def evaluation_policy(self, generator: torch.Generator):
         """What evaluations play: (batch, observation_dim) to (batch, action_dim), the modes of the policies."""
-        return lambda observations: self.act(observations, generator, deterministic=True)[:, :-1]
+        return lambda observations: self.act(observations, generator, generator, deterministic=True)[:, :-1]
 
     def end_episode(self, episodic_cost: float) -> None:
         """What a finished training episode teaches beside its transitions."""
@@ -504,12 +563,19 @@ class Agent:
         self.multiplier.update(episodic_cost)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: what the training costs, who judges, and whose proposals were taken since the last call."""
-        counts = self.acting_counts / max(1, self.acting_counts.sum())
+        """For TensorBoard: what the training costs, who judges, and since the last call how often an agent's proposal was taken,
+        and how undecided the choice was (at most log N).
+        """
+        fractions = self.acting_counts / max(1, self.acting_counts.sum())
+        num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
+        self.choices.zero_()
         scalars = {"safety/lambda": self.multiplier.value.item(), "safety/total_cost": self.total_cost}
         scalars |= {"safety/violations": self.num_violations, "rde/oldest_agent": self.num_resets % self.args.num_agents}
-        return scalars | {f"rde/acting_fraction_{i}": count for i, count in enumerate(counts)}
+        scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
+        if self.num_resets:
+            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        return scalars | {"rde/choice_entropy": entropy / max(1, num_choices)}
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
@@ -573,20 +639,25 @@ def train(args: Args, path: str | None = None) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
+    random_actions = torch.Generator(run.device).manual_seed(derive_seed(args.seed, RANDOM_ACTIONS))
     buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
     device_observations = torch.from_numpy(observations).to(run.device, copy=True)
-    act = CudaGraph(lambda: agent.act(device_observations, selection), selection, run.captures)
-    update = CudaGraph(agent.update, mini_batches, run.captures)
+    act = CudaGraph(
+        lambda: agent.act(device_observations, selection, random_actions, counted=True),
+        [selection, random_actions],
+        run.captures,
+    )
+    update = CudaGraph(agent.update, [mini_batches], run.captures)
 
     parts = {"agent": agent, "buffer": buffer, "envs": envs, "observations": observations, "exploration": exploration,
-             "mini_batches": mini_batches, "selection": selection}  # fmt: skip
+             "mini_batches": mini_batches, "selection": selection, "random_actions": random_actions}  # fmt: skip
     if not run.restore(parts):
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
-    run.announce(args.num_agents, agent.num_parameters, resets_due(args, gradient_steps_due(args, run.last_loop_step)))
+    run.announce(agent.summary(), resets_due(args, gradient_steps_due(args, run.last_loop_step)))
 
     while run.goes_on():
         # Between two steps: an evaluation, a reset of the oldest agent, a checkpoint.
@@ -992,7 +1063,7 @@ class ReplayBuffer:
 # -------------------------------------------------------------------------------------------- seeds, devices, copying
 
 # One random generator per purpose, so that a baseline and its RDE variant stay paired where they do the same thing.
-ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION = range(6)
+ENVIRONMENT, EXPLORATION, MINI_BATCHES, INITIALISATION, SELECTION, EVALUATION, RANDOM_ACTIONS = range(7)
 
 
 def derive_seed(seed: int, purpose: int, *indices: int) -> int:
@@ -1030,8 +1101,8 @@ class CudaGraph:
     nothing. A result is overwritten by the next call. Not `enabled`: a plain call, with the same numbers.
     """
 
-    def __init__(self, function, generator: torch.Generator | None, enabled: bool):
-        self.function, self.generator, self.enabled = function, generator, enabled
+    def __init__(self, function, generators: list[torch.Generator], enabled: bool):
+        self.function, self.generators, self.enabled = function, generators, enabled
         self.graph, self.warm_up_calls = None, 3
 
     def __call__(self):
@@ -1047,8 +1118,8 @@ class CudaGraph:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function()
         self.graph.replay()
@@ -1297,14 +1368,14 @@ class Run:
             rows.writerow(columns)
         return rows
 
-    def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
+    def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do."""
         args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
         gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
-        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {num_agents} agent(s) x {num_parameters:,} "
-                f"parameters, {gradient_steps:,} gradient steps, {num_resets} reset(s), "
+        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {agents}, "
+                f"{gradient_steps:,} gradient steps, {num_resets} reset(s), "
                 f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
         if self.speed_steps:  # of a run that goes on the speed is known
             seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
