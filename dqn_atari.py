@@ -68,6 +68,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -190,7 +191,7 @@ class Agent:
     """DQN."""
 
     KEPT = ("q_network", "target_network", "optimizer", "metrics")
-    METRICS = ("td_loss", "q_values")
+    METRICS = ("td_loss", "q_values", "gradient_norm")
 
     def __init__(
         self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
@@ -235,11 +236,11 @@ class Agent:
             q_values = self.q_network(observations).gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
         loss = F.smooth_l1_loss(q_values, td_targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.q_network.parameters(), args.max_grad_norm, foreach=True)
+        gradient_norm = nn.utils.clip_grad_norm_(self.q_network.parameters(), args.max_grad_norm, foreach=True)
         self.optimizer.step()
         with torch.no_grad():  # the whole target network in one call
             torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), args.tau)
-        self.metrics.copy_(torch.stack([loss.detach(), q_values.detach().mean()]))
+        self.metrics.copy_(torch.stack([loss.detach(), q_values.detach().mean(), gradient_norm]))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if not self.args.bf16:
@@ -606,23 +607,55 @@ def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> 
     return num_dormant / num_units
 
 
-def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
-    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
-    values = torch.linalg.svdvals(features.double())
-    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
+def active_units(activations: list[torch.Tensor]) -> float:
+    """How often a unit is active (> 0), over the batch and its places, as the mean of all units of all layers."""
+    return torch.cat([(layer > 0).float().transpose(0, 1).flatten(1).mean(dim=1) for layer in activations]).mean().item()
+
+
+class Activations(TorchFunctionMode):
+    """While it is entered, what every activation function returns, in the order of the computation.
+
+    So it sees whatever network somebody builds, as modules or by calls, with normalisation, residual blocks, ...
+    """
+
+    FUNCTIONS = (F.relu, F.relu_, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh)
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[torch.Tensor] = []  # (batch, units), or of a convolution (batch, units, height, width)
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function in self.FUNCTIONS:
+            self.seen.append(result)
+        return result
+
+
+def effective_rank(singular_values: torch.Tensor, rest: float = 0.01) -> int:
+    """How many of them make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
+    return int((singular_values.cumsum(dim=0) < (1 - rest) * singular_values.sum()).sum()) + 1
+
+
+def stable_rank(singular_values: torch.Tensor) -> float:
+    """The sum of their squares over the largest square (Rudelson and Vershynin, 2007): it is not moved by small ones."""
+    squares = singular_values.square()
+    return (squares.sum() / squares.max().clamp_min(torch.finfo(squares.dtype).tiny)).item()
 
 
 @torch.no_grad()
 def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
-    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8."""
-    features, activations = network_input(observations), []
-    for layer in [*q_network.convolutions, q_network.hidden]:
-        features = layer(features)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            activations.append(F.relu(features))
+    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8.
+
+    The ranks are those of the last activations, (batch, units).
+    """
+    with Activations() as activations:
+        q_network(network_input(observations))
+    singular_values = torch.linalg.svdvals(activations.seen[-1].flatten(1).double())
     return {
-        "plasticity/dormant_units": dormant_units(activations),
-        "plasticity/effective_rank": effective_rank(activations[-1]),
+        "plasticity/dormant_units": dormant_units(activations.seen),
+        "plasticity/active_units": active_units(activations.seen),
+        "plasticity/effective_rank": effective_rank(singular_values),
+        "plasticity/stable_rank": stable_rank(singular_values),
         "plasticity/weight_norm": torch.stack([parameter.norm() for parameter in q_network.parameters()]).norm().item(),
     }
 

@@ -21,7 +21,7 @@ DQN: Mnih et al., "Human-level control through deep reinforcement learning", Nat
 
 Where is what:
     Args                          every argument, its meaning and its range
-    StackedMLP                    the networks
+    QNetwork                      the network
     selection_probabilities, ...  which agent acts
     Agent                         act, update, reset
     epsilon_at, ...               how much is explored; when there is a gradient step, a reset, an evaluation
@@ -37,6 +37,7 @@ Where is what:
 
 import atexit
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -202,71 +203,22 @@ class Args:
 # ------------------------------------------------------------------------------------------------- network, selection
 
 
-class StackedMLP:
-    """Several MLPs of one shape with ReLU, computed together: (num_networks, batch, inputs) to (num_networks, batch, outputs).
+class QNetwork(nn.Sequential):
+    """An MLP with ReLU: (batch, observation_dim) to (batch, num_actions), with PyTorch's initialisation."""
 
-    A matrix product for all networks at once fills a GPU that one network leaves half idle, and saves time on a CPU, too. All
-    values of a network are one row, (num_networks, num_values): for the optimizer and the clipping it is one tensor. A layer's
-    weights, (num_networks, outputs, inputs) as in `nn.Linear`, and biases, (num_networks, 1, outputs), are views of that.
-    """
+    def __init__(self, args: Args, observation_dim: int, num_actions: int):
+        widths, layers = [observation_dim, *[args.hidden_dim] * args.num_hidden_layers], []
+        for fan_in, fan_out in zip(widths, widths[1:]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(widths[-1], num_actions))
 
-    KEPT = ("values",)
-
-    def __init__(self, num_networks: int, widths: list[int], device: torch.device):
-        sizes = [(fan_in, fan_out) for fan_in, fan_out in zip(widths, widths[1:])]
-        self.values = torch.zeros((num_networks, sum((fan_in + 1) * fan_out for fan_in, fan_out in sizes)), device=device)
-        parts = iter(self.values.split([size for fan_in, fan_out in sizes for size in (fan_in * fan_out, fan_out)], dim=1))
-        self.layers = [(next(parts).view(-1, fan_out, fan_in), next(parts).unsqueeze(1)) for fan_in, fan_out in sizes]
-
-    @torch.no_grad()
-    def initialise(self, network: int) -> None:
-        """Gives one of the networks, in place, the values of freshly built `nn.Linear` layers."""
-        for weight, bias in self.layers:
-            layer = nn.Linear(weight.shape[2], weight.shape[1])
-            weight[network] = layer.weight
-            bias[network, 0] = layer.bias
-
-    def forward(self, inputs: torch.Tensor, layer_inputs: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """The outputs, float32; the inputs of all layers are appended to the list that `backward` wants, if there is one."""
-        for depth, (weight, bias) in enumerate(self.layers):
-            if depth:
-                inputs = F.relu_(inputs)
-            if layer_inputs is not None:
-                layer_inputs.append(inputs)
-            if depth == len(self.layers) - 1 and inputs.dtype == torch.bfloat16:
-                # In float32 with --bf16, too: in bfloat16 values of actions that differ by less than 0.4 % would be the same.
-                with torch.autocast(inputs.device.type, enabled=False):
-                    return torch.baddbmm(bias, inputs.float(), weight.transpose(1, 2))
-            inputs = torch.baddbmm(bias, inputs, weight.transpose(1, 2))
-        return inputs
-
-    def backward(self, output_gradient: torch.Tensor, layer_inputs: list[torch.Tensor], gradients: "StackedMLP") -> None:
-        """Backpropagation: the gradient of the outputs, (num_networks, batch, outputs), to those of all values, in place.
-
-        Written out, because autograd takes a quarter more time for a whole update of one agent, and a new tensor for every
-        gradient.
-        """
-        gradient = output_gradient
-        for depth in reversed(range(len(self.layers))):
-            weight_gradient, bias_gradient = gradients.layers[depth]
-            weight_gradient.copy_(torch.bmm(gradient.transpose(1, 2), layer_inputs[depth]))
-            bias_gradient.copy_(gradient.sum(dim=1, keepdim=True))
-            if depth:
-                gradient = torch.bmm(gradient, self.layers[depth][0]).mul_(layer_inputs[depth] > 0)
-
-    def state_dicts(self) -> list[dict[str, torch.Tensor]]:
-        """Of every network, on the CPU, as `nn.Sequential(nn.Linear, nn.ReLU, nn.Linear, ...)` has it."""
-        return [
-            {f"{2 * depth}.{name}": tensor[i].squeeze(0).cpu().clone()
-             for depth, layer in enumerate(self.layers) for name, tensor in zip(("weight", "bias"), layer)}
-            for i in range(len(self.values))
-        ]  # fmt: skip
-
-    def load_state_dicts(self, states: list[dict[str, torch.Tensor]]) -> None:
-        for i, state in enumerate(states):
-            for depth, (weight, bias) in enumerate(self.layers):
-                weight[i].copy_(state[f"{2 * depth}.weight"])
-                bias[i, 0].copy_(state[f"{2 * depth}.bias"])
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        features, (*hidden_layers, output) = observations, self
+        for layer in hidden_layers:
+            features = layer(features)  # (batch, hidden_dim)
+        # In float32 with --bf16, too: in bfloat16 values of actions that differ by less than 0.4 % would be the same.
+        with torch.autocast(features.device.type, enabled=False):
+            return output(features.float())
 
 
 DEFAULT_BETA = {"value": 50.0, "advantage": 5.0}  # of --selection
@@ -303,19 +255,23 @@ class Agent:
     """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
     KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts", "choices")
-    METRICS = ("td_loss", "q_values")
+    METRICS = ("td_loss", "q_values", "gradient_norm")
 
     def __init__(
         self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
     ):
         self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
-        widths = self.widths(args, observation_space, action_space)
-        self.q_networks, self.target_networks, self.gradients = (StackedMLP(args.num_agents, widths, device) for _ in range(3))
+        self.observation_dim = observation_space.shape[0]
         # PyTorch's global generator initialises networks and serves no other purpose.
         torch.manual_seed(derive_seed(args.seed, INITIALISATION))
-        for index in range(args.num_agents):
-            self.initialise(index)
-        self.optimizer = self.make_optimizer()
+        self.q_networks = nn.ModuleList(self.fresh_network() for _ in range(args.num_agents)).to(device)
+        self.target_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
+        # One optimizer for all agents: a step count per parameter, so that a reset can start one agent's anew.
+        options = {"lr": args.learning_rate, "capturable": device.type == "cuda"}
+        if args.optimizer == "rmsprop":
+            self.optimizer = optim.RMSprop(self.q_networks.parameters(), foreach=True, **options)
+        else:
+            self.optimizer = optim.Adam(self.q_networks.parameters(), fused=True, **options)
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
         self.beta = torch.zeros((), device=device)  # see `num_resets`
@@ -324,22 +280,20 @@ class Agent:
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
-    @staticmethod
-    def widths(args: Args, observation_space: gym.Space, action_space: gym.Space) -> list[int]:
-        """Of the layers of one agent's network, input and output among them."""
-        return [observation_space.shape[0], *[args.hidden_dim] * args.num_hidden_layers, int(action_space.n)]
+    def fresh_network(self) -> QNetwork:
+        return QNetwork(self.args, self.observation_dim, self.num_actions)
 
     @staticmethod
     def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
         """Parameters, targets, gradients, and the moments of the optimizer (Adam two, RMSprop one), float32."""
-        widths = Agent.widths(args, observation_space, action_space)
-        num_parameters = sum((fan_in + 1) * fan_out for fan_in, fan_out in zip(widths, widths[1:]))
+        network = QNetwork(args, observation_space.shape[0], int(action_space.n))
+        num_parameters = sum(parameter.numel() for parameter in network.parameters())
         return args.num_agents * 4 * num_parameters * (5 if args.optimizer == "adam" else 4)
 
     @property
     def num_parameters(self) -> int:
         """Of one agent's network."""
-        return self.q_networks.values.shape[1]
+        return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
 
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
@@ -360,34 +314,13 @@ class Agent:
         self.beta.fill_(self.chosen_beta if judges else 0.0)
 
     @torch.no_grad()
-    def initialise(self, index: int) -> None:
-        """A new network, and its exact copy as target, in the place of agent `index`'s, in place."""
-        self.q_networks.initialise(index)
-        self.target_networks.values[index] = self.q_networks.values[index]
-
-    def make_optimizer(self) -> optim.Optimizer:
-        """One optimizer, in which every agent's values are a parameter of its own.
-
-        Over the stacked values Adam would have one step count for all agents, and after a reset the bias correction of the new
-        agent would be that of an old one. The parameters share the memory of the values, and their gradients that of
-        `gradients`.
-        """
-        self.parameters = list(self.q_networks.values)
-        for parameter, gradient in zip(self.parameters, self.gradients.values):
-            parameter.grad = gradient
-        options = {"lr": self.args.learning_rate, "capturable": self.device.type == "cuda"}
-        if self.args.optimizer == "rmsprop":
-            return optim.RMSprop(self.parameters, foreach=True, **options)
-        return optim.Adam(self.parameters, fused=True, **options)
-
-    @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
         """The ensemble's greedy actions and the agents that proposed them, (2, num_envs), for (num_envs, observation_dim).
 
         With `counted` it is noted for the log how undecided the choice was.
         """
         with self.autocast():
-            q_values = self.q_networks.forward(self.for_all(observations))  # (N, num_envs, actions)
+            q_values = torch.stack([q_network(observations) for q_network in self.q_networks])  # (N, num_envs, actions)
         proposals = q_values.argmax(dim=2).T  # (num_envs, N)
         if self.args.num_agents == 1:  # nothing to choose, and so nothing to judge
             return torch.stack([proposals[:, 0], torch.zeros_like(proposals[:, 0])])
@@ -403,45 +336,41 @@ class Agent:
             self.choices.add_(torch.stack([torch.ones_like(entropies), entropies], dim=1).sum(dim=0))
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
-    @torch.no_grad()
     def update(self) -> None:
         """One gradient step of every agent on one mini-batch. The copies into the targets are not in it, see `train`."""
-        args, layer_inputs = self.args, []
+        args = self.args
         observations, actions, rewards, terminated, next_observations = self.buffer.sample(args.batch_size)
-        with self.autocast():
-            next_q_values = self.target_networks.forward(self.for_all(next_observations)).amax(dim=2)  # (N, batch_size)
-            outputs = self.q_networks.forward(self.for_all(observations), layer_inputs)  # (N, batch_size, actions)
-        td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (N, batch_size)
-        actions = self.for_all(actions.long())  # (N, batch_size, 1)
-        q_values = outputs.gather(2, actions).squeeze(2)  # (N, batch_size)
-        losses = F.smooth_l1_loss(q_values, td_targets, reduction="none").mean(dim=1)  # (N,)
-        # The loss's derivative is the error, clipped to [-1, 1] (DQN's paper writes it so), of the action that was taken.
-        errors = (q_values - td_targets).clamp_(-1, 1) / args.batch_size  # (N, batch_size)
-        output_gradient = torch.zeros_like(outputs).scatter_(2, actions, errors.unsqueeze(2))  # (N, batch_size, actions)
-        with self.autocast():
-            self.q_networks.backward(output_gradient, layer_inputs, self.gradients)
-
-        # Every agent's gradient is clipped for itself, as `nn.utils.clip_grad_norm_` does it.
-        norms = torch.linalg.vector_norm(self.gradients.values, dim=1, keepdim=True)  # (N, 1)
-        self.gradients.values.mul_((args.max_grad_norm / (norms + 1e-6)).clamp_(max=1))
+        self.optimizer.zero_grad()
+        metrics = []
+        for q_network, target_network in zip(self.q_networks, self.target_networks):
+            with self.autocast():
+                with torch.no_grad():
+                    next_q_values = target_network(next_observations).amax(dim=1)  # (batch_size,)
+                    td_targets = rewards + args.gamma * next_q_values * (1 - terminated)  # (batch_size,)
+                q_values = q_network(observations).gather(1, actions.long()).squeeze(1)  # (batch_size,)
+            loss = F.smooth_l1_loss(q_values, td_targets)
+            loss.backward()
+            gradient_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
+            metrics.append(torch.stack([loss.detach(), q_values.detach().mean(), gradient_norm]))
         self.optimizer.step()
         if args.tau:
-            self.target_networks.values.lerp_(self.q_networks.values, args.tau)
-        self.metrics.copy_(torch.stack([losses, q_values.mean(dim=1)]))
+            with torch.no_grad():  # all target networks in one call
+                torch._foreach_lerp_(list(self.target_networks.parameters()), list(self.q_networks.parameters()), args.tau)
+        self.metrics.copy_(torch.stack(metrics, dim=1))
 
+    @torch.no_grad()
     def copy_to_targets(self) -> None:
-        self.target_networks.values.copy_(self.q_networks.values)
-
-    def for_all(self, batch: torch.Tensor) -> torch.Tensor:
-        """The same batch for every agent, (batch, ...) to (N, batch, ...), without a copy."""
-        return batch.expand(self.args.num_agents, -1, -1)
+        torch._foreach_copy_(list(self.target_networks.parameters()), list(self.q_networks.parameters()))
 
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
         index = self.num_resets % self.args.num_agents
-        self.initialise(index)
-        for moment_or_step in self.optimizer.state[self.parameters[index]].values():
-            moment_or_step.zero_()
+        q_network, target_network = self.q_networks[index], self.target_networks[index]
+        q_network.load_state_dict(self.fresh_network().state_dict())
+        target_network.load_state_dict(q_network.state_dict())
+        for parameter in q_network.parameters():
+            for moment_or_step in self.optimizer.state[parameter].values():
+                moment_or_step.zero_()
         self.num_resets += 1
         return index
 
@@ -471,15 +400,18 @@ class Agent:
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
+        q_networks = copy.deepcopy(self.q_networks).cpu()
         return {
-            "q_networks": self.q_networks.state_dicts(),
+            "q_networks": [q_network.state_dict() for q_network in q_networks],
             "oldest_agent": self.oldest.item(),
             "num_resets": self.num_resets,
         }
 
     def load_weights(self, weights: dict) -> None:
-        self.q_networks.load_state_dicts(weights["q_networks"])
+        for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
+            q_network.load_state_dict(state)
         self.num_resets = weights["num_resets"]
+        self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules

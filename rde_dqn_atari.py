@@ -73,6 +73,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -199,7 +200,7 @@ class QNetwork(nn.Module):
             return self.output(features.float())
 
 
-RESET_LAYERS = {"last1": ["output"], "last2": ["hidden", "output"], "full": ["convolutions", "hidden", "output"]}
+RESET_LAYERS = {"last1": ["output"], "last2": ["hidden", "output"], "full": [""]}  # "": the whole network
 
 
 def network_input(frames: torch.Tensor) -> torch.Tensor:
@@ -241,7 +242,7 @@ class Agent:
     """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
     KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts", "choices")
-    METRICS = ("td_loss", "q_values")
+    METRICS = ("td_loss", "q_values", "gradient_norm")
 
     def __init__(
         self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
@@ -252,6 +253,8 @@ class Agent:
         self.q_networks = nn.ModuleList(QNetwork(self.num_actions) for _ in range(args.num_agents))
         self.q_networks.to(device, memory_format=torch.channels_last)
         self.target_networks = copy.deepcopy(self.q_networks).requires_grad_(False)
+        for layer in RESET_LAYERS[args.reset_depth]:
+            self.q_networks[0].get_submodule(layer)  # a wrong name fails here, and not at the first reset
         # One Adam for all agents: a step count per parameter, so that a reset can start one agent's anew.
         self.optimizer = optim.Adam(
             self.q_networks.parameters(), lr=args.learning_rate, fused=True, capturable=device.type == "cuda"
@@ -320,7 +323,7 @@ class Agent:
         frames, actions, rewards, terminated = self.buffer.sample(args.batch_size)
         observations, next_observations = network_input(frames[:, :4]), network_input(frames[:, 1:])
         self.optimizer.zero_grad()
-        losses, mean_q_values = [], []
+        metrics = []
         for q_network, target_network in zip(self.q_networks, self.target_networks):
             with self.autocast():
                 with torch.no_grad():
@@ -329,13 +332,12 @@ class Agent:
                 q_values = q_network(observations).gather(1, actions.unsqueeze(1)).squeeze(1)  # (batch_size,)
             loss = F.smooth_l1_loss(q_values, td_targets)
             loss.backward()
-            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
-            losses.append(loss.detach())
-            mean_q_values.append(q_values.detach().mean())
+            gradient_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
+            metrics.append(torch.stack([loss.detach(), q_values.detach().mean(), gradient_norm]))
         self.optimizer.step()
         with torch.no_grad():  # all target networks in one call
             torch._foreach_lerp_(list(self.target_networks.parameters()), list(self.q_networks.parameters()), args.tau)
-        self.metrics.copy_(torch.stack(losses + mean_q_values).view(2, -1))
+        self.metrics.copy_(torch.stack(metrics, dim=1))
 
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
@@ -388,6 +390,7 @@ class Agent:
         for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
             q_network.load_state_dict(state)
         self.num_resets = weights["num_resets"]
+        self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules
@@ -758,23 +761,55 @@ def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> 
     return num_dormant / num_units
 
 
-def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
-    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
-    values = torch.linalg.svdvals(features.double())
-    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
+def active_units(activations: list[torch.Tensor]) -> float:
+    """How often a unit is active (> 0), over the batch and its places, as the mean of all units of all layers."""
+    return torch.cat([(layer > 0).float().transpose(0, 1).flatten(1).mean(dim=1) for layer in activations]).mean().item()
+
+
+class Activations(TorchFunctionMode):
+    """While it is entered, what every activation function returns, in the order of the computation.
+
+    So it sees whatever network somebody builds, as modules or by calls, with normalisation, residual blocks, ...
+    """
+
+    FUNCTIONS = (F.relu, F.relu_, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh)
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[torch.Tensor] = []  # (batch, units), or of a convolution (batch, units, height, width)
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function in self.FUNCTIONS:
+            self.seen.append(result)
+        return result
+
+
+def effective_rank(singular_values: torch.Tensor, rest: float = 0.01) -> int:
+    """How many of them make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
+    return int((singular_values.cumsum(dim=0) < (1 - rest) * singular_values.sum()).sum()) + 1
+
+
+def stable_rank(singular_values: torch.Tensor) -> float:
+    """The sum of their squares over the largest square (Rudelson and Vershynin, 2007): it is not moved by small ones."""
+    squares = singular_values.square()
+    return (squares.sum() / squares.max().clamp_min(torch.finfo(squares.dtype).tiny)).item()
 
 
 @torch.no_grad()
 def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
-    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8."""
-    features, activations = network_input(observations), []
-    for layer in [*q_network.convolutions, q_network.hidden]:
-        features = layer(features)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            activations.append(F.relu(features))
+    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8.
+
+    The ranks are those of the last activations, (batch, units).
+    """
+    with Activations() as activations:
+        q_network(network_input(observations))
+    singular_values = torch.linalg.svdvals(activations.seen[-1].flatten(1).double())
     return {
-        "plasticity/dormant_units": dormant_units(activations),
-        "plasticity/effective_rank": effective_rank(activations[-1]),
+        "plasticity/dormant_units": dormant_units(activations.seen),
+        "plasticity/active_units": active_units(activations.seen),
+        "plasticity/effective_rank": effective_rank(singular_values),
+        "plasticity/stable_rank": stable_rank(singular_values),
         "plasticity/weight_norm": torch.stack([parameter.norm() for parameter in q_network.parameters()]).norm().item(),
     }
 

@@ -80,6 +80,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -300,15 +301,12 @@ class Agent:
 
     KEPT = ("q_networks", "target_networks", "optimizer", "steps_since_reset", "num_resets", "metrics", "acting_counts",
             "choices")  # fmt: skip
-    METRICS = ("td_loss", "q_values")
+    METRICS = ("td_loss", "q_values", "gradient_norm")
 
     def __init__(
         self, args: Args, observation_space: gym.Space, action_space: gym.Space, buffer: "ReplayBuffer", device: torch.device
     ):
         self.args, self.num_actions, self.buffer, self.device = args, int(action_space.n), buffer, device
-        # Freed at once, and glibc keeps freed blocks of up to this size from then on. It would give those of a step's frames back to
-        # the system, and fetch them anew, page by page, in the next step: with half the width a sixth of an update.
-        torch.empty(30 << 20, dtype=torch.uint8)
         # PyTorch's global generator initialises networks and serves no other purpose.
         torch.manual_seed(derive_seed(args.seed, INITIALISATION))
         self.q_networks = nn.ModuleList(self.fresh_network() for _ in range(args.num_agents))
@@ -423,7 +421,7 @@ class Agent:
         returns = batch.returns.expand(count, -1)  # (N, batch_size)
         discounts = (batch.discounts * (1 - batch.terminated)).expand(count, -1)  # (N, batch_size)
         self.optimizer.zero_grad()
-        losses, mean_q_values = [], []
+        metrics = []
         for i, (q_network, target_network) in enumerate(zip(self.q_networks, self.target_networks)):
             with self.autocast():
                 with torch.no_grad():
@@ -433,14 +431,13 @@ class Agent:
                 logits = chosen(q_network(observations), batch.actions)  # (batch_size, num_atoms)
             loss = self.loss(logits, next_logits, returns[i].unsqueeze(1), discounts[i].unsqueeze(1))
             loss.backward()
-            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
-            losses.append(loss.detach())
-            mean_q_values.append(self.q_values(logits.detach()).mean())
+            gradient_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
+            metrics.append(torch.stack([loss.detach(), self.q_values(logits.detach()).mean(), gradient_norm]))
         self.optimizer.step()
         with torch.no_grad():  # all target networks in one call
             torch._foreach_lerp_(list(self.target_networks.parameters()), list(self.q_networks.parameters()), args.tau)
         self.steps_since_reset += 1
-        self.metrics.copy_(torch.stack(losses + mean_q_values).view(2, -1))
+        self.metrics.copy_(torch.stack(metrics, dim=1))
 
     def loss(
         self, logits: torch.Tensor, next_logits: torch.Tensor, returns: torch.Tensor, discounts: torch.Tensor
@@ -509,6 +506,7 @@ class Agent:
         for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
             q_network.load_state_dict(state)
         self.num_resets = weights["num_resets"]
+        self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
 def chosen(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -575,6 +573,7 @@ def train(args: Args, path: str | None = None) -> None:
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches, args.n_step)
+    keep_freed_memory()
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
@@ -895,23 +894,55 @@ def dormant_units(activations: list[torch.Tensor], threshold: float = 0.025) -> 
     return num_dormant / num_units
 
 
-def effective_rank(features: torch.Tensor, rest: float = 0.01) -> int:
-    """How many singular values of features (batch, units) make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
-    values = torch.linalg.svdvals(features.double())
-    return int((values.cumsum(dim=0) < (1 - rest) * values.sum()).sum()) + 1
+def active_units(activations: list[torch.Tensor]) -> float:
+    """How often a unit is active (> 0), over the batch and its places, as the mean of all units of all layers."""
+    return torch.cat([(layer > 0).float().transpose(0, 1).flatten(1).mean(dim=1) for layer in activations]).mean().item()
+
+
+class Activations(TorchFunctionMode):
+    """While it is entered, what every activation function returns, in the order of the computation.
+
+    So it sees whatever network somebody builds, as modules or by calls, with normalisation, residual blocks, ...
+    """
+
+    FUNCTIONS = (F.relu, F.relu_, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh)
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[torch.Tensor] = []  # (batch, units), or of a convolution (batch, units, height, width)
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function in self.FUNCTIONS:
+            self.seen.append(result)
+        return result
+
+
+def effective_rank(singular_values: torch.Tensor, rest: float = 0.01) -> int:
+    """How many of them make up 1 - rest of their sum (Kumar et al., ICLR 2021)."""
+    return int((singular_values.cumsum(dim=0) < (1 - rest) * singular_values.sum()).sum()) + 1
+
+
+def stable_rank(singular_values: torch.Tensor) -> float:
+    """The sum of their squares over the largest square (Rudelson and Vershynin, 2007): it is not moved by small ones."""
+    squares = singular_values.square()
+    return (squares.sum() / squares.max().clamp_min(torch.finfo(squares.dtype).tiny)).item()
 
 
 @torch.no_grad()
 def plasticity(q_network: nn.Module, observations: torch.Tensor) -> dict[str, float]:
-    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8."""
-    features, activations = network_input(observations), []
-    for layer in [*q_network.convolutions, q_network.hidden]:
-        features = layer(features)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            activations.append(F.relu(features))
+    """How well a network can still learn, measured on observations (batch, 4, 84, 84) uint8.
+
+    The ranks are those of the last activations, (batch, units).
+    """
+    with Activations() as activations:
+        q_network(network_input(observations))
+    singular_values = torch.linalg.svdvals(activations.seen[-1].flatten(1).double())
     return {
-        "plasticity/dormant_units": dormant_units(activations),
-        "plasticity/effective_rank": effective_rank(activations[-1]),
+        "plasticity/dormant_units": dormant_units(activations.seen),
+        "plasticity/active_units": active_units(activations.seen),
+        "plasticity/effective_rank": effective_rank(singular_values),
+        "plasticity/stable_rank": stable_rank(singular_values),
         "plasticity/weight_norm": torch.stack([parameter.norm() for parameter in q_network.parameters()]).norm().item(),
     }
 
@@ -926,6 +957,15 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
+
+
+def keep_freed_memory(num_bytes: int = 30 << 20) -> None:
+    """Frees a block of memory at once, and glibc keeps freed blocks of up to this size for the process from then on.
+
+    It would give those of a mini-batch's frames back to the system, and fetch them anew, page by page, for the next one: with
+    half the width a sixth of an update.
+    """
+    torch.empty(num_bytes, dtype=torch.uint8)
 
 
 class NStepReplayBuffer:

@@ -593,6 +593,7 @@ class Agent:
         self.critics.load_state_dict(weights["critics"])
         self.log_alphas.copy_(weights["log_alphas"])
         self.num_resets = weights["num_resets"]
+        self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
         self.multiplier.value.fill_(weights["lagrange_multiplier"])
 
 
