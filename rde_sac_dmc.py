@@ -140,6 +140,8 @@ class Args:
     """width of the hidden layers of actors and critics"""
     num_hidden_layers: Annotated[int, "[1, inf)"] = 2
     """hidden layers of actors and critics"""
+    critic_norm: Literal["none", "layer"] = "none"
+    """LayerNorm after every hidden layer of the critics, before the ReLU (layer: the base of BRO and SimBa), or none"""
 
     # ------------------------------------------------------------ evaluation
     eval_interval: Annotated[int, "[0, inf)"] = 10_000
@@ -171,23 +173,31 @@ class StackedMLP(nn.Module):
     """Several MLPs of one shape with ReLU, computed together: (num_networks, batch, inputs) to (num_networks, batch, outputs).
 
     A matrix product for all networks at once fills a GPU that one network leaves half idle, and for small networks it saves
-    most of the time on a CPU, too. The weights are stacked, (num_networks, inputs, outputs) in every layer.
+    most of the time on a CPU, too. The weights are stacked, (num_networks, inputs, outputs) in every layer. With `layer_norm`
+    there is a LayerNorm after every hidden layer, before the ReLU, with a gain and a shift of every network's own.
     """
 
-    def __init__(self, num_networks: int, widths: list[int]):
+    def __init__(self, num_networks: int, widths: list[int], layer_norm: bool = False):
         super().__init__()
+        self.arguments = (widths, layer_norm)
         layers = list(zip(widths, widths[1:]))
         self.weights = nn.ParameterList(torch.zeros(num_networks, fan_in, fan_out) for fan_in, fan_out in layers)
         self.biases = nn.ParameterList(torch.zeros(num_networks, 1, fan_out) for _, fan_out in layers)
-        self.layers = list(zip(self.weights, self.biases))  # on a CPU ParameterLists cost 4 % of the training loop
+        normed = widths[1:-1] if layer_norm else []
+        self.gains = nn.ParameterList(torch.ones(num_networks, 1, width) for width in normed)
+        self.shifts = nn.ParameterList(torch.zeros(num_networks, 1, width) for width in normed)
+        # On a CPU ParameterLists cost 4 % of the training loop.
+        self.layers, self.norms = list(zip(self.weights, self.biases)), list(zip(self.gains, self.shifts))
 
     @torch.no_grad()
     def initialise(self, network: int) -> None:
-        """Gives one of the networks, in place, the values of freshly built `nn.Linear` layers."""
-        for weight, bias in self.layers:
+        """Gives one of the networks, in place, all values of a freshly built one; in the layers they are those of `nn.Linear`."""
+        fresh = StackedMLP(1, *self.arguments)
+        for weight, bias in fresh.layers:
             layer = nn.Linear(weight.shape[1], weight.shape[2])
-            weight[network] = layer.weight.T
-            bias[network, 0] = layer.bias
+            weight[0], bias[0, 0] = layer.weight.T, layer.bias
+        for parameter, value in zip(self.parameters(), fresh.parameters()):
+            parameter[network] = value[0]
 
     def forward(self, inputs: torch.Tensor, networks: torch.Tensor | None = None) -> torch.Tensor:
         """All networks, or those whose numbers are given on the device."""
@@ -195,6 +205,11 @@ class StackedMLP(nn.Module):
             if networks is not None:
                 weight, bias = weight.index_select(0, networks), bias.index_select(0, networks)
             if depth:
+                if self.norms:
+                    gain, shift = self.norms[depth - 1]
+                    if networks is not None:
+                        gain, shift = gain.index_select(0, networks), shift.index_select(0, networks)
+                    inputs = torch.addcmul(shift, F.layer_norm(inputs, inputs.shape[2:]), gain)
                 inputs = F.relu_(inputs)
             if weight.shape[2] > 1:
                 inputs = torch.baddbmm(bias, inputs, weight)
@@ -264,7 +279,9 @@ class Agent:
         self.target_entropy = -float(action_dim)
         hidden = [args.hidden_dim] * args.num_hidden_layers
         self.actors = StackedMLP(args.num_agents, [observation_dim, *hidden, 2 * action_dim]).to(device)
-        self.critics = StackedMLP(2 * args.num_agents, [observation_dim + action_dim, *hidden, 1]).to(device)
+        self.critics = StackedMLP(
+            2 * args.num_agents, [observation_dim + action_dim, *hidden, 1], args.critic_norm == "layer"
+        ).to(device)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alphas = torch.zeros(args.num_agents, device=device)
         # PyTorch's global generator initialises networks and serves no other purpose.
