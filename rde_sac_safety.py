@@ -324,7 +324,7 @@ class LagrangeMultiplier:
         self.integral, self.last_error = 0.0, 0.0
 
     def update(self, episodic_cost: float) -> None:
-        """Takes in the undiscounted cost of one finished training episode."""
+        """Takes in the undiscounted cost of a finished training episode, or the mean of those that end together."""
         if math.isinf(self.cost_limit):
             return
         error = episodic_cost - self.cost_limit
@@ -574,10 +574,14 @@ class Agent:
         """What evaluations play: (batch, observation_dim) to (batch, action_dim), the modes of the policies."""
         return lambda observations: self.act(observations, generator, generator, deterministic=True)[:, :-1]
 
-    def end_episode(self, episodic_cost: float) -> None:
-        """What a finished training episode teaches beside its transitions."""
-        self.num_violations += episodic_cost > self.args.cost_limit
-        self.multiplier.update(episodic_cost)
+    def end_episodes(self, episodic_costs: list[float]) -> None:
+        """What the training episodes that end in a loop step teach beside their transitions.
+
+        The multiplier is moved once, by their mean: moved by each of them, it would hang on the order of the environments.
+        """
+        if episodic_costs:
+            self.num_violations += sum(cost > self.args.cost_limit for cost in episodic_costs)
+            self.multiplier.update(float(np.mean(episodic_costs)))
 
     def scalars(self) -> dict[str, float]:
         """For TensorBoard: what the training costs, who judges, and since the last call how often an agent's proposal was taken,
@@ -709,15 +713,17 @@ def train(args: Args, path: str | None = None) -> None:
                 raise FloatingPointError(f"an action is not finite at step {run.global_step}; try a lower --learning-rate")
             agent.acting_counts += np.bincount(acting_agents[:, 0].astype(np.int64), minlength=args.num_agents)
         run.global_step += args.num_envs
+        episodic_costs = []
         for i, env in enumerate(envs):
             next_observation, reward, terminated, truncated, info = env.step(actions[i])
             buffer.add(observations[i], actions[i], reward, info["cost"], terminated, next_observation)
             agent.total_cost += info["cost"]
             if terminated or truncated:
                 next_observation, _ = env.reset()
-                agent.end_episode(info["episode"]["cost"])
+                episodic_costs.append(info["episode"]["cost"])
                 run.log_episode(info["episode"])
             observations[i] = next_observation
+        agent.end_episodes(episodic_costs)
 
         # Log, and see what is due.
         run.count_step()
