@@ -228,10 +228,10 @@ class SACTrainingLoop:
         self.buffer = script.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
         self.agent = script.Agent(args, *spaces, self.buffer, device)
         self.agent.reset()  # so that the oldest agent judges
-        selection = torch.Generator(device).manual_seed(1)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]  # of the choice, and of random actions
         self.device_observations = torch.zeros((1, *spaces[0].shape), device=device)
         capture = args.cuda_graphs and device.type == "cuda"
-        self.act = sac.CudaGraph(lambda: self.agent.act(self.device_observations, selection), [selection], capture)
+        self.act = sac.CudaGraph(lambda: self.agent.act(self.device_observations, *generators), generators, capture)
         self.update = sac.CudaGraph(self.agent.update, [self.buffer.generator], capture)
         self.observation, _ = self.env.reset(seed=0)
         generator = np.random.default_rng(0)

@@ -625,8 +625,8 @@ class MiniGridView(gym.Wrapper):
 class Task(gym.Wrapper):
     """A task with float32 vectors as observations and actions from 0 on, which can be saved in the middle of an episode.
 
-    Numbers as observations become one-hot vectors, arrays are flattened. At the end of an episode `info["episode"]` holds the return "r", the
-    length "l" and, if the environment tells it, the "success".
+    Numbers as observations become one-hot vectors, arrays are flattened. At the end of an episode `info["episode"]` holds the
+    return "r", the length "l" and, if the environment tells it, the "success".
 
     Some worlds cannot be saved (Box2D's). So none is: kept are the beginning of the episode (a seed, or the state of the
     environment's random generator) and its actions, and it is played again. That is exact for every environment that depends on
@@ -761,7 +761,10 @@ def known_environments(env_id: str) -> list[str]:
     module = env_id.partition(":")[0] if ":" in env_id else ""
     if env_id not in gym.registry:  # MinAtar and others offer their environments as plugins, which Gymnasium 1.x does not load
         for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):
-            plugin.load()()
+            try:
+                plugin.load()()
+            except Exception as error:  # somebody's own package, which may have nothing to do with this run
+                print(f"warning: the plugin {plugin.name} cannot be loaded: {error!r}", file=sys.stderr)
     minigrid = "minigrid" if env_id not in gym.registry and importlib.util.find_spec("minigrid") else ""
     for name in filter(None, (minigrid, module)):
         try:

@@ -25,7 +25,7 @@ def table(script: pathlib.Path) -> str:
         if title := next((titles.pop(number) for number in list(titles) if number < field.lineno), None):
             lines.append(f"| **{title}** | | | |")
         kind, default = ast.unparse(field.annotation), ast.get_source_segment(source, field.value)
-        choices = re.search(r"Annotated\[\w+, '(.*)'\]", kind) or re.search(r"Literal\[(.*)\]", kind)
+        choices = re.search(r"Annotated\[[\w |]+, '(.*)'\]", kind) or re.search(r"Literal\[(.*)\]", kind)
         flag = "--" + field.target.id.replace("_", "-")
         if kind == "bool":
             flag, default = (f"{flag}` / `--no-{flag[2:]}", "yes" if default == "True" else "no")

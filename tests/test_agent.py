@@ -140,6 +140,11 @@ def formula(q_values: np.ndarray, beta: float) -> np.ndarray:
     return np.array(rows)
 
 
+def probabilities_by_value(q_values: list[list[float]], beta: torch.Tensor | float) -> torch.Tensor:
+    q_values = torch.tensor(q_values)
+    return rde.selection_probabilities(q_values, rde.value_scale(q_values), beta)
+
+
 @pytest.mark.parametrize(
     "q_values",
     [
@@ -159,14 +164,14 @@ def formula(q_values: np.ndarray, beta: float) -> np.ndarray:
 )
 @pytest.mark.parametrize("beta", [0.0, 1.0, 50.0])
 def test_selection_probabilities_are_those_of_the_formula(q_values, beta):
-    ours = rde.selection_probabilities(torch.tensor(q_values), torch.tensor(beta)).numpy()
+    ours = probabilities_by_value(q_values, torch.tensor(beta)).numpy()
     np.testing.assert_allclose(ours, formula(q_values, beta), rtol=2e-4, atol=1e-7)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8), st.floats(0, 100))
 def test_selection_prefers_higher_values_whatever_their_sign(q_values, beta):
-    ours = rde.selection_probabilities(torch.tensor([q_values]), beta)[0].double().numpy()
+    ours = probabilities_by_value([q_values], beta)[0].double().numpy()
     assert ours.sum() == pytest.approx(1, abs=1e-5)
     np.testing.assert_allclose(ours, formula([q_values], beta)[0], rtol=1e-3, atol=1e-6)
     order = np.argsort(q_values)
@@ -240,13 +245,16 @@ def test_the_number_of_resets_says_who_judges_and_how():
 
 
 def test_what_is_logged_of_the_choice():
-    """The oldest agent, and the fractions of the acting ones since the last point, which then begin anew."""
+    """The oldest agent, the fractions of the acting ones and the mean entropy since the last point, which then begin anew."""
     agent = dqn_agent(rde, num_agents=3)
-    agent.num_resets = 4
-    names = ["rde/oldest_agent", *(f"rde/acting_fraction_{i}" for i in range(3))]
-    for counts, fractions in (([2, 0, 6], [0.25, 0.0, 0.75]), ([0, 0, 0], [0.0, 0.0, 0.0])):
+    names = ["rde/oldest_agent", *(f"rde/acting_fraction_{i}" for i in range(3)), "rde/choice_entropy"]
+    assert agent.scalars() == dict.fromkeys(names, 0)  # before the first reset no agent is the youngest
+    agent.num_resets = 6  # agent 2 was the last one
+    names.append("rde/youngest_fraction")
+    for counts, choices, logged in (([2, 0, 6], [5, 2], [0.25, 0.0, 0.75, 0.4, 0.75]), ([0, 0, 0], [0, 0], [0] * 5)):
         agent.acting_counts += counts
-        assert agent.scalars() == dict(zip(names, [1, *fractions], strict=True))
+        agent.choices += torch.tensor(choices)
+        assert agent.scalars() == pytest.approx(dict(zip(names, [0, *logged], strict=True)))
 
 
 # -------------------------------------------------------------------------------------------------------------- reset

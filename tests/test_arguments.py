@@ -131,8 +131,9 @@ WRONG_ENSEMBLES = [
     ("--num-agents 1000000 --reset-interval 0", "GB are free"),
     ("--beta nan", "--beta is nan, but must be a finite number"),
     ("--beta inf", "--beta is inf, but must be a finite number"),
-    ("--beta -50", "--beta is -50.0, but must lie in [0, inf)"),
+    ("--beta -1", "--beta is -1.0, but must lie in [0, inf)"),
     ("--beta 1e39", "--beta is 1e+39, but must be a finite number below 1e30"),  # no float32
+    ("--selection best", "invalid choice 'best'"),
     ("--reset-interval 15 --num-envs 4 --replay-ratio 2 --num-agents 2", "use at least 16"),
 ]
 # What a script shares with another one is checked in one of them: its text is the same (test_copies.py).
@@ -257,7 +258,8 @@ INTERVAL = re.compile(r"^([\[(])(\S+), (\S+)([\])])$")
 def intervals(script) -> dict[str, tuple[type, str]]:
     hints = typing.get_type_hints(script.Args, include_extras=True)
     found = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Annotated}
-    return {name: (kind, interval) for name, (kind, interval) in found.items()}
+    # "float | None" is a float that need not be given.
+    return {name: (next(iter(typing.get_args(kind)), kind), interval) for name, (kind, interval) in found.items()}
 
 
 def outside_and_inside(kind: type, interval: str) -> tuple[list, list]:

@@ -48,6 +48,7 @@ def watched(function, generator: torch.Generator | None = None) -> Watch:
 
 AGENTS = [(name, {}) for name in ("dqn_atari", "sr_dqn_atari")] + [("rde_dqn_atari", {"num_agents": n}) for n in (1, 3)]
 AGENTS += [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)]
+BY_ADVANTAGE = [(name, {"num_agents": 3, "selection": "advantage"}) for name in ("rde_dqn_atari", "rde_sac_dmc")]
 
 
 def make_agent(name: str, **arguments):
@@ -67,13 +68,16 @@ def test_update_can_be_captured_and_draws_from_its_own_generator(name, arguments
     assert watch.num_operations > 100
 
 
-@pytest.mark.parametrize("name, arguments", AGENTS)
+@pytest.mark.parametrize("name, arguments", AGENTS + BY_ADVANTAGE)
 def test_acting_can_be_captured_and_draws_from_its_own_generator(name, arguments):
     agent, selection = make_agent(name, **arguments), torch.Generator().manual_seed(2)
     observations = torch.ones(2, OBSERVATION_DIM) if name == "rde_sac_dmc" else torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
-    # One agent of DQN is greedy, and draws nothing. SAC's draws its noise, and nothing to choose an agent with.
-    num_draws = {"rde_dqn_atari": 1, "rde_sac_dmc": 1 + (arguments.get("num_agents") == 3)}.get(name, 0)
-    watch = watched(lambda: agent.act(observations, *[selection] * bool(num_draws)), selection)
+    # One agent of DQN is greedy, and draws nothing. SAC's draws its noise, and nothing to choose an agent with; by advantage
+    # several also draw random actions.
+    by_advantage = arguments.get("selection") == "advantage"
+    num_draws = {"rde_dqn_atari": 1, "rde_sac_dmc": 1 + (arguments.get("num_agents") == 3) + by_advantage}.get(name, 0)
+    generators = {"rde_dqn_atari": [selection], "rde_sac_dmc": [selection, torch.Generator()]}.get(name, [])
+    watch = watched(lambda: agent.act(observations, *generators), selection)
     assert watch.cannot_be_captured == []
     assert watch.num_draws == num_draws
     assert watch.num_operations > 10

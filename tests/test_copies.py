@@ -47,7 +47,8 @@ def definitions(text: str) -> list[str]:
 def test_the_atari_scripts_define_the_same_but_for_the_idea():
     above = {name: set(definitions(copies.parts(ROOT / f"{name}.py")[0])) for name in FOUR}
     assert above["sr_dqn_atari"] - above["dqn_atari"] == {"RESET_LAYERS", "resets_due"}
-    assert above["rde_dqn_atari"] - above["sr_dqn_atari"] == {"selection_probabilities"}
+    choice = {"selection_probabilities", "value_scale", "advantage_scale", "DEFAULT_BETA"}
+    assert above["rde_dqn_atari"] - above["sr_dqn_atari"] == choice
     assert above["dqn_atari"] <= above["sr_dqn_atari"] <= above["rde_dqn_atari"]
 
 
@@ -56,8 +57,11 @@ ENSEMBLES = {"rde_dqn_atari", "rde_drq_atari", "rde_dqn", "rde_sac_dmc", "rde_sa
 
 @pytest.mark.parametrize(
     "name, count",
-    [("selection_probabilities", 5), ("resets_due", 5), ("events_due", 5), ("linear_schedule", 6), ("Agent.autocast", 8)],
-)
+    [
+        ("selection_probabilities", 5), ("value_scale", 5), ("advantage_scale", 5), ("DEFAULT_BETA", 5), ("Agent.summary", 5),
+        ("resets_due", 5), ("events_due", 5), ("linear_schedule", 6), ("Agent.autocast", 8),
+    ],
+)  # fmt: skip
 def test_what_scripts_have_in_common_above_the_line_is_one_text(name, count):
     """The ensembles their choice and their resets; whoever has one, the schedule."""
     paths = [path for path in SCRIPTS if count > 5 or path.stem in ENSEMBLES]

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: t
 DEVICE = torch.device("cuda")
 ATARI = [("dqn_atari", {}), ("sr_dqn_atari", {}), *(("rde_dqn_atari", {"num_agents": n}) for n in (1, 2, 3))]
 SAC = [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)]
+BY_ADVANTAGE = [(name, {"num_agents": 3, "selection": "advantage"}) for name in ("rde_dqn_atari", "rde_sac_dmc")]
 
 
 def learn(name: str, captured: bool, arguments: dict):
@@ -30,10 +31,12 @@ def learn(name: str, captured: bool, arguments: dict):
         depth = {"reset_depth": "full"} if name != "dqn_atari" else {}
         agent = dqn_agent(script, size=300, stored=100, device=DEVICE, **depth, **arguments)
         observations = torch.from_numpy(rng.integers(0, 256, (8, 4, 84, 84), dtype=np.uint8)).to(DEVICE)
-    draws = name in ("rde_dqn_atari", "rde_sac_dmc")  # one greedy agent draws nothing
-    selection = torch.Generator(DEVICE).manual_seed(2)
-    update = script.CudaGraph(agent.update, agent.buffer.generator, captured)
-    act = script.CudaGraph(lambda: agent.act(observations, *[selection] * draws), selection if draws else None, captured)
+    # One greedy agent draws nothing; SAC's has a generator for its random actions, too.
+    generators = [
+        torch.Generator(DEVICE).manual_seed(2 + i) for i in range({"rde_dqn_atari": 1, "rde_sac_dmc": 2}.get(name, 0))
+    ]
+    update = script.CudaGraph(agent.update, [agent.buffer.generator], captured)
+    act = script.CudaGraph(lambda: agent.act(observations, *generators), generators, captured)
     metrics, choices = [], []
     for step in range(12):
         assert update() is None
@@ -48,7 +51,7 @@ def learn(name: str, captured: bool, arguments: dict):
     return torch.stack(metrics), torch.stack(choices), parameters
 
 
-@pytest.mark.parametrize("name, arguments", ATARI + SAC)
+@pytest.mark.parametrize("name, arguments", ATARI + SAC + BY_ADVANTAGE)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_captured_and_plain_calls_give_the_same_numbers(name, arguments, bf16):
     captured, plain = (learn(name, captured, arguments | {"bf16": bf16}) for captured in (True, False))
@@ -99,7 +102,8 @@ SHORT_SAFETY = (
     [("dqn_atari", QUICK), ("sr_dqn_atari", [*QUICK, "--reset-interval", "60"]),
      ("rde_dqn_atari", [*QUICK, "--reset-interval", "120"]), ("rde_drq_atari", [*QUICK, "--reset-interval", "40"]),
      ("rde_drq_atari", [*QUICK, "--reset-interval", "40", "--anneal", "--num-atoms", "1"]), ("rnd_dqn_atari", QUICK),
-     ("rde_dqn", SHORT_MLP), ("rde_sac_dmc", SHORT_SAC), ("rde_sac_safety", SHORT_SAFETY)],
+     ("rde_dqn", SHORT_MLP), ("rde_sac_dmc", SHORT_SAC), ("rde_sac_safety", SHORT_SAFETY),
+     ("rde_dqn", [*SHORT_MLP, "--selection", "advantage"]), ("rde_sac_safety", [*SHORT_SAFETY, "--selection", "advantage"])],
 )  # fmt: skip
 def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
     folders = tmp_path / "captured", tmp_path / "plain"

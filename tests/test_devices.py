@@ -349,6 +349,11 @@ RUNS = {
     "sac of 1": ("rde_sac_dmc", {"num_agents": 1, "reset_interval": 15}),
     "sac": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2}),
     "sac bf16": ("rde_sac_dmc", {"reset_interval": 30, "bf16": True}),
+    "rde by advantage": ("rde_dqn_atari", {"reset_interval": 30, "selection": "advantage"}),
+    "drq by advantage": ("rde_drq_atari", {"reset_interval": 30, "selection": "advantage"}),
+    "rde with mlps, by advantage": ("rde_dqn", {"reset_interval": 30, "selection": "advantage"}),
+    "sac safety by advantage": ("rde_sac_safety", {"reset_interval": 30, "selection": "advantage"}),
+    "sac by advantage": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2, "selection": "advantage"}),
     "sac not captured": ("rde_sac_dmc", {"reset_interval": 30, "cuda_graphs": False}),
 }
 
@@ -379,15 +384,15 @@ def mutant(tmp_path: pathlib.Path, name: str, old: str, new: str):
     return script
 
 
-CHOICE = "selection_probabilities(judgement, self.beta)"
+CHOICE = "selection_probabilities(judgement, scale, self.beta)"
 MISTAKES = {
     "a tensor of the host": ("rde_dqn_atari", "self.oldest = torch.zeros(1, dtype=torch.int64, device=device)",
                              "self.oldest = torch.zeros(1, dtype=torch.int64)", "index_select mixes devices"),
     "an index of the host": ("rde_sac_dmc", "proposals[torch.arange(num_envs, device=self.device)",
                              "proposals[torch.arange(num_envs)", "index mixes devices"),
-    "a number made in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.tensor(self.args.beta)"),
+    "a number made in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.tensor(self.chosen_beta)"),
                              "lift_fresh cannot be captured"),
-    "a number of the host in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.full((), self.args.beta)"),
+    "a number of the host in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.full((), self.chosen_beta)"),
                                     "mul cannot be captured with a tensor of the host"),
     "a number uploaded in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.tensor(2.0, device=self.device)"),
                                  "tensor brings values"),
@@ -397,8 +402,10 @@ MISTAKES = {
                                       "cpu leads out of"),
     "a generator of the host": ("rde_sac_dmc", "selection = torch.Generator(run.device)", "selection = torch.Generator()",
                                 "generator of another device"),
-    "a generator unknown to the graph": ("rde_sac_dmc", "self.graph.register_generator_state(self.generator)", "pass",
+    "a generator unknown to the graph": ("rde_sac_dmc", "self.graph.register_generator_state(generator)", "pass",
                                          "a generator that no graph knows"),
+    "only the first generator, by advantage": ("rde_sac_dmc", "[selection, random_actions]", "[selection]",
+                                               "a generator that no graph knows"),
     "a download not waited for": ("rde_sac_dmc", "self.event.synchronize()", "pass", "reads what has not arrived"),
     "NumPy on the GPU": ("rde_sac_dmc", "agent.metrics.cpu().numpy()", "agent.metrics.numpy()", "numpy of a tensor on the GPU"),
     "an optimizer not capturable": ("rde_sac_dmc", 'capturable=self.device.type == "cuda"', "capturable=False",
@@ -412,7 +419,7 @@ def test_a_mistake_is_noticed(tmp_path, mistake):
     name, old, new, message = MISTAKES[mistake]
     script = mutant(tmp_path, name, old, new)
     with pretended_gpu(), pytest.raises((WrongDevice, RuntimeError), match=message):
-        run(script, tmp_path, bf16="autocast" in mistake)
+        run(script, tmp_path, bf16="autocast" in mistake, selection="advantage" if "by advantage" in mistake else "value")
 
 
 OLD_NUMBERS = {

@@ -362,7 +362,7 @@ def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms, m
             drq, "selection_probabilities", lambda *judgement: seen.extend((*judgement, select(*judgement))) or seen[-1]
         )
         actions, acting = agent.act(states(torch.arange(20)), generator)
-    judgement, _, probabilities = seen
+    judgement, _, _, probabilities = seen
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
     np.testing.assert_allclose(judgement, judged, rtol=1e-4, atol=1e-5)
     assert actions.tolist() == proposals[np.arange(20), acting].tolist()
@@ -374,13 +374,13 @@ def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms, m
 def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
     """Agent 1 judges, so nothing is worth more to it than its own proposal: 9.6 and -9.7 in one state, 9.4 and 0 in the other."""
     agent = make_agent(v_min=-10.0, v_max=10.0)
-    agent.num_resets = 3
+    agent.num_resets = 3  # agent 0 was the last one
     q_values = torch.full((2, 2, NUM_ACTIONS), -9.9)
     q_values[0, :, 3], q_values[1, :, 4] = 1.0, torch.tensor([9.6, 9.4])  # agent 0 proposes action 3, agent 1 action 4
     q_values[1, :, 3] = torch.tensor([-9.7, 0.0])
     probabilities = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     monkeypatch.setattr(agent, "q_values", lambda logits: q_values)
-    monkeypatch.setattr(drq, "selection_probabilities", lambda judgement, beta: probabilities)
+    monkeypatch.setattr(drq, "selection_probabilities", lambda judgement, scale, beta: probabilities)
     observations, generator = pictures(0, 2, 4), torch.Generator()
     for _ in range(2):
         actions, acting = agent.act(observations, generator, counted=True)
@@ -389,7 +389,7 @@ def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
     policy = agent.evaluation_policy(generator)
     for _ in range(5):
         policy(observations)
-    expected = {"rde/oldest_agent": 1, "rde/acting_fraction_0": 0.75, "rde/acting_fraction_1": 0.25,
+    expected = {"rde/oldest_agent": 1, "rde/acting_fraction_0": 0.75, "rde/acting_fraction_1": 0.25, "rde/youngest_fraction": 0.75,
                 "rde/choice_entropy": np.log(2) / 2, "rde/saturated_values": 0.5}  # fmt: skip
     assert agent.scalars() == pytest.approx(expected)
     assert agent.scalars() == {name: 1 if name == "rde/oldest_agent" else 0 for name in expected}

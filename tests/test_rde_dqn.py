@@ -1,8 +1,10 @@
 """rde_dqn.py: networks, agent, schedules, whole runs, resuming, and what it refuses. Its environments: test_minigrid.py."""
 
+import importlib.metadata
 import importlib.util
 import math
 import time
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -515,6 +517,69 @@ def test_minigrid_without_the_package(script, tmp_path, monkeypatch):
     assert line.endswith("--env-id MiniGrid-LavaGapS5-v0 needs the package minigrid: pip install minigrid")
     assert run_main(script, "--env-id", "CartPole-v1", "--check-only").returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+class Grid(gym.Env):
+    """Observations of any shape: the numbers from 0 on, plus how many steps have been made."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, shape, dtype, render_mode=None):
+        self.observation_space = gym.spaces.Box(0, 1 if dtype is np.bool_ else 255, shape, dtype)
+
+    def observation(self, step: int) -> np.ndarray:
+        space = self.observation_space
+        return (np.arange(math.prod(space.shape)) % 200 + step).reshape(space.shape).astype(space.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.num_steps = 0
+        return self.observation(0), {}
+
+    def step(self, action):
+        self.num_steps += 1
+        return self.observation(self.num_steps), 1.0, self.num_steps == 3, False, {}
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, is_picture",
+    [
+        ((2, 3), np.float32, False), ((10, 10, 4), np.bool_, False), ((), np.float32, False), ((100, 100, 1), np.uint8, False),
+        ((101, 100, 1), np.uint8, True), ((101, 100, 1), np.float32, False), ((101, 100), np.uint8, False),
+    ],
+)  # fmt: skip
+def test_arrays_are_flattened_and_only_pictures_refused(script, monkeypatch, capsys, shape, dtype, is_picture):
+    """Pictures are arrays of bytes with three dimensions and more than 10,000 numbers."""
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+    monkeypatch.setattr(gym, "registry", gym.envs.registration.registry)
+    gym.register("Grid-v0", Grid, max_episode_steps=5, kwargs={"shape": shape, "dtype": dtype})
+    args = script.Args(env_id="Grid-v0")
+    if is_picture:
+        with pytest.raises(SystemExit) as end:
+            script.check_environment(args)
+        assert end.value.code == 2 and f"has pictures as observations, of shape {shape}" in capsys.readouterr().err
+        return
+    space, _ = script.check_environment(args)
+    assert space.shape == (math.prod(shape),) and space.dtype == np.float32
+    env, plain = script.make_env(args), Grid(shape, dtype)
+    for ours, theirs in ((env.reset(seed=0), plain.reset(seed=0)), (env.step(1), plain.step(1))):
+        assert ours[0].dtype == np.float32 and np.array_equal(ours[0], np.float32(theirs[0]).ravel())
+
+
+def test_environments_of_plugins_are_found_and_a_broken_plugin_stops_nobody(script, monkeypatch, tmp_path):
+    """As MinAtar offers its own; Gymnasium does not load plugins by itself."""
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+    monkeypatch.setattr(gym, "registry", gym.envs.registration.registry)
+    register = lambda: gym.register("Plugin/Grid-v1", Grid, max_episode_steps=5, kwargs={"shape": (2, 3), "dtype": np.float32})
+    plugins = [types.SimpleNamespace(name="old", load=lambda: register.no_such_name),
+               types.SimpleNamespace(name="grids", load=lambda: register)]  # fmt: skip
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins if group == "gymnasium.envs" else [])
+    result = run_main(script, *TINY, "--env-id", "Plugin/Grid-v1", "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: ") == 1
+    assert "warning: the plugin old cannot be loaded: AttributeError(" in result.stderr
+    assert len(read_csv(only_run(tmp_path) / "episodes.csv")) == 166
+    assert "did you mean Plugin/Grid-v1" in error_line(run_main(script, "--env-id", "Plugin/Grid-v2"), code=2)
 
 
 def test_a_task_without_a_limit_is_warned_of(script):

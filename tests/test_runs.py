@@ -461,7 +461,7 @@ def test_denormal_numbers_become_0_in_every_thread_of_a_run(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, rde_dqn_atari as script\n"
-        "def announce(run, *numbers):\n"
+        "def announce(run, agents, num_resets):\n"
         "    faded = torch.full((1_000_000,), 1.2e-38) * 0.9\n"
         "    print(torch.get_num_threads(), 'threads:', faded.count_nonzero().item(), 'left')\n"
         "    sys.exit()\n"

@@ -331,7 +331,7 @@ def test_optimizer_is_an_adam_per_agent(sac):
 
 def test_selection_probabilities(sac):
     q_values = torch.tensor([[1.0, 2.0, -4.0], [-3.0, -1.0, -2.0], [0.0, 0.0, 0.0], [1e-30, 2e-30, 0.0]])
-    probabilities = sac.selection_probabilities(q_values, 5.0)
+    probabilities = sac.selection_probabilities(q_values, sac.value_scale(q_values), 5.0)
     exponents = 5.0 * np.array([[0.25, 0.5, -1.0], [-1.0, -1 / 3, -2 / 3], [0.0, 0.0, 0.0], [0.5, 1.0, 0.0]])
     expected = np.exp(exponents) / np.exp(exponents).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities.numpy(), expected, rtol=1e-5)
@@ -347,7 +347,8 @@ def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
         agent.reset()
     observation = torch.randn(OBSERVATION_DIM, generator=torch.Generator().manual_seed(5))
     num_draws = 20_000
-    choices = agent.act(observation.expand(num_draws, -1), torch.Generator().manual_seed(6), deterministic=True)
+    selection, random_actions = torch.Generator().manual_seed(6), torch.Generator()
+    choices = agent.act(observation.expand(num_draws, -1), selection, random_actions, deterministic=True)
     assert choices.shape == (num_draws, ACTION_DIM + 1)
     actions, acting_agents = choices[:, :-1], choices[:, -1].long()
 
@@ -376,9 +377,8 @@ def test_samples_of_the_policy(sac):
     with torch.no_grad():
         agent.actors.biases[-1][0, 0, ACTION_DIM:] = -1.0
     observation = torch.zeros(OBSERVATION_DIM)
-    actions, acting_agents = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2)).split(
-        [ACTION_DIM, 1], 1
-    )
+    choices = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2), torch.Generator())
+    actions, acting_agents = choices.split([ACTION_DIM, 1], 1)
     mean, log_std = agent.policies(observation.unsqueeze(0))
     unsquashed = torch.atanh(actions.double())
     torch.testing.assert_close(unsquashed.mean(0).float(), mean[0, 0], rtol=0, atol=0.02)

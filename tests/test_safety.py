@@ -226,7 +226,8 @@ def test_without_a_limit_it_is_rde_sac(safety, sac, num_agents):
     for step in range(40):
         observations = torch.randn(4, OBSERVATION_DIM, generator=torch.Generator().manual_seed(step))
         actions, expected, others = (
-            agent.act(observations, generator) for agent, generator in zip((ours, theirs, constrained), generators)
+            agent.act(observations, generator, torch.Generator())
+            for agent, generator in zip((ours, theirs, constrained), generators)
         )
         assert torch.equal(actions, expected)
         differs |= not torch.equal(others, expected)
@@ -371,20 +372,28 @@ def test_probabilities_against_the_formula(safety, kappa, cost_scale):
     q_values, costs = rng.normal(size=(2, 50, 4)) * 10
     q_values[0], costs[0] = 0, 0
     costs[1], q_values[2] = 7, -3
-    arguments = (50.0, 20.0, kappa, cost_scale)
-    computed = safety.safe_selection_probabilities(torch.from_numpy(q_values), torch.from_numpy(costs), *arguments)
-    expected = [p_safe(q.tolist(), c.tolist(), *arguments) for q, c in zip(q_values, costs)]
+    computed = chosen_with(safety, torch.from_numpy(q_values), torch.from_numpy(costs), kappa, cost_scale, beta_cost=20.0)
+    expected = [p_safe(q.tolist(), c.tolist(), 50.0, 20.0, kappa, cost_scale) for q, c in zip(q_values, costs)]
     np.testing.assert_allclose(computed, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(computed.sum(dim=1), 1)
-    if kappa == 1:
-        assert torch.equal(computed, safety.selection_probabilities(torch.from_numpy(q_values), 50.0))
-    else:
-        assert not torch.equal(computed, safety.selection_probabilities(torch.from_numpy(q_values), 50.0))
+    q_values = torch.from_numpy(q_values)
+    by_reward = safety.selection_probabilities(q_values, safety.value_scale(q_values), torch.tensor(50.0))
+    assert torch.equal(computed, by_reward) == (kappa == 1)
 
 
-def choose(safety, q_values, costs, kappa=0.5, beta=50.0, beta_cost=50.0, cost_scale=2.5):
-    arguments = torch.tensor([q_values]), torch.tensor([costs]), beta, beta_cost, kappa, cost_scale
-    return safety.safe_selection_probabilities(*arguments)[0].tolist()
+def chosen_with(safety, q_values, costs, kappa, cost_scale, **arguments) -> torch.Tensor:
+    """The probabilities, (num_envs, N), with which `act` draws if the judge thinks this of the proposals."""
+    agent, seen = make_agent(safety, q_values.shape[1], kappa=kappa, **arguments), []
+    agent.num_resets, agent.cost_scale, agent.judge = 1, cost_scale, lambda observations, actions: (q_values, costs)
+    with pytest.MonkeyPatch.context() as patch:
+        select = safety.safe_selection_probabilities
+        patch.setattr(safety, "safe_selection_probabilities", lambda *numbers: seen.append(select(*numbers)) or seen[0])
+        agent.act(torch.zeros(len(q_values), OBSERVATION_DIM), torch.Generator(), torch.Generator())
+    return seen[0]
+
+
+def choose(safety, q_values, costs, kappa=0.5, cost_scale=2.5):
+    return chosen_with(safety, torch.tensor([q_values]), torch.tensor([costs]), kappa, cost_scale)[0].tolist()
 
 
 def test_tiny_costs_make_no_hard_choice(safety):
@@ -428,7 +437,8 @@ def test_the_oldest_agent_judges(safety, num_resets, kappa, cost_limit):
         agent.update()
     agent.num_resets = num_resets
     count, observation = 20_000, torch.linspace(-1, 1, OBSERVATION_DIM)
-    choice = agent.act(observation.expand(count, -1), torch.Generator().manual_seed(num_resets), deterministic=True)
+    selection, random_actions = torch.Generator().manual_seed(num_resets), torch.Generator()
+    choice = agent.act(observation.expand(count, -1), selection, random_actions, deterministic=True)
     assert choice.shape == (count, ACTION_DIM + 1)
     frequencies = np.bincount(choice[:, -1].long(), minlength=3) / count
 
@@ -548,7 +558,9 @@ def test_a_policy_for_evaluations_from_the_weights(safety, tmp_path):
     torch.save(agent.weights(), tmp_path / "model.pt")
     fresh.load_weights(torch.load(tmp_path / "model.pt", weights_only=True))
     observations = torch.randn(50, OBSERVATION_DIM)
-    first, second = (each.act(observations, torch.Generator().manual_seed(1), True) for each in (agent, fresh))
+    generators = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    first, second = (each.act(observations, each_generator, torch.Generator(), True)
+                     for each, each_generator in zip((agent, fresh), generators))  # fmt: skip
     assert torch.equal(first, second) and fresh.multiplier.value == agent.multiplier.value > 0
 
 

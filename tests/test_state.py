@@ -155,6 +155,7 @@ def learn(agent):
             agent.reset()
         if hasattr(agent, "acting_counts"):
             agent.acting_counts[step % len(agent.acting_counts)] += 1
+            agent.choices[0] += 1
         if step % 10 == 9:
             yield
 
