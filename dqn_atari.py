@@ -1,11 +1,18 @@
-"""DQN on Atari, with the settings of Atari-100k.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1", "gymnasium==1.4.0", "numpy>=2.0,<3", "opencv-python-headless>=4.10,<6", "pydantic>=2.10,<3",
+#     "tensorboard>=2.20,<3", "torch==2.13.0", "tqdm>=4.67", "tyro>=1.0,<2",
+# ]
+# ///
+r"""DQN on Atari, with the settings of Atari-100k.
 
     python dqn_atari.py --env-id AlienNoFrameskip-v4
 
 In two minutes, to see everything happen once:
 
-    python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 --learning-starts 500
-        --eval-interval 1000 --eval-episodes 2
+    python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 3000 \
+        --learning-starts 500 --eval-interval 1000 --eval-episodes 2
 
 Mnih et al., "Human-level control through deep reinforcement learning", Nature 2015.
 
@@ -25,12 +32,11 @@ Where is what:
     check_args, main              what is refused; the start
 """
 
-import atexit
 import contextlib
 import copy
 import csv
-import dataclasses
 import difflib
+import enum
 import fcntl
 import functools
 import glob
@@ -39,59 +45,51 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import platform
 import re
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
+import textwrap
 import time
-import typing
-import warnings
+import types
 import zipfile
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated
 
 # Threads that wait for each other by spinning are 12 to 80 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # in what it says of wrong arguments
 
 import ale_py
 import cv2
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
-@dataclass
+
+@dataclass(config={"allow_inf_nan": False})
 class Args:
     # ------------------------------------------------------------ the run
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """name of the experiment, a part of the run folder's name"""
-    seed: Annotated[int, "[0, inf)"] = 1
+    seed: NonNegativeInt = 1
     """seed of every random generator of the run"""
     runs_dir: str = "runs"
     """the folder in which the run's own folder is made"""
-    resume: str = ""
-    """a run folder to continue exactly, with its own arguments (--total-timesteps may be raised);
-    "auto" = the run of this script with these arguments: reported if it is finished, continued if not, begun if there is none"""
-    allow_changed_script: bool = False
-    """resume also a run that another version of this script has begun"""
-    check_only: bool = False
-    """check the arguments, and end"""
-    checkpoint_interval: Annotated[int, "[0, inf)"] = 25_000
+    checkpoint_interval: NonNegativeInt = 25_000
     """environment steps between two checkpoints; 0 = only at the end and when the run is stopped by SIGTERM or SIGINT (Ctrl-C)"""
-    keep_models: Annotated[int, "[0, 10000]"] = 0
+    keep_models: Annotated[int, Field(ge=0, le=10_000)] = 0
     """how many times during the run the weights are kept, as models/step_00050000.pt"""
     track: bool = False
     """log to Weights & Biases as well"""
@@ -113,43 +111,43 @@ class Args:
     # ------------------------------------------------------------ the environment
     env_id: str = "AlienNoFrameskip-v4"
     """the game, as <Game>NoFrameskip-v4"""
-    total_timesteps: Annotated[int, "[1, inf)"] = 100_000
+    total_timesteps: PositiveInt = 100_000
     """environment steps (agent actions, 4 emulator frames each) of the whole run"""
-    num_envs: Annotated[int, "[1, inf)"] = 1
+    num_envs: PositiveInt = 1
     """environments that are advanced together, once in a loop step"""
 
     # ------------------------------------------------------------ learning
-    replay_ratio: Annotated[float, "(0, inf)"] = 1.0
+    replay_ratio: PositiveFloat = 1.0
     """gradient steps per environment step; fractions are allowed (sensible: 0.25 to 8)"""
-    learning_starts: Annotated[int, "[1, inf)"] = 10_000
+    learning_starts: PositiveInt = 10_000
     """environment steps before the first gradient step"""
-    buffer_size: Annotated[int, "[1, inf)"] = 100_000
+    buffer_size: PositiveInt = 100_000
     """transitions in the replay buffer"""
-    batch_size: Annotated[int, "[1, inf)"] = 32
+    batch_size: PositiveInt = 32
     """transitions in a mini-batch"""
-    learning_rate: Annotated[float, "(0, inf)"] = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """learning rate of Adam (sensible: 5e-5 to 5e-4)"""
-    gamma: Annotated[float, "[0, 1]"] = 0.99
+    gamma: UnitInterval = 0.99
     """discount factor"""
-    tau: Annotated[float, "[0, 1]"] = 0.005
+    tau: UnitInterval = 0.005
     """how far the target network moves towards the online network after a gradient step (sensible: 0.001 to 0.02)"""
-    max_grad_norm: Annotated[float, "(0, inf)"] = 10.0
+    max_grad_norm: PositiveFloat = 10.0
     """the norm at which an agent's gradient is clipped"""
 
     # ------------------------------------------------------------ exploration
-    start_e: Annotated[float, "[0, 1]"] = 1.0
+    start_e: UnitInterval = 1.0
     """epsilon at the start"""
-    end_e: Annotated[float, "[0, 1]"] = 0.01
+    end_e: UnitInterval = 0.01
     """epsilon at the end of its decay"""
-    exploration_fraction: Annotated[float, "[0, 1]"] = 0.1
+    exploration_fraction: UnitInterval = 0.1
     """fraction of the run in which epsilon decays"""
 
     # ------------------------------------------------------------ evaluation
-    eval_interval: Annotated[int, "[0, inf)"] = 5_000
+    eval_interval: NonNegativeInt = 5_000
     """environment steps between two evaluations; 0 = only at the end"""
-    eval_episodes: Annotated[int, "[1, inf)"] = 10
+    eval_episodes: PositiveInt = 10
     """whole games in an evaluation"""
-    eval_epsilon: Annotated[float, "[0, 1]"] = 0.0
+    eval_epsilon: UnitInterval = 0.0
     """epsilon in evaluations (Dopamine, SPR and BBF: 0.001; DQN's paper: 0.05)"""
     capture_video: bool = False
     """record the first game of every evaluation as a video in the run folder"""
@@ -206,11 +204,6 @@ class Agent:
             self.q_network.parameters(), lr=args.learning_rate, fused=True, capturable=device.type == "cuda"
         )
         self.metrics = torch.zeros(len(self.METRICS), device=device)  # of the last mini-batch
-
-    @staticmethod
-    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
-        """Parameters, targets, gradients and Adam's two moments, float32."""
-        return 5 * 4 * sum(parameter.numel() for parameter in QNetwork(action_space.n).parameters())
 
     @property
     def num_parameters(self) -> int:
@@ -288,10 +281,10 @@ def check_schedules(args: Args) -> None:
 # ------------------------------------------------------------------------------------------------------- training loop
 
 
-def train(args: Args, path: str | None = None) -> None:
-    """A whole run, or (in the folder `path`) the rest of one."""
-    run = Run(args, path)
-    envs = run.make_envs(args.num_envs)
+def train(args: Args) -> None:
+    """A whole run, or the rest of one that was interrupted."""
+    run = Run(args)
+    envs = [make_env(args) for _ in range(args.num_envs)]
     spaces = envs[0].observation_space, envs[0].action_space
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
@@ -312,9 +305,9 @@ def train(args: Args, path: str | None = None) -> None:
     run.announce(f"1 agent(s) x {agent.num_parameters:,} parameters", num_resets=0)
 
     while run.goes_on():
-        # Between two steps: an evaluation, a checkpoint.
+        # Between two steps: an evaluation.
         if run.agenda:
-            run.attend(agent)
+            run.evaluate(agent)
             continue
 
         # Act: greedy actions, and on top, per environment, random ones with probability epsilon.
@@ -329,7 +322,7 @@ def train(args: Args, path: str | None = None) -> None:
         learns = run.global_step >= args.learning_starts
         while learns and run.gradient_steps < gradient_steps_due(args, run.global_step + args.num_envs):
             update()
-            run.count_gradient_step()
+            run.gradient_steps += 1
 
         # Step the environments and store what happened.
         if not explore.all():
@@ -350,7 +343,8 @@ def train(args: Args, path: str | None = None) -> None:
         run.count_step()
         if run.log_is_due():
             run.log(agent, {"charts/epsilon": epsilon})
-        run.agenda = run.upkeep_due() + events_due(args, run.global_step)
+        run.agenda = events_due(args, run.global_step)
+        run.keep_what_is_due(agent)
 
     run.finish(agent.weights())
 
@@ -363,8 +357,6 @@ def train(args: Args, path: str | None = None) -> None:
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 gym.register_envs(ale_py)
-
-ENVIRONMENT_BYTES = 1_600_000  # what an environment adds to the memory of the process
 
 
 def environment_versions() -> dict[str, str]:
@@ -380,18 +372,17 @@ class AtariGame(gym.Wrapper):
     """Whole games, 4 emulator frames a step, after 1 to 30 no-ops; the last two RGB screens' maximum, (210, 160, 3) uint8.
 
     At the end of a game `info["episode"]` holds the unclipped return "r" and the length "l" in emulator frames, the no-ops
-    included (as stable-baselines3's Monitor counts it). The cut of a game at its frame cap can fall into the four frames.
-    Then the last two frames before the cut are taken, because a truncation bootstraps from them. (At a game's end the
-    screens are stale: nothing looks at them.)
+    included (as stable-baselines3's Monitor counts it). The cut of a game at its frame cap can fall into the four frames: then
+    the last two before it are taken, because a truncation bootstraps from them. (At a game's end nothing looks at them.)
     """
 
-    KEPT = ("emulator", "random_generator", "episodic_return", "episodic_length", "screen", "previous_screen")
+    KEPT = ("emulator", "np_random", "episodic_return", "episodic_length", "screen", "previous_screen")
 
     def __init__(self, env: gym.Env, frame_skip: int = 4):
         super().__init__(env)
         self.ale, self.frame_skip = env.unwrapped.ale, frame_skip
         self.ale_actions = self.ale.getMinimalActionSet()
-        self.frame_cap = self.ale.getInt("max_num_frames_per_episode")  # 108,000; 0 = none
+        self.frame_cap = self.ale.getInt("max_num_frames_per_episode") or math.inf  # 108,000; 0 = none
         height, width = self.ale.getScreenDims()
         self.screen, self.previous_screen = np.zeros((2, height, width, 3), np.uint8)
         self.episodic_return, self.episodic_length = 0.0, 0
@@ -399,7 +390,7 @@ class AtariGame(gym.Wrapper):
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         self.episodic_return, self.episodic_length = 0.0, 0
-        for _ in range(self.random_generator.integers(1, 31)):
+        for _ in range(self.np_random.integers(1, 31)):
             _, terminated, truncated = self.act(0)
             if terminated or truncated:
                 self.env.reset()
@@ -408,10 +399,7 @@ class AtariGame(gym.Wrapper):
         return self.screen, info
 
     def step(self, action: int):
-        num_frames = self.frame_skip
-        if self.frame_cap:
-            num_frames = min(num_frames, self.frame_cap - self.ale.getEpisodeFrameNumber())
-        total_reward = 0.0
+        num_frames, total_reward = min(self.frame_skip, self.frame_cap - self.ale.getEpisodeFrameNumber()), 0.0
         for frame in range(num_frames):
             reward, terminated, truncated = self.act(action)
             total_reward += reward
@@ -420,17 +408,12 @@ class AtariGame(gym.Wrapper):
             if frame == num_frames - 2:
                 self.read_screen()
         self.read_screen()
-        info = {}
-        if terminated or truncated:
-            info["episode"] = {"r": self.episodic_return, "l": self.episodic_length}
+        info = {"episode": {"r": self.episodic_return, "l": self.episodic_length}} if terminated or truncated else {}
         return np.maximum(self.screen, self.previous_screen), total_reward, terminated, truncated, info
 
     def act(self, action: int) -> tuple[float, bool, bool]:
         """One frame. Of four frames two are looked at, so the screen is read elsewhere."""
-        try:
-            reward = self.ale.act(self.ale_actions[action])
-        except RuntimeError as error:
-            raise RunError(f"the emulator failed: {error}; {WHAT_STAYS}") from error
+        reward = self.ale.act(self.ale_actions[action])
         self.episodic_return += reward
         self.episodic_length += 1
         return reward, self.ale.game_over(with_truncation=False), self.ale.game_truncated()
@@ -438,10 +421,6 @@ class AtariGame(gym.Wrapper):
     def read_screen(self) -> None:
         self.screen, self.previous_screen = self.previous_screen, self.screen
         self.ale.getScreenRGB(self.screen)
-
-    @property
-    def random_generator(self) -> np.random.Generator:
-        return self.unwrapped.np_random
 
     @property
     def emulator(self) -> bytes:
@@ -463,11 +442,11 @@ class AtariView(gym.Wrapper):
     reset when it is over. Games that wait for FIRE get it, and the action after it, at the start of a game or life.
     """
 
-    KEPT = ("game", "lives", "game_is_over", "frames")
+    KEPT = ("env", "lives", "game_is_over", "frames")
 
-    def __init__(self, env: gym.Env, game: AtariGame, num_frames: int = 4):
+    def __init__(self, env: gym.Env, num_frames: int = 4):
         super().__init__(env)
-        self.game = game
+        self.ale = env.unwrapped.ale
         self.observation_space = gym.spaces.Box(0, 255, (num_frames, 84, 84), np.uint8)
         self.frames = np.zeros((num_frames, 84, 84), np.uint8)
         self.lives, self.game_is_over = 0, True
@@ -500,14 +479,14 @@ class AtariView(gym.Wrapper):
             screen, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
                 screen, _ = self.env.reset()
-        self.lives = self.game.ale.lives()
+        self.lives = self.ale.lives()
         return screen, info
 
     def play(self, action: int):
         """A step of the game, in which the loss of a life terminates."""
         screen, reward, terminated, truncated, info = self.env.step(action)
         self.game_is_over = terminated or truncated
-        lives = self.game.ale.lives()
+        lives = self.ale.lives()
         if 0 < lives < self.lives:  # not at 0: BankHeist plays its last life there, and its end is the end of the game
             terminated = True
         self.lives = lives
@@ -517,29 +496,24 @@ class AtariView(gym.Wrapper):
         return cv2.resize(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA)
 
 
-def make_env(args: Args, video_folder: str | None = None, **kwargs) -> gym.Env:
+def make_env(args: Args, render: bool = False, **kwargs) -> gym.Env:
     """The game as stable-baselines3's `make_atari_env` and `VecFrameStack` show it, to the byte."""
-    game = AtariGame(gym.make(args.env_id, render_mode="rgb_array" if video_folder else None, **kwargs))
-    return AtariView(record_video(game, video_folder, fps=15) if video_folder else game, game)
+    env = AtariView(AtariGame(gym.make(args.env_id, render_mode="rgb_array" if render else None, **kwargs)))
+    env.metadata = env.metadata | {"render_fps": 15}
+    return env
 
 
-def check_environment(args: Args) -> tuple[gym.Space, gym.Space]:
-    """Refuses what is no game, and returns the spaces of observations and actions."""
+def check_environment(args: Args) -> None:
+    """Refuses what is no game."""
     games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
     if args.env_id not in games:
         stem = args.env_id.removeprefix("ALE/").split("-v")[0].removesuffix("NoFrameskip")
-        known = f"{stem}NoFrameskip-v4"
-        near = [known] if known in games else difflib.get_close_matches(known, games, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "an example is AlienNoFrameskip-v4"
-        if args.env_id in gym.registry and str(gym.spec(args.env_id).entry_point).startswith("ale_py") and near:
-            fail(f"--env-id {args.env_id} skips frames by itself or has sticky actions, and either would be applied twice or "
-                 f"against the protocol; use {near[0]}")  # fmt: skip
-        fail(f"--env-id {args.env_id} is not a game of the form <Game>NoFrameskip-v4; {hint}")
+        near = difflib.get_close_matches(f"{stem}NoFrameskip-v4", games, n=3) or ["AlienNoFrameskip-v4"]
+        fail(f"--env-id {args.env_id} is not a game of the form <Game>NoFrameskip-v4 (others skip frames or repeat actions by "
+             f"themselves); did you mean {' or '.join(near)}?")  # fmt: skip
     if args.buffer_size < 5 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for stacks of 4 frames and the next one in {args.num_envs} "
              f"environment(s); it must be at least {5 * args.num_envs}")  # fmt: skip
-    env = make_env(args)
-    return env.observation_space, env.action_space
 
 
 # Mean scores of a random player and of a human, the 26 games of Atari-100k (as in Dopamine, SPR, BBF and DreamerV3).
@@ -675,11 +649,10 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 class ReplayBuffer:
     """The last `capacity` transitions, to be drawn uniformly; every 84x84 frame is stored once, as uint8, on `device`.
 
-    A transition is a row of numbers, written in one copy: the places of its five frames (its stack of 4 and the next one), action,
-    reward, terminated. Frames before the first one of an episode or life are the place of a black frame. So the boundaries of
-    episodes, lives and truncations are settled once, when a transition is written, and a mini-batch is gathered by two
-    look-ups. The frames are written into a ring of their own; a transition leaves the buffer before one of its frames is
-    overwritten.
+    A transition is a row of numbers: the places of its five frames (its stack of 4 and the next one), action, reward,
+    terminated. Frames before the first one of an episode or life are the place of a black frame. So the boundaries of episodes,
+    lives and truncations are settled when a transition is written, and a mini-batch is gathered by two look-ups. The frames are
+    written into a ring of their own; a transition leaves the buffer before one of its frames is overwritten.
     """
 
     # frames_written before used_frames, whose length it decides.
@@ -687,7 +660,8 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
         self.capacity, self.device, self.generator = capacity, device, generator
-        self.num_frames = self.frame_capacity(capacity, num_envs)
+        # One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games.
+        self.num_frames = capacity + 10 * num_envs + capacity // 100
         self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
         self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
@@ -697,15 +671,6 @@ class ReplayBuffer:
         self.frames_written = 0
         self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations
         self.oldest_frames = np.zeros(capacity, np.int64)  # no frame before this one is needed by the transition
-
-    @staticmethod
-    def frame_capacity(capacity: int, num_envs: int) -> int:
-        """One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games."""
-        return capacity + 10 * num_envs + capacity // 100
-
-    @staticmethod
-    def num_bytes(args: Args, observation_space: gym.Space, action_space: gym.Space) -> int:
-        return (ReplayBuffer.frame_capacity(args.buffer_size, args.num_envs) + 1) * 84 * 84 + args.buffer_size * (8 * 8 + 8)
 
     @property
     def used_frames(self) -> torch.Tensor:
@@ -717,11 +682,11 @@ class ReplayBuffer:
         self.stacks[env_index] = [None, None, None, self._write_frame(frame)]
 
     def add(self, env_index: int, action: int, reward: float, next_frame: np.ndarray, terminated: bool) -> None:
-        """Stores a transition. The next frame of a terminated one is never looked at and not stored.
-
-        After a truncation, too, `next_frame` is the episode's own last frame, from which the transition bootstraps;
-        `start_episode` must follow.
+        """Stores a transition. The next frame of a terminated one is not stored: nothing looks at it. After a truncation it is
+        the episode's own last frame, from which the transition bootstraps; `start_episode` must follow either.
         """
+        if not math.isfinite(reward):
+            raise FloatingPointError(f"the environment gave a reward of {reward}")
         stack = self.stacks[env_index]
         oldest_frame = min(number for stack in self.stacks for number in stack if number is not None)
         next_number = None if terminated else self._write_frame(next_frame)
@@ -787,11 +752,9 @@ class Download:
     """The copy of a tensor on its way to the host; `numpy` waits for it, and for nothing that was launched after it."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.event = tensor, None
-        if tensor.is_cuda:
-            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self.tensor.copy_(tensor, non_blocking=True)
-            self.event = torch.cuda.Event()
+        self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event is not None:
             self.event.record()
 
     def numpy(self) -> np.ndarray:
@@ -835,27 +798,23 @@ class CudaGraph:
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(
-    policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device, stop: "StopSignal"
-) -> list[dict] | None:
-    """Plays one whole episode in each environment, side by side, and returns their `info["episode"]` (None if stopped).
+def evaluate(policy, envs: list[gym.Env], seed: int, global_step: int, device: torch.device, watch) -> list[dict]:
+    """Plays one whole episode in each environment, side by side, and returns their `info["episode"]`.
 
-    `policy` maps observations (batch, ...) to actions (batch, ...). The results depend on the policy, the seed and the step
-    alone: the environments are seeded anew (Atari games are loaded anew: some keep state from one game to the next), and the
-    random numbers are their own. So an evaluation changes nothing in the training, and the two around a reset play from
-    the same starts.
+    `policy` maps observations (batch, ...) to actions (batch, ...); `watch(env)` follows every reset and step. The results
+    depend on the policy, the seed and the step alone: the environments are seeded anew (Atari games are loaded anew: some keep
+    state from one game to the next), and the random numbers are their own. So an evaluation changes nothing in the training,
+    and the two around a reset play from the same starts.
     """
     observations, episodes, playing = [], [{}] * len(envs), list(range(len(envs)))
     for i, env in enumerate(envs):
-        if stop.received:
-            return None
         observations.append(env.reset(seed=derive_seed(seed, EVALUATION, global_step, i))[0])
+        watch(env)
     while playing:
-        if stop.received:
-            return None
         actions = policy(torch.from_numpy(np.stack([observations[i] for i in playing])).to(device)).cpu().numpy()
         for i, action in zip(tuple(playing), actions):
             observations[i], _, terminated, truncated, info = envs[i].step(action)
+            watch(envs[i])
             if (terminated or truncated) and "episode" not in info:  # a life is lost, the game goes on
                 observations[i], info = envs[i].reset()
             if "episode" in info:
@@ -864,272 +823,237 @@ def evaluate(
     return episodes
 
 
-def record_video(env: gym.Env, folder: str, fps: int | None = None) -> gym.Env:
-    """The environment, of which `Run.evaluate` records the first episode of every evaluation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "overwriting existing videos": an evaluation that is played again does
-        return gym.wrappers.RecordVideo(env, folder, episode_trigger=lambda episode: True, fps=fps, disable_logger=True)
+# ------------------------------------------------------------------------------------------------ what a checkpoint keeps
+
+# Of objects that know it themselves: what is kept of them, and how they take it back, in place.
+KINDS = {
+    (nn.Module, optim.Optimizer): (lambda part: part.state_dict(), lambda part, state: part.load_state_dict(state)),
+    torch.Generator: (lambda part: part.get_state(), lambda part, state: part.set_state(state)),
+    # Through NumPy, because of a view torch.save would write the whole memory.
+    torch.Tensor: (lambda part: torch.from_numpy(part.detach().cpu().numpy()), lambda part, state: part.copy_(state)),
+    np.random.Generator: (lambda part: state_of(part.bit_generator), lambda part, state: restored(part.bit_generator, state)),
+    np.random.BitGenerator: (lambda part: state_of(part.state), lambda part, state: setattr(part, "state", value_of(state))),
+    np.random.RandomState: (lambda part: state_of(part.get_state()), lambda part, state: part.set_state(value_of(state))),
+}
+CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.FunctionType, types.MethodType, type)
 
 
-# ------------------------------------------------------------------------------------------------- what a run consists of
-
-SCRIPT = os.path.basename(__file__)
-with open(__file__, "rb") as script_file:
-    SCRIPT_SHA256 = hashlib.sha256(script_file.read()).hexdigest()
-
-LOG_INTERVAL = 100  # environment steps between two points of the training curves
-NOT_SAVED = ("resume", "allow_changed_script", "check_only")  # arguments of a command, not of a run
-WHAT_STAYS = "what was written stays, and the run can be continued from its last checkpoint with --resume"
-FINISHED, INTERRUPTED, UNDER_WAY = range(3)
-EXIT_CODE_UNDER_WAY = 75  # another process is at the run (EX_TEMPFAIL of sysexits.h)
-
-
-class RunError(Exception):
-    """Something that its message explains to the person who typed the command, without a stack trace."""
-
-
-def state_of(part):
+def state_of(part, where: str = "a part of the run"):
     """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
 
-    A class names the attributes that have to be kept in KEPT, in the order in which they are restored. PyTorch's modules,
-    optimizers and generators, NumPy's generators, arrays and tensors keep themselves; everything else has to be a plain value.
+    A class names in KEPT, in the order in which they are restored, the attributes that have to be kept. Of an object without
+    KEPT, a wrapper for example, all are, but for those that do not change, as spaces and functions.
     """
-    if hasattr(part, "KEPT"):
-        return {name: state_of(getattr(part, name)) for name in part.KEPT}
-    if isinstance(part, list) and part and hasattr(part[0], "KEPT"):
-        return [state_of(item) for item in part]
-    if isinstance(part, (nn.Module, optim.Optimizer)):
-        return part.state_dict()
-    if isinstance(part, torch.Generator):
-        return part.get_state()
-    if isinstance(part, np.random.Generator):
-        return part.bit_generator.state
-    if isinstance(part, torch.Tensor):  # through NumPy, because of a view torch.save would write the whole memory
-        return torch.from_numpy(part.detach().cpu().numpy())
-    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+    for kind, (state, _) in KINDS.items():
+        if isinstance(part, kind):
+            return state(part)
+    if part is None or type(part) in (bool, int, float, str, bytes):
+        return part
+    if isinstance(part, np.generic):
+        return part.item()
+    if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
+        return torch.from_numpy(part)
+    if type(part) in (list, tuple):
+        return type(part)(state_of(item, where) for item in part)
+    if type(part) is dict:
+        return {state_of(name, where): state_of(value, where) for name, value in part.items()}
+    if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
+        fail(f"{where} is of the class {type(part).__name__}, which no checkpoint can keep; what has to be kept of its owner "
+             "can be named in a list KEPT, as in the classes here", code=1)  # fmt: skip
+    names = getattr(part, "KEPT", None) or [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
+    return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+
+
+def value_of(state):
+    """A plain value as it was: in a checkpoint its arrays are tensors."""
+    if isinstance(state, torch.Tensor):
+        return state.numpy().copy()
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(value_of, state))
+    return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
 
 def restored(part, state):
     """The part as it was kept: the same object, in place (captured CUDA graphs hold addresses), or a plain value."""
-    if hasattr(part, "KEPT"):
-        for name in part.KEPT:
-            attribute = getattr(part, name)
-            if (value := restored(attribute, state[name])) is not attribute:
-                setattr(part, name, value)
-    elif isinstance(part, list) and part and hasattr(part[0], "KEPT"):
+    for kind, (_, restore) in KINDS.items():
+        if isinstance(part, kind):
+            restore(part, state)
+            return part
+    if isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
+        part[...] = state.numpy()
+    elif isinstance(part, list) and part and hasattr(part[0], "__dict__"):
         for item, item_state in zip(part, state, strict=True):
             restored(item, item_state)
-    elif isinstance(part, (nn.Module, optim.Optimizer)):
-        part.load_state_dict(state)
-    elif isinstance(part, torch.Generator):
-        part.set_state(state)
-    elif isinstance(part, np.random.Generator):
-        part.bit_generator.state = state
-    elif isinstance(part, torch.Tensor):
-        part.copy_(state)
-    elif isinstance(part, np.ndarray):
-        part[...] = state.numpy()
+    elif hasattr(part, "__dict__"):
+        for name in getattr(part, "KEPT", state):
+            attribute = getattr(part, name, None)
+            if (value := restored(attribute, state[name])) is not attribute:
+                setattr(part, name, value)
     else:
-        return state
+        return value_of(state)
     return part
 
 
-class StopSignal:
-    """Remembers SIGTERM (from a cluster's scheduler) or SIGINT (Ctrl-C); the second one ends the process at once."""
+# ------------------------------------------------------------------------------------------------- what a run consists of
 
-    def __init__(self):
-        self.received, self.time = 0, math.inf
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+SCRIPT, SCRIPT_TEXT = os.path.basename(__file__), open(__file__, "rb").read()
+LOG_INTERVAL = 100  # environment steps between two points of the training curves
+CHANGE_NO_RESULT = ("runs_dir", "checkpoint_interval", "track", "wandb_project_name", "wandb_entity")
+CSV_FILES = ("episodes.csv", "evaluations.csv")
 
-    def handle(self, number: int, frame) -> None:
-        self.received, self.time = number, time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+
+def run_name(args: Args) -> str:
+    """The name of the run's folder: the same command finds it again, and what changes results, the script too, another."""
+    arguments = {name: value for name, value in vars(args).items() if name not in CHANGE_NO_RESULT}
+    digits = hashlib.sha256(SCRIPT_TEXT + json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+    # Characters that every file system and Weights & Biases take.
+    return re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{digits}", flags=re.ASCII)
 
 
 class Run:
     """A run: its folder, logs, checkpoints and counters, its evaluations, and the signal that stops it.
 
-    In the folder: args.json, TensorBoard events, episodes.csv, evaluations.csv, checkpoint.pt, model.pt, models/, videos/.
+    In the folder: the script's text, args.json, TensorBoard's events, episodes.csv, evaluations.csv, models/, videos/, and
+    checkpoint.pt or, when the run is finished, model.pt.
     """
 
     KEPT = ("global_step", "gradient_steps", "num_episodes", "agenda", "last_returns", "speed_steps", "speed_seconds",
-            "wall_seconds")  # fmt: skip
+            "wall_seconds", "num_threads", "csv_sizes")  # fmt: skip
     progress: tqdm | None = None  # a process has one bar, and closes it before it says its last line
 
-    def __init__(self, args: Args, path: str | None = None):
-        """Makes the folder, or takes that of an interrupted run, in which nothing is changed before `restore`."""
-        self.args, self.stop = args, StopSignal()
+    def __init__(self, args: Args):
+        """Takes the run's folder. Ends the process if the run is finished, or another process is at it."""
+        self.args, self.stopped_by = args, 0
+        for number in (signal.SIGTERM, signal.SIGINT):  # from a cluster's scheduler; Ctrl-C
+            signal.signal(number, self.remember_signal)
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.captures = args.cuda_graphs and self.device.type == "cuda"
         torch.backends.cudnn.deterministic = args.torch_deterministic
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
+        self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
         self.columns = episode_columns(args)
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
-        self.agenda: list[str] = []  # what is to be done before the next step, see `attend` and `train`
+        self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
         self.speed_steps, self.speed_seconds = 0, 0.0  # since learning began, without evaluations
-        self.wall_seconds = 0.0
-        self.eval_envs: list[gym.Env] = []
-        if path is None:
-            with new_run_folder(args) as self.path:
-                self.lock = lock_folder(self.path)
-                self.write_args()
-        else:
-            self.path, self.lock = path, lock_folder(path)
-            if self.lock is None:
-                leave_to_another_process(path)
-            check_files(path)
-            if is_finished(path):  # by a process that was at it when `resume_args` looked
-                print(f"the run in {path} is finished already")
-                sys.exit(0)
+        self.wall_seconds, self.turn_started = 0.0, time.perf_counter()
+        self.num_threads, self.csv_sizes = 0, {}  # at the checkpoint
+
+        self.path = os.path.join(os.path.expanduser(args.runs_dir), run_name(args))
+        os.makedirs(self.path, exist_ok=True)
+        self.lock = open(self.file("lock"), "w")  # a file: of a folder's lock other nodes know nothing on NFS
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is at work in {self.path}", code=75)  # EX_TEMPFAIL of sysexits.h
+        except OSError as error:
+            print(f"warning: {self.path} knows no locks ({error.strerror}); let only one process work there", file=sys.stderr)
+        if os.path.exists(self.file("model.pt")):
+            self.remove_checkpoint()
+            print(f"the run in {self.path} is finished")
+            sys.exit(0)
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
-
-    @property
-    def wall_seconds(self) -> float:
-        return time.time() - self.start_time
-
-    @wall_seconds.setter
-    def wall_seconds(self, seconds: float) -> None:
-        self.start_time = time.time() - seconds
 
     @property
     def last_loop_step(self) -> int:
         """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
         return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
-    def make_envs(self, count: int, video_folder: str | None = None) -> list[gym.Env]:
-        """That many environments, of which the first one can be recorded."""
-        envs: list[gym.Env] = []
-        while len(envs) < count:
-            if self.stop.received:
-                self.end(f"stopped before the run went on; to continue: {self.command_to_continue()}")
-            envs.append(make_env(self.args, video_folder if not envs else None))
-        return envs
-
     # ------------------------------------------------------------ begin, go on, end
 
     def restore(self, parts: dict) -> bool:
         """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as at it."""
-        self.eval_envs = self.make_envs(self.args.eval_episodes, self.file("videos") if self.args.capture_video else None)
+        args, resumed = self.args, os.path.exists(self.file("checkpoint.pt"))
+        self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(args.eval_episodes)]
         self.parts = {"run": self, "initialisation": torch.default_generator} | parts
-        checkpoint = self.file("checkpoint.pt")
-        if resumed := os.path.exists(checkpoint):
-            content = load_checkpoint(checkpoint, self.args, self.device)
-            for name, size in content["file_sizes"].items():
-                if not os.path.exists(self.file(name)) or os.path.getsize(self.file(name)) < size:
-                    raise RunError(f"{self.file(name)} is shorter than it was at the checkpoint, or gone: it is damaged")
-            try:
-                for name, part in self.parts.items():
-                    restored(part, content["parts"][name])
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                if is_lack_of_memory(error):
-                    raise
-                raise RunError(f"{checkpoint} does not fit this version of the script: {error!r}") from None
-            if self.global_step < self.args.total_timesteps:  # if that was the end, it was postponed
-                self.agenda = ["scheduled" if item == "final" else item for item in self.agenda]
-            torch.set_num_threads(content["num_threads"])  # with another number sums are rounded in another order
-        self.open(content["file_sizes"] if resumed else {})
         if resumed:
-            tqdm.write(f"continuing {self.path} at step {self.global_step}, with {torch.get_num_threads()} thread(s) as before")
-        Run.progress = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", smoothing=0.02,
-                             mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
+            self.load()
+            print(f"continuing {self.path} at step {self.global_step}, with {self.num_threads} thread(s) as before")
+        for path in map(os.path.dirname, glob.glob(f"{glob.escape(self.path[:-8])}*/checkpoint.pt") if not resumed else ()):
+            print(f"note: {path} is unfinished, and not continued: its script or arguments are others. To go on with it in place "
+                  f"of this run, stop and: rm -r {self.path} && mv {path} {self.path}")  # fmt: skip
+        with open(self.file(SCRIPT), "wb") as file:
+            file.write(SCRIPT_TEXT)
+        with open(self.file("args.json"), "w") as file:  # for people and tools
+            json.dump({"script": SCRIPT, "script_sha256": hashlib.sha256(SCRIPT_TEXT).hexdigest(), "args": vars(args),
+                       "versions": self.versions, "device": self.device_name}, file, indent=2)  # fmt: skip
+        if args.track:
+            import wandb  # late: only --track needs the package
+
+            name = os.path.basename(self.path)
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
+                           config=vars(args), sync_tensorboard=True)  # fmt: skip
+            except wandb.errors.Error as error:
+                fail(f"Weights & Biases: {' '.join(str(error).split())}", code=1)
+        # TensorBoard leaves out what was logged after the checkpoint. Rows are written as they end.
+        self.writer = SummaryWriter(self.path, purge_step=self.global_step + 1 if resumed else 0)
+        files = [open(self.file(name), "a" if resumed else "w", newline="", buffering=1) for name in CSV_FILES]
+        self.episodes, self.evaluations = (csv.writer(file, lineterminator="\n") for file in files)
+        if not resumed:
+            rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+            self.episodes.writerow(("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns))
+            self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
+        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, mininterval=0.5 if sys.stderr.isatty() else 60,
+                            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")  # fmt: skip
         return resumed
 
-    def open(self, file_sizes: dict[str, int]) -> None:
-        """Opens the files, cut to the sizes that they had at the checkpoint ({} = from the beginning), to go on writing."""
-        self.write_args()  # --total-timesteps may have been raised
-        if self.args.track:
-            import wandb
-
-            identity = os.path.basename(os.path.normpath(self.path))
-            wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=identity, id=identity,
-                       resume="allow", config=saved_arguments(self.args), sync_tensorboard=True)  # fmt: skip
-        for path in filter(os.path.exists, self.growing_files()):
-            if os.path.basename(path) in file_sizes:
-                os.truncate(path, file_sizes[os.path.basename(path)])
-            else:
-                os.remove(path)
-        columns = ("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns)
-        self.episodes = self.open_csv("episodes.csv", columns)
-        columns = ("global_step", "phase", "episode", "episodic_return", *self.columns)
-        self.evaluations = self.open_csv("evaluations.csv", columns)
-        self.writer = SummaryWriter(self.path)
-        atexit.register(self.flush_at_exit)
-
-    def flush_at_exit(self) -> None:
-        """However the process ends (but for a kill), what TensorBoard was told is written."""
-        with contextlib.suppress(OSError):  # a full disk has been reported already
-            self.writer.flush()
-
-    def open_csv(self, name: str, columns: tuple[str, ...]):
-        file = open(self.file(name), "a", newline="", buffering=1)  # every row is written as it ends
-        rows = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            rows.writerow(columns)
-        return rows
-
     def announce(self, agents: str, num_resets: int) -> None:
-        """Says in one line what the run will do."""
-        args, buffer_bytes = self.args, ReplayBuffer.num_bytes(self.args, *self.spaces())
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        threads = "" if self.device.type == "cuda" else f" ({torch.get_num_threads()} thread(s))"
+        """Says in one line what the run will do, once it is sure that a checkpoint can be taken."""
+        state_of(self.parts)
+        args, buffer = self.args, vars(self.parts["buffer"]).values()
+        buffer_bytes = sum(part.nbytes for part in buffer if isinstance(part, (torch.Tensor, np.ndarray)))
+        threads = f" ({torch.get_num_threads()} thread(s))" if self.device.type == "cpu" else ""
         gradient_steps = gradient_steps_due(args, self.last_loop_step + args.num_envs)
-        line = (f"{args.env_id}: {args.total_timesteps:,} steps on {device}{threads}, {agents}, "
-                f"{gradient_steps:,} gradient steps, {num_resets} reset(s), "
-                f"replay buffer {buffer_bytes / 1e9:.2f} GB")  # fmt: skip
-        if self.speed_steps:  # of a run that goes on the speed is known
-            seconds = (args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
-            line += f", about {seconds / 60:.0f} min left"
-        tqdm.write(f"{line}; in {self.path}")
+        tqdm.write(f"{args.env_id}: {args.total_timesteps:,} steps on {self.device_name}{threads}, {agents}, "
+                   f"{gradient_steps:,} gradient steps, {num_resets} reset(s), replay buffer "
+                   f"{buffer_bytes / 1e9:.2f} GB, {self.time_left()}; in {self.path}")  # fmt: skip
 
-    def spaces(self) -> tuple[gym.Space, gym.Space]:
-        return self.eval_envs[0].observation_space, self.eval_envs[0].action_space
+    def time_left(self) -> str:
+        """From the speed since learning began: random play is many times faster."""
+        if not self.speed_steps:
+            return "time left is known once learning runs"
+        seconds = (self.args.total_timesteps - self.global_step) * self.speed_seconds / self.speed_steps
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def remember_signal(self, number: int, frame) -> None:
+        """All that a signal does, the second one, too: at no moment anything is destroyed."""
+        self.stopped_by = number
+
+    def stop_if_asked(self) -> None:
+        """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
+        if self.stopped_by:
+            self.save()
+            self.progress.close()
+            print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)  # as a shell expects it
 
     def goes_on(self) -> bool:
-        """Whether anything is left to do. Ends the process, after a checkpoint, if a signal asks for it."""
-        if self.stop.received:
-            self.save()
-            self.end(f"stopped at step {self.global_step}; to continue: {self.command_to_continue()}")
-        self.turn_started = time.perf_counter()
+        """Whether anything is left to do."""
+        self.stop_if_asked()
+        now = time.perf_counter()
+        self.wall_seconds, self.turn_started = self.wall_seconds + now - self.turn_started, now
         return bool(self.agenda) or self.global_step < self.args.total_timesteps
-
-    def command_to_continue(self) -> str:
-        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(self.path)}"
-
-    def end(self, message: str) -> None:
-        """Ends the process as a shell expects of one that a signal ended."""
-        self.close_progress()
-        print(message, file=sys.stderr)
-        sys.exit(128 + self.stop.received)
-
-    @staticmethod
-    def close_progress() -> None:
-        if Run.progress is not None:
-            Run.progress.close()
 
     def finish(self, weights: dict) -> None:
         """Leaves the weights and takes away the checkpoint, which is of no use any more."""
-        self.close_progress()
         self.wait_for_disk()  # with model.pt the run is finished, and nothing is added any more
         self.write("model.pt", weights)
-        remove_leftovers(self.path)
+        self.remove_checkpoint()
         self.writer.close()
         for env in self.parts["envs"] + self.eval_envs:
             env.close()
-        tqdm.write(f"the run is in {self.path}")
+        self.progress.close()
+        print(f"the run is in {self.path}")
 
     # ------------------------------------------------------------ what happens at a step
-
-    def count_gradient_step(self) -> None:
-        self.gradient_steps += 1
-        if time.monotonic() > self.stop.time + 10:  # too many for one step: there is no state to save between them
-            self.end(f"stopped in the middle of step {self.global_step}; {WHAT_STAYS} {shlex.quote(self.path)}")
 
     def count_step(self) -> None:
         self.progress.update(self.args.num_envs)
@@ -1140,53 +1064,39 @@ class Run:
     def log_is_due(self) -> bool:
         return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
-    def upkeep_due(self) -> list[str]:
-        """What `attend` has to do for the folder after the loop step that ends at the present step."""
-        args, step, due = self.args, self.global_step, []
+    def keep_what_is_due(self, agent: "Agent") -> None:
+        """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
+        args, step = self.args, self.global_step
         if args.keep_models and interval_has_passed(Fraction(args.total_timesteps, args.keep_models), step, args.num_envs):
-            due.append("weights")
-        # A checkpoint at the end, too: a full disk or a kill before model.pt is written then loses nothing.
-        if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
-            due.append("checkpoint")
-        return due
-
-    def attend(self, agent: "Agent") -> None:
-        """Does the first item of the agenda, unless a signal stops it: keep weights, save a checkpoint, or evaluate."""
-        if self.agenda[0] == "weights":
             os.makedirs(self.file("models"), exist_ok=True)
-            self.write(f"models/step_{self.global_step:08d}.pt", agent.weights())
-        elif self.agenda[0] == "checkpoint":
-            self.agenda.pop(0)  # so that the checkpoint does not ask for itself
-            try:
-                self.save()
-            except RunError as error:
-                if self.global_step < self.args.total_timesteps:
-                    raise
-                tqdm.write(f"warning: {error}", file=sys.stderr)  # model.pt is smaller, and may fit
-            return
-        else:
-            generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
-            if not self.evaluate(self.agenda[0], agent.evaluation_policy(generator)):
-                return
-            if self.agenda[0] != "after_reset":  # a curve has one point at a step
-                self.log_scalars(evaluation_scalars(agent))
-        self.agenda.pop(0)
+            self.write(f"models/step_{step:08d}.pt", agent.weights())
+        # At the end, too: a full disk or a kill before model.pt is written then loses nothing.
+        if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
+            self.save()
 
-    def evaluate(self, phase: str, policy) -> bool:
-        """False if a signal stopped it, and nothing was logged."""
+    def evaluate(self, agent: "Agent") -> None:
+        """Does the evaluation that the agenda begins with."""
         self.finite_metrics()
-        recorder = self.eval_envs[0] if self.args.capture_video else None
-        if recorder is not None:
-            recorder.set_wrapper_attr("name_prefix", f"step-{self.global_step}-{phase}")
-            recorder.set_wrapper_attr("episode_id", -1)
-        try:
-            episodes = evaluate(policy, self.eval_envs, self.args.seed, self.global_step, self.device, self.stop)
-        finally:
-            if recorder is not None and recorder.get_wrapper_attr("recording"):
-                recorder.get_wrapper_attr("stop_recording")()
-        if episodes is not None:
-            self.log_evaluation(phase, episodes)
-        return episodes is not None
+        phase, frames = self.agenda[0], []
+
+        def watch(env: gym.Env) -> None:
+            self.stop_if_asked()
+            if env.render_mode:  # the first one has it, for --capture-video
+                frames.append(env.render())
+
+        generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
+        policy = agent.evaluation_policy(generator)
+        episodes = evaluate(policy, self.eval_envs, self.args.seed, self.global_step, self.device, watch)
+        if frames:
+            from moviepy import ImageSequenceClip  # late: only --capture-video needs the package
+
+            os.makedirs(self.file("videos"), exist_ok=True)
+            clip = ImageSequenceClip(frames, fps=self.eval_envs[0].metadata.get("render_fps", 30))
+            clip.write_videofile(self.file(f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
+        self.log_evaluation(phase, episodes)
+        if phase != "after_reset":  # a curve has one point at a step
+            self.log_scalars(evaluation_scalars(agent))
+        self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
 
@@ -1205,26 +1115,22 @@ class Run:
                 for i, value in enumerate(np.atleast_1d(values)):
                     scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
         self.log_scalars(scalars)
-        mean_return = f"{np.mean(self.last_returns):.1f}" if self.last_returns else "-"
-        epsilon = f" epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
-        speed = f"{scalars['charts/SPS']:.0f}" if "charts/SPS" in scalars else "-"
-        self.progress.set_postfix_str(f"return={mean_return}{epsilon} SPS={speed}", refresh=False)
+        mean_return = f"{np.mean(self.last_returns):g}" if self.last_returns else "-"
+        shown = "".join(f", {name}={scalars[f'charts/{name}']:.3g}" for name in ("epsilon", "SPS") if f"charts/{name}" in scalars)
+        self.progress.set_postfix_str(f"{self.time_left()}, return={mean_return}{shown}", refresh=False)
 
     def finite_metrics(self) -> np.ndarray:
         """The agent's metrics, on the host. Nothing is evaluated or saved once one of them is not finite."""
         agent = self.parts["agent"]
         metrics = agent.metrics.cpu().numpy()
-        for name, values in zip(agent.METRICS, metrics):
-            if not np.isfinite(values).all():
-                raise FloatingPointError(
-                    f"{name} is not finite any more at step {self.global_step} ({values.tolist()}); try a lower --learning-rate"
-                )
+        if not np.isfinite(metrics).all():
+            values = dict(zip(agent.METRICS, metrics.tolist()))
+            raise FloatingPointError(f"not finite any more at step {self.global_step}: {values}; try a lower --learning-rate")
         return metrics
 
     def log_episode(self, episode: dict) -> None:
         extra = {name: episode[name] for name in self.columns}
-        wall_seconds = f"{self.wall_seconds:.2f}"
-        self.episodes.writerow((self.global_step, episode["r"], episode["l"], wall_seconds, *extra.values()))
+        self.episodes.writerow((self.global_step, episode["r"], episode["l"], f"{self.wall_seconds:.2f}", *extra.values()))
         self.num_episodes += 1
         self.last_returns = [*self.last_returns[-9:], episode["r"]]
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
@@ -1232,15 +1138,13 @@ class Run:
 
     def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
-            extra = [episode[name] for name in self.columns]
-            self.evaluations.writerow((self.global_step, phase, i, episode["r"], *extra))
+            self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
         scalars = normalized_scores(self.args.env_id, float(np.mean(returns)))
         scalars |= {f"episodic_{name}": float(np.mean([episode[name] for episode in episodes])) for name in self.columns}
-        line = f"evaluation ({phase.replace('_', ' ')}) mean {np.mean(returns):.1f}"
-        for name, value in scalars.items():
-            line += f", {name.replace('_', ' ')} {value:.3f}"
-        self.say(f"{line}, episodes {' '.join(f'{score:g}' for score in returns)}")
+        others = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in scalars.items())
+        self.say(f"evaluation ({phase.replace('_', ' ')}) mean {np.mean(returns):g} +- {np.std(returns):.4g}, "
+                 f"lowest {min(returns):g}, highest {max(returns):g}{others}")  # fmt: skip
         scalars["episodic_return"] = float(np.mean(returns))
         # A curve has one point at a step: what a reset cost stands in curves of its own.
         if phase in ("before_reset", "after_reset"):
@@ -1248,262 +1152,63 @@ class Run:
         if phase != "after_reset":
             self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
 
-    def write_args(self) -> None:
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        content = {"script": SCRIPT, "script_sha256": SCRIPT_SHA256} | commit_of_script()
-        content |= {"args": saved_arguments(self.args), "versions": package_versions(), "device": device}
-        with replaced_when_written(self.file("args.json")) as file:
-            file.write(json.dumps(content, indent=2).encode())
-
-    def write(self, name: str, content: dict) -> None:
-        """Replaces model.pt, models/... or the checkpoint; the old one stays until the new one is on the disk."""
-        try:
-            with replaced_when_written(self.file(name)) as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # a full disk is the one or the other
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise RunError(f"{self.file(name)} was not written: {reason}, {free_space(self.path)}; {WHAT_STAYS}") from error
-
     # ------------------------------------------------------------ checkpoints
-
-    def growing_files(self) -> list[str]:
-        events = sorted(glob.glob(os.path.join(glob.escape(self.path), "events.out.tfevents.*")))
-        return events + [self.file("episodes.csv"), self.file("evaluations.csv")]
-
-    def wait_for_disk(self) -> None:
-        """Until all that was logged is on the disk."""
-        self.writer.flush()
-        for path in self.growing_files():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-    def file_sizes(self) -> dict[str, int]:
-        """The sizes of the files that grow, so much of which is on the disk."""
-        self.wait_for_disk()
-        return {os.path.basename(path): os.path.getsize(path) for path in self.growing_files()}
 
     def save(self) -> None:
         """Replaces the checkpoint."""
         self.finite_metrics()
-        self.write("checkpoint.pt", {
-            "script": SCRIPT, "script_sha256": SCRIPT_SHA256, "args": saved_arguments(self.args),
-            "versions": package_versions() | {"device": self.device.type}, "num_threads": torch.get_num_threads(),
-            "file_sizes": self.file_sizes(), "parts": {name: state_of(part) for name, part in self.parts.items()},
-        })  # fmt: skip
+        self.wait_for_disk()
+        self.num_threads = torch.get_num_threads()  # with another number sums are rounded in another order
+        self.csv_sizes = {name: os.path.getsize(self.file(name)) for name in CSV_FILES}
+        self.write("checkpoint.pt", {"versions": self.versions, "parts": state_of(self.parts)})
 
+    def load(self) -> None:
+        """Brings all parts to where they were at the checkpoint. Nothing in the file is executed."""
+        path = self.file("checkpoint.pt")
+        try:
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum is wrong")
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            if content["versions"] != self.versions:
+                raise ValueError(f"written with {content['versions']}, but here is {self.versions}")
+            for name, part in self.parts.items():
+                if restored(part, content["parts"][name]) is not part:
+                    raise ValueError(f"{name} does not fit")
+            for name, size in self.csv_sizes.items():
+                if os.path.getsize(self.file(name)) < size:
+                    raise ValueError(f"{name} is shorter than it was then")
+        except Exception as error:  # a flipped bit can have any consequence
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {' '.join(str(error).split())}", code=1)
+        torch.set_num_threads(self.num_threads)
+        for name, size in self.csv_sizes.items():
+            os.truncate(self.file(name), size)
 
-def load_checkpoint(path: str, args: Args, device: torch.device) -> dict:
-    """What `Run.save` wrote. Nothing in the file is executed; `RunError` if it is not this run's, or damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        for name in ("script", "script_sha256", "args", "versions", "num_threads", "file_sizes", "parts"):
-            content[name]
-    except pickle.UnpicklingError:
-        raise RunError(f"{path} holds more than numbers and tensors, and was not loaded") from None
-    except Exception as error:  # a flipped bit can have any consequence
-        if is_lack_of_memory(error):
-            raise
-        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
-        raise RunError(f"{path} is damaged, cut off, or of another version of the scripts{reason}") from None
-    if content["script"] != SCRIPT:
-        raise RunError(f"{path} was written by {content['script']}, not by {SCRIPT}")
-    if content["script_sha256"] != SCRIPT_SHA256 and not args.allow_changed_script:
-        refuse_changed_script(path)
-    for name, value in saved_arguments(args).items():
-        if name not in ("runs_dir", "total_timesteps") and content["args"].get(name) != value:
-            raise RunError(f"{path} was written with {name} = {content['args'].get(name)}, but args.json says {value}")
-    for name, value in (package_versions() | {"device": device.type}).items():
-        if (written := content["versions"].get(name)) != value:
-            raise RunError(f"{path} was written with {name} {written}, but here is {value}: the run would not go on exactly")
-    return content
-
-
-@contextlib.contextmanager
-def replaced_when_written(path: str):
-    """A binary file that takes the place of `path` when it is wholly on the disk; until then the old one stays."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+    def write(self, name: str, content: dict) -> None:
+        """Replaces a file of numbers and tensors; until the new one is wholly on the disk the old one stays."""
+        path = self.file(name)
+        try:
+            with open(f"{path}.tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # PyTorch's, when the disk is full, does not say so
+            raise OSError(f"{path} was not written. Is the disk full?") from error
+        os.replace(f"{path}.tmp", path)
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         os.fsync(folder)  # the new name, too
         os.close(folder)
-    except BaseException:
-        if os.path.isfile(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise
 
+    def wait_for_disk(self) -> None:
+        """Until all that was logged is written."""
+        self.writer.flush()
+        for path in (*glob.glob(f"{glob.escape(self.path)}/events.out.tfevents.*"), *map(self.file, CSV_FILES)):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
-def free_space(path: str) -> str:
-    return f"{shutil.disk_usage(path).free / 1e6:.0f} MB are free"
-
-
-# ---------------------------------------------------------------------------------------------------- folders of runs
-
-
-@contextlib.contextmanager
-def new_run_folder(args: Args):
-    """A new folder. Until the context is left, in which it gets its args.json, no other process begins a run there.
-
-    Runs of one script, environment and seed that start in the same second wait for the next.
-    """
-    try:
-        os.makedirs(args.runs_dir, exist_ok=True)
-        lock = lock_folder(args.runs_dir, wait=True)
-        if args.resume == "auto" and (found := find_run(args)) is not None:  # begun since `main` looked
-            leave_to_another_process(found[0])
-        while os.path.lexists(path := os.path.join(args.runs_dir, f"{run_name(args)}__{time.strftime('%Y%m%d-%H%M%S')}")):
-            time.sleep(0.2)
-        os.mkdir(path)
-    except OSError as error:
-        fail(f"a run folder in --runs-dir {args.runs_dir} cannot be made: {error.strerror}")
-    try:
-        yield path
-    finally:
-        os.close(lock)
-
-
-def run_name(args: Args) -> str:
-    return f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-
-
-def lock_folder(path: str, wait: bool = False) -> int | None:
-    """Keeps other processes out for as long as the descriptor is open. None if another process was first."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(folder)
-        return None
-    return folder
-
-
-def leave_to_another_process(path: str) -> None:
-    print(f"another process is at work in {path}", file=sys.stderr)
-    sys.exit(EXIT_CODE_UNDER_WAY)
-
-
-def check_files(path: str) -> None:
-    """Refuses a folder in which something else stands in the place of a run's files: a folder, a link to nothing, ..."""
-    for name in ("args.json", "episodes.csv", "evaluations.csv", "checkpoint.pt", "model.pt"):
-        for file in (os.path.join(path, name), os.path.join(path, f"{name}.tmp")):
-            if os.path.lexists(file) and not os.path.isfile(file):
-                raise RunError(f"{file} is in the way: it is not a file, or a link to nothing")
-
-
-def is_finished(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "model.pt"))
-
-
-def remove_leftovers(path: str) -> None:
-    """Of a finished run, also of one that was killed after it had written its weights."""
-    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(path, name))
-
-
-def saved_arguments(args: Args) -> dict:
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
-
-
-def find_run(args: Args) -> tuple[str, int] | None:
-    """The run folder with the same script and arguments, and its state; the newest interrupted one if none is finished."""
-    pattern = os.path.join(glob.escape(args.runs_dir), f"{glob.escape(run_name(args))}__*", "args.json")
-    paths, found = glob.glob(pattern), []
-    for path in sorted(map(os.path.dirname, paths)):  # the names end in the time of the start
-        try:
-            saved = read_args(path, args.allow_changed_script)
-        except RunError:
-            continue
-        if saved_arguments(dataclasses.replace(saved, runs_dir=args.runs_dir)) == saved_arguments(args):
-            state = FINISHED if is_finished(path) else UNDER_WAY if is_locked(path) else INTERRUPTED
-            found.append((path, state))
-    for wanted in (FINISHED, UNDER_WAY, INTERRUPTED):
-        for path, state in reversed(found):
-            if state == wanted:
-                return path, state
-    return None
-
-
-def is_locked(path: str) -> bool:
-    if (lock := lock_folder(path)) is None:
-        return True
-    os.close(lock)
-    return False
-
-
-def read_args(path: str, allow_changed_script: bool = False) -> Args:
-    """The arguments of the run in a folder; `RunError` if it is not one of this script."""
-    try:
-        check_files(path)
-        with open(os.path.join(path, "args.json")) as file:
-            content = json.load(file)
-        script, sha256, saved = content["script"], content["script_sha256"], content["args"]
-        if script != SCRIPT:
-            raise RunError(f"{path} is a run folder of {script}, not of {SCRIPT}")
-        if sha256 != SCRIPT_SHA256 and not allow_changed_script:
-            refuse_changed_script(path)
-        args = Args(**saved)
-        if saved_arguments(args).keys() != saved.keys():
-            raise KeyError
-        if message := wrong_value(args):
-            raise RunError(f"{path} is not a run folder any more: in its args.json {message}")
-        return args
-    except OSError as error:
-        raise RunError(f"{path} is not a run folder: args.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise RunError(f"{path} is not a run folder of {SCRIPT}: its args.json does not fit") from None
-
-
-def refuse_changed_script(path: str) -> None:
-    raise RunError(f"{path} is of another version of {SCRIPT}: the run would go on with changed code; "
-                   "if that is meant: --allow-changed-script")  # fmt: skip
-
-
-def resume_args(args: Args, path: str) -> Args:
-    """The arguments of the run in the folder. Only --total-timesteps may be given anew, and only be raised."""
-    command = {name: getattr(args, name) for name in NOT_SAVED}
-    saved = dataclasses.replace(read_args(path, args.allow_changed_script), **command)
-    args = dataclasses.replace(tyro.cli(Args, description=__doc__, default=saved), runs_dir=saved.runs_dir)
-    for name, value in vars(saved).items():
-        if name != "total_timesteps" and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {value} of the run in {path}; "
-                 "a resumed run keeps its arguments, only --total-timesteps may be raised")  # fmt: skip
-    if args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps} is less than the run's {saved.total_timesteps}; it may only be raised")
-    if is_finished(path):
-        if args.total_timesteps > saved.total_timesteps:
-            fail(f"the run in {path} is finished, and its replay buffer is gone: --total-timesteps cannot be raised any more")
-        remove_leftovers(path)
-        print(f"the run in {path} is finished already")
-        sys.exit(0)
-    if args.total_timesteps > saved.total_timesteps:
-        print(f"warning: with --total-timesteps {args.total_timesteps} instead of {saved.total_timesteps} what is a fraction of "
-              "the run, as the decay of epsilon, is another one from here on", file=sys.stderr)  # fmt: skip
-    return args
-
-
-def package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    return versions | {"gymnasium": gym.__version__} | environment_versions()
-
-
-def commit_of_script() -> dict:
-    """The commit that the script lies at, and whether it was changed since; None outside of a git checkout."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        git = lambda *words: subprocess.run(
-            ["git", "--no-optional-locks", "-C", folder, *words], capture_output=True, text=True, timeout=10, check=True
-        )
-        commit = git("rev-parse", "HEAD").stdout.strip()
-        return {"commit": commit, "changed_since_commit": bool(git("status", "--porcelain", "--", SCRIPT).stdout)}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "changed_since_commit": None}
+    def remove_checkpoint(self) -> None:
+        for path in glob.glob(f"{glob.escape(self.path)}/checkpoint.pt*"):  # .tmp, too, which a kill has left
+            os.remove(path)
 
 
 # ----------------------------------------------------------------------------------------------- arguments, and the start
@@ -1514,111 +1219,47 @@ def interval_has_passed(interval: int | Fraction, global_step: int, num_envs: in
     return interval > 0 and global_step // interval > (global_step - num_envs) // interval
 
 
-def fail(message: str) -> None:
-    """Ends the program because of a wrong argument: one line, exit code 2."""
+def fail(message: str, code: int = 2) -> None:
+    """Ends the process with one line; exit code 2: because of a wrong argument."""
+    if Run.progress is not None:
+        Run.progress.close()
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def wrong_value(args: Args) -> str | None:
-    """What is wrong with the first value that is not of its argument's type, or not in the interval written beside it."""
-    for name, hint in typing.get_type_hints(Args, include_extras=True).items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        kind, *intervals = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-        if typing.get_origin(kind) is Literal:
-            if value not in typing.get_args(kind):
-                return f"{flag} is {value!r}, but must be one of {', '.join(typing.get_args(kind))}"
-        elif type(value) not in {float: (float, int)}.get(kind, typing.get_args(kind) or (kind,)):
-            return f"{flag} is {value!r}, but must be of the type {getattr(kind, '__name__', kind)}"
-        endless = value == math.inf and any(interval.endswith("inf]") for interval in intervals)
-        if isinstance(value, (float, int)) and not abs(value) < 1e30 and not endless:
-            return f"{flag} is {value if isinstance(value, float) else 'a number'}, but must be a finite number below 1e30"
-        for interval in intervals if value is not None else ():  # as "[0, 1)"
-            low, high = map(float, interval[1:-1].split(", "))
-            if not (low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")):
-                return f"{flag} is {value}, but must lie in {interval}"
-    return None
+    sys.exit(code)
 
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work before anything is created."""
-    if message := wrong_value(args):
-        fail(message)
-    if not args.exp_name or "/" in args.exp_name:
-        fail(f"--exp-name is {args.exp_name!r}, but must be a part of a folder's name")
     if args.learning_starts >= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps {args.total_timesteps} to learn in")
-    limit = "--learning-starts" if args.learning_starts <= args.buffer_size else "--buffer-size"
     if args.batch_size > min(args.learning_starts, args.buffer_size):
-        fail(f"--batch-size {args.batch_size} is more than the {min(args.learning_starts, args.buffer_size)} transitions "
-             f"that are stored when learning starts; lower it, or raise {limit}")  # fmt: skip
-    for name in ("eval_interval", "checkpoint_interval"):
-        if 0 < getattr(args, name) < args.num_envs:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is shorter than one loop step of {args.num_envs} "
-                 f"environments; use at least {args.num_envs}, or 0")  # fmt: skip
+        fail(f"--batch-size {args.batch_size} is more than --learning-starts {args.learning_starts} or "
+             f"--buffer-size {args.buffer_size}: so many transitions are not there when learning starts")  # fmt: skip
     check_schedules(args)
     for flag, wanted, package in (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "moviepy")):
         if wanted and importlib.util.find_spec(package) is None:
             fail(f"{flag} needs the package {package}: pip install {package}")
-
-    spaces = check_environment(args)
-    on_gpu = args.cuda and torch.cuda.is_available()
-    buffer_bytes, agent_bytes = ReplayBuffer.num_bytes(args, *spaces), Agent.num_bytes(args, *spaces)
-    environment_bytes = ENVIRONMENT_BYTES * (args.num_envs + args.eval_episodes)
-    check_memory(psutil.virtual_memory().available, "in memory", {
-        "the environments of --num-envs and --eval-episodes": environment_bytes,
-        "the replay buffer of --buffer-size": 0 if on_gpu else buffer_bytes, "the agents": 0 if on_gpu else agent_bytes,
-    })  # fmt: skip
-    if on_gpu:
-        check_memory(torch.cuda.mem_get_info()[0], "on the GPU", {
-            "the replay buffer of --buffer-size": buffer_bytes, "the agents": agent_bytes,
-        })  # fmt: skip
+    check_environment(args)
 
 
-def check_memory(free_bytes: int, where: str, needed: dict[str, int]) -> None:
-    if sum(needed.values()) > free_bytes:
-        parts = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in needed.items() if size)
-        fail(
-            f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({parts}), but only {free_bytes / 1e9:.2f} GB are free {where}"
-        )
+def show_ranges() -> None:
+    """Lets --help show the bounds that pydantic holds the arguments to."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    for name, field in Args.__pydantic_fields__.items():
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
+        if bounds:
+            metavar = f"{field.annotation.__name__.upper()} {', '.join(bounds)}"
+            Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 
 def main() -> None:
-    args, path = tyro.cli(Args, description=__doc__), None
+    show_ranges()
+    # Without the map of the source; and indented, because tyro joins lines that begin with a letter.
+    args = tyro.cli(Args, description=textwrap.indent(__doc__.partition("\nWhere is what:")[0], " "))
+    check_args(args)
     try:
-        if args.resume == "auto":
-            if (found := find_run(args)) is not None:
-                path, state = found
-                if state == UNDER_WAY:
-                    leave_to_another_process(path)
-        elif args.resume:
-            path = args.resume
-        if path is not None:
-            args = resume_args(args, path)
-        check_args(args)
-        if not args.check_only:
-            train(args, path)
-    except (RunError, FloatingPointError) as error:
-        give_up(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-        reason = (str(error) or "MemoryError").splitlines()[0]
-        give_up(f"out of memory ({reason}); try a smaller --batch-size, --buffer-size or --num-envs")
-    except OSError as error:  # a full disk, a folder that cannot be written
-        give_up(f"{error}; {WHAT_STAYS}")
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch raises a plain RuntimeError."""
-    known = re.search("out of memory|allocate memory", str(error)) if isinstance(error, RuntimeError) else None
-    return isinstance(error, MemoryError) or known is not None
-
-
-def give_up(message: str) -> None:
-    """Ends a run that cannot go on: one line, exit code 1."""
-    Run.close_progress()
-    sys.exit(f"error: {message}")
+        train(args)
+    except FloatingPointError as error:
+        fail(f"{args.env_id}: {error}", code=1)
 
 
 if __name__ == "__main__":

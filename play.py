@@ -1,10 +1,12 @@
 """Plays what a run has learned: its scores, a video, or a window.
 
-    python play.py runs/LunarLander-v3__rde_dqn__1__20260101-120000 --episodes 5
-    python play.py runs/LunarLander-v3__rde_dqn__1__20260101-120000 --video videos --show-choice
+    python play.py runs/LunarLander-v3__rde_dqn__1__0a1b2c3d --episodes 5
+    python play.py runs/LunarLander-v3__rde_dqn__1__0a1b2c3d --video videos --show-choice
 
-Environment, network and policy come from the script that args.json names; nothing of the run is changed. Of an ensemble one
-member can play alone (--agent 0), or each in turn beside the ensemble (--agent all): what the composition is worth.
+Environment, network and policy come from the script that args.json names, as it lies beside this
+program; or, with --run-script, as it lies in the run folder. Nothing of the run is changed. Of an
+ensemble one member can play alone (--agent 0), or each in turn beside the ensemble (--agent all):
+what the composition is worth.
 """
 
 import csv
@@ -15,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -56,6 +59,8 @@ class Options:
     """play the run's own evaluation at the step of the weights again (its seeds, its --eval-episodes): scores only"""
     scripts_dir: str = os.path.dirname(os.path.abspath(__file__))
     """the folder in which the script of the run lies"""
+    run_script: bool = False
+    """play with the script's text in the run folder, which made the run; it is executed, so the folder has to be trusted"""
 
 
 def fail(message: str) -> None:
@@ -70,24 +75,25 @@ def one_line(error: Exception) -> str:
 
 # ------------------------------------------------------------------------------------------------------ run and weights
 
-API = ("Agent", "EVALUATION", "RunError", "SCRIPT", "StopSignal", "check_environment", "derive_seed", "evaluate", "make_env",
-       "read_args", "record_video")  # fmt: skip
+API = ("Agent", "Args", "EVALUATION", "SCRIPT", "check_environment", "derive_seed", "evaluate", "make_env")
 
 
-def import_script(folder: str, scripts_dir: str):
-    """The script that the run was made by, as a module."""
+def import_script(folder: str, options: Options):
+    """The script that the run was made by, as a module, and the run's arguments."""
     if not os.path.isdir(folder):
         fail(f"{folder} is not a folder")
-    file = os.path.join(folder, "args.json")
     try:
-        content = json.loads(pathlib.Path(file).read_text())
-        name, sha256 = content["script"], content["script_sha256"]
+        content = json.loads(pathlib.Path(folder, "args.json").read_text())
+        name, sha256, saved = content["script"], content["script_sha256"], dict(content["args"])
     except OSError as error:
         fail(f"{folder} is not the folder of a run: args.json: {error.strerror}")
     except (ValueError, KeyError, TypeError, RecursionError):
         fail(f"{folder} is not the folder of a run: its args.json does not fit")
-    if not re.fullmatch(r"\w[\w.-]*\.py", str(name)) or not os.path.isfile(path := os.path.join(scripts_dir, name)):
-        fail(f"the run's script {name} is not in {scripts_dir}; say with --scripts-dir where it is")
+    place, remedy = options.scripts_dir, "say with --scripts-dir where it is"
+    if options.run_script:
+        place, remedy = folder, "leave out --run-script"
+    if not re.fullmatch(r"\w[\w.-]*\.py", str(name)) or not os.path.isfile(path := os.path.join(place, name)):
+        fail(f"the run's script {name} is not in {place}; {remedy}")
     spec = importlib.util.spec_from_file_location(f"played_{name[: -len('.py')]}", path)
     script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
@@ -97,8 +103,12 @@ def import_script(folder: str, scripts_dir: str):
     if missing := [part for part in API if not hasattr(script, part)]:
         fail(f"{path} is not a script that can be played: it has no {', '.join(missing)}")
     if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
-        print(f"warning: {name} has been changed since it made the run; it is played as it is now", file=sys.stderr)
-    return script
+        own = "; --run-script plays the run's own" if os.path.isfile(os.path.join(folder, name)) and not options.run_script else ""
+        print(f"warning: {path} is not the text that made the run; it is played as it is{own}", file=sys.stderr)
+    try:
+        return script, script.Args(**saved)
+    except (TypeError, ValueError) as error:
+        fail(f"the arguments in {folder}/args.json do not fit {path}: {one_line(error)[:200]}")
 
 
 def find_weights(folder: str, checkpoint: str) -> tuple[str, int | None]:
@@ -186,76 +196,67 @@ class Composition:
         return lines
 
 
-class Picture(gym.Wrapper):
-    """The environment with larger pictures and, below them, what the composition says."""
-
-    def __init__(self, env: gym.Env, composition: Composition | None, fps: int | None):
-        super().__init__(env)
-        self.composition = composition
-        self.metadata = {"render_fps": 30} | env.metadata | ({"render_fps": fps} if fps else {})
-
-    def render(self) -> np.ndarray:
-        frame = self.env.render()  # (height, width, 3) uint8
-        factor = max(1, -(-400 // frame.shape[0]))
-        frame = frame.repeat(factor, axis=0).repeat(factor, axis=1)
-        if self.composition is None:
-            return frame
-        text = np.zeros((20 * self.composition.num_agents + 8, frame.shape[1], 3), np.uint8)
-        for i, line in enumerate(self.composition.lines()):
-            cv2.putText(text, line, (6, 20 * i + 17), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
-        return np.concatenate([frame, text])
+def picture(frame: np.ndarray, composition: Composition | None) -> np.ndarray:
+    """A picture of the environment, (height, width, 3) uint8, made larger, and below it what the composition says."""
+    factor = max(1, -(-400 // frame.shape[0]))
+    frame = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+    if composition is None:
+        return frame
+    text = np.zeros((20 * composition.num_agents + 8, frame.shape[1], 3), np.uint8)
+    for i, line in enumerate(composition.lines()):
+        cv2.putText(text, line, (6, 20 * i + 17), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+    return np.concatenate([frame, text])
 
 
-def make_visible_env(script, args, options: Options, composition: Composition) -> gym.Env:
-    """The script's environment. Where it would record a video of itself, it is recorded or shown as the options ask."""
-    record = script.record_video
+class Window:
+    """Shows pictures at the speed of the environment; to close it ends the program."""
 
-    def recorded_or_shown(env: gym.Env, folder: str, fps: int | None = None) -> gym.Env:
-        env = Picture(env, composition if options.show_choice else None, fps)
-        return gym.wrappers.HumanRendering(env) if options.window else record(env, folder, fps)
+    def __init__(self, fps: int):
+        import pygame
 
-    script.record_video = recorded_or_shown
-    try:
-        return script.make_env(args, options.video or "a window")
-    finally:
-        script.record_video = record
+        self.pygame, self.fps, self.clock, self.screen = pygame, fps, pygame.time.Clock(), None
+
+    def show(self, frame: np.ndarray) -> None:
+        if self.screen is None:
+            self.screen = self.pygame.display.set_mode((frame.shape[1], frame.shape[0]))
+        if self.pygame.event.get(self.pygame.QUIT):
+            sys.exit(0)
+        self.screen.blit(self.pygame.surfarray.make_surface(frame.swapaxes(0, 1)), (0, 0))
+        self.pygame.display.flip()
+        self.clock.tick(self.fps)
+
+
+def write_video(path: str, frames: list[np.ndarray], fps: int) -> None:
+    from moviepy import ImageSequenceClip  # late: only --video needs the package
+
+    ImageSequenceClip(frames, fps=fps).write_videofile(path, logger=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- play
 
 
-def play(script, policy, generator: torch.Generator, envs: list[gym.Env], seed: int, step: int, stop) -> list[dict]:
+def play(script, policy, generator: torch.Generator, envs: list[gym.Env], seed: int, step: int, watch) -> list[dict]:
     """As the script plays an evaluation at a step: one episode in each environment, side by side; their `info["episode"]`."""
     generator.manual_seed(script.derive_seed(seed, script.EVALUATION, step))
-    episodes = script.evaluate(policy, envs, seed, step, torch.device("cpu"), stop)
-    if episodes is None:
-        sys.exit(128 + stop.received)
-    return episodes
+    return script.evaluate(policy, envs, seed, step, torch.device("cpu"), watch)
 
 
-def play_in_turn(script, policy, generator: torch.Generator, env: gym.Env, options: Options, composition, name: str, stop):
-    """The episodes of --episodes one after another, each of its own seed, recorded if it is to be; their `info["episode"]`."""
-    episodes = []
+def play_in_turn(script, policy, generator: torch.Generator, env: gym.Env, options: Options, composition, name: str):
+    """The episodes of --episodes one after another, each of its own seed, recorded or shown; their `info["episode"]`."""
+    fps, episodes = env.metadata.get("render_fps", 30), []
+    window = Window(fps) if options.window else None
     for i in range(options.episodes):
-        composition.acting = None
-        if options.video:
-            env.set_wrapper_attr("name_prefix", name)
-            env.set_wrapper_attr("episode_id", i - 1)
-        episodes += play(script, policy, generator, [env], options.seed, i, stop)
-        if options.video:
-            env.get_wrapper_attr("stop_recording")()
+        composition.acting, frames = None, []
+
+        def watch(env: gym.Env) -> None:
+            if env.render_mode:
+                frame = picture(env.render(), composition if options.show_choice else None)
+                window.show(frame) if window else frames.append(frame)
+
+        episodes += play(script, policy, generator, [env], options.seed, i, watch)
+        if frames:
+            write_video(os.path.join(options.video, f"{name}-episode-{i}.mp4"), frames, fps)
     return episodes
-
-
-def until_window_is_closed(policy):
-    import pygame
-
-    def watched(observations: torch.Tensor) -> torch.Tensor:
-        if pygame.event.peek(pygame.QUIT):
-            sys.exit(0)
-        return policy(observations)
-
-    return watched
 
 
 def last_step(folder: str) -> int:
@@ -305,12 +306,9 @@ def check_options(options: Options) -> None:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     check_options(options)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     folder, visible = options.run_folder, bool(options.video or options.window)
-    script = import_script(folder, options.scripts_dir)
-    try:
-        args = script.read_args(folder, allow_changed_script=True)
-    except script.RunError as error:
-        fail(str(error))
+    script, args = import_script(folder, options)
     file, step = find_weights(folder, options.checkpoint)
     members = [str(i) for i in range(args.num_agents)] if selection_function(script, args) else []
     if options.agent not in ("ensemble", *(["all"] if members else []), *members):
@@ -318,25 +316,25 @@ def main() -> None:
              f"--agent is {options.agent}, but the run has one agent alone")  # fmt: skip
     if options.show_choice and not members:
         fail("--show-choice: the run has one agent alone, and nothing is chosen")
-    spaces = script.check_environment(dataclasses.replace(args, capture_video=visible))
+    script.check_environment(dataclasses.replace(args, capture_video=visible))
+    env = script.make_env(args, render=visible)
     if options.epsilon is not None:
-        if not isinstance(spaces[1], gym.spaces.Discrete) or not hasattr(args, "eval_epsilon"):
+        if not isinstance(env.action_space, gym.spaces.Discrete) or not hasattr(args, "eval_epsilon"):
             fail(f"--epsilon is for discrete actions, and {script.SCRIPT} has none")
         args = dataclasses.replace(args, eval_epsilon=options.epsilon)
     torch.set_flush_denormal(True)  # as in the run
-    agent = script.Agent(args, *spaces, None, torch.device("cpu"))
+    agent = script.Agent(args, env.observation_space, env.action_space, None, torch.device("cpu"))
     load_weights(agent, file)
     if options.like_evaluation:
         step = last_step(folder) if step is None else step
         envs = [script.make_env(args) for _ in range(args.eval_episodes)]
-    composition, generator, stop = Composition(script, agent), torch.Generator(), script.StopSignal()
+    composition, generator = Composition(script, agent), torch.Generator()
     policy = agent.evaluation_policy(generator)
-    try:
-        env = make_visible_env(script, args, options, composition) if visible else script.make_env(args)
-    except OSError as error:
-        fail(f"--video {options.video}: {error.strerror}")
-    if options.window:
-        policy = until_window_is_closed(policy)
+    if options.video:
+        try:
+            os.makedirs(options.video, exist_ok=True)
+        except OSError as error:
+            fail(f"--video {options.video}: {error.strerror}")
 
     epsilon = f", epsilon {args.eval_epsilon:g}" if hasattr(args, "eval_epsilon") else ""
     judge = f"; agent {agent.oldest.item()} of {len(members)} judges" if members else ""
@@ -346,13 +344,10 @@ def main() -> None:
         composition.member = int(player) if player in members else None
         who = f"__agent{player}" if player in members else ""
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}{who}__seed{options.seed}"
-        try:
-            if options.like_evaluation:
-                episodes = play(script, policy, generator, envs, args.seed, step, stop)
-            else:
-                episodes = play_in_turn(script, policy, generator, env, options, composition, name, stop)
-        except (script.RunError, OSError) as error:  # an emulator that fails, a full disk
-            sys.exit(f"error: {one_line(error)}")
+        if options.like_evaluation:
+            episodes = play(script, policy, generator, envs, args.seed, step, lambda env: None)
+        else:
+            episodes = play_in_turn(script, policy, generator, env, options, composition, name)
         player = f"agent {player}" if player in members else player
         for i, episode in enumerate(episodes):
             columns = ", ".join(" ".join(column) for column in summary([episode]).items())
@@ -366,4 +361,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without "±"
     main()

@@ -4,9 +4,9 @@
     python tests/compare_versions.py ../old .
     python tests/compare_versions.py ../old . --case rde "sac bf16"
 
-Both folders hold dqn_atari.py, sr_dqn_atari.py, rde_dqn_atari.py and rde_sac_dmc.py. Every case is run in one and then in the
-other, on the CPU. Compared are episodes.csv (but for its seconds), evaluations.csv, model.pt and the videos. The new model.pt
-may hold more. Exit code 1 if anything differs.
+Both folders hold the scripts; how they name a run's folder does not matter. Every case is run in one and then in the other, on
+the CPU. Compared are episodes.csv (but for its seconds), evaluations.csv, model.pt, TensorBoard's points (but for the speed)
+and the videos. The new version may log and keep more. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 import time
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ATARI = (
     "--env-id BreakoutNoFrameskip-v4 --total-timesteps 700 --learning-starts 200 --replay-ratio 0.25 --batch-size 4 "
@@ -132,14 +133,22 @@ def difference_of_values(old, new, name: str) -> str:
     return "" if old == new else f"{name}: {old!r} became {new!r}"
 
 
-def difference_of_videos(old: pathlib.Path, new: pathlib.Path) -> str:
+def points(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's scalars, as (step, value) in their order; what an evaluation logged that was played again counts once."""
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
+    return {tag: list(dict.fromkeys((event.step, event.value) for event in events.Scalars(tag))) for tag in tags}
+
+
+def difference_of_videos(old: pathlib.Path, new: pathlib.Path, by_bytes: bool) -> str:
     """By their step and phase; how the recorder numbers the episodes of a process does not matter."""
     old_videos, new_videos = (
-        {path.name.split("-episode")[0]: path.read_bytes() for path in folder.glob("videos/*.mp4")} for folder in (old, new)
+        {path.stem.split("-episode")[0]: path.read_bytes() for path in folder.glob("videos/*.mp4")} for folder in (old, new)
     )
-    if old_videos.keys() != new_videos.keys():
+    if old_videos.keys() != new_videos.keys() or not all(new_videos.values()):
         return f"missing {sorted(old_videos.keys() - new_videos)}, added {sorted(new_videos.keys() - old_videos)}"
-    return next((f"{name} shows something else" for name, video in sorted(old_videos.items()) if video != new_videos[name]), "")
+    different = [name for name, video in sorted(old_videos.items()) if by_bytes and video != new_videos[name]]
+    return f"{different[0]} shows something else" if different else ""
 
 
 def compare(old_folder: pathlib.Path, new_folder: pathlib.Path, case: str) -> tuple[dict[str, str], str]:
@@ -156,9 +165,14 @@ def compare(old_folder: pathlib.Path, new_folder: pathlib.Path, case: str) -> tu
             counts.append(f"{len(old_rows)} {what}")
         models = (torch.load(path / "model.pt", weights_only=True) for path in (old, new))
         differences["model.pt"] = difference_of_values(*models, "model")
+        old_points = points(old)
+        differences["TensorBoard"] = difference_of_values(old_points, points(new), "points")
+        counts.append(f"{sum(map(len, old_points.values()))} points")
         if "--capture-video" in CASES[case][1]:
             num_videos = len(list(old.glob("videos/*.mp4")))
-            differences["videos"] = difference_of_videos(old, new) if num_videos else "there are none"
+            # Atari's had the frames of the no-ops and FIREs, too, with which a game or life begins; what is evaluated has not.
+            by_bytes = not CASES[case][0].endswith("_atari")
+            differences["videos"] = difference_of_videos(old, new, by_bytes) if num_videos else "there are none"
             counts.append(f"{num_videos} videos")
     return {name: difference for name, difference in differences.items() if difference}, ", ".join(counts)
 
