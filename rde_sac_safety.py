@@ -1186,7 +1186,7 @@ def state_of(part, where: str = "a part of the run"):
             return state(part)
     if part is None or type(part) in (bool, int, float, str, bytes):
         return part
-    if isinstance(part, np.generic):
+    if isinstance(part, np.generic) and part.dtype.kind in "biufSU":
         return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         return torch.from_numpy(part)
@@ -1194,7 +1194,9 @@ def state_of(part, where: str = "a part of the run"):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
         return {state_of(name, where): state_of(value, where) for name, value in part.items()}
-    if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
+    # Of a class that is written in C the attributes are not all: random.Random, OrderedDict, a file.
+    has_more = type(part).__basicsize__ > Run.__basicsize__ and not hasattr(part, "KEPT")
+    if not hasattr(part, "__dict__") or has_more or isinstance(part, enum.Enum):
         fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
              "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
     names = getattr(part, "KEPT", None) or [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
@@ -1210,6 +1212,12 @@ def value_of(state):
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
 
+def holds_objects(value) -> bool:
+    """Whether there is something in a container that has to be restored in place."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(holds_objects(item) or isinstance(item, tuple(KINDS)) or hasattr(item, "__dict__") for item in items)
+
+
 def restored(part, state):
     """The part as it was kept: the same object, in place (captured CUDA graphs hold addresses), or a plain value."""
     for kind, (_, restore) in KINDS.items():
@@ -1218,9 +1226,13 @@ def restored(part, state):
             return part
     if isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
         part[...] = state.numpy()
-    elif isinstance(part, list) and part and hasattr(part[0], "__dict__"):
-        for item, item_state in zip(part, state, strict=True):
-            restored(item, item_state)
+    elif isinstance(part, tuple) and holds_objects(part):
+        return tuple(restored(list(part), list(state)))
+    elif holds_objects(part):
+        if len(part) != len(state):
+            raise ValueError(f"{len(state)} objects were kept, and {len(part)} are here")
+        for name in part if isinstance(part, dict) else range(len(part)):
+            part[name] = restored(part[name], state[name])
     elif hasattr(part, "__dict__"):
         for name in getattr(part, "KEPT", state):
             attribute = getattr(part, name, None)
@@ -1509,6 +1521,8 @@ class Run:
             content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             if content["versions"] != self.versions:
                 raise ValueError(f"written with {content['versions']}, but here is {self.versions}")
+            for env in self.parts["envs"]:
+                env.reset(seed=0)  # what is only made there could not be restored in place
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")

@@ -57,7 +57,7 @@ class Command:
         (rewritten(lambda content: content["parts"].pop("buffer")), "KeyError: 'buffer'"),
         (rewritten(lambda content: content["parts"]["run"].pop("agenda")), "KeyError: 'agenda'"),
         (rewritten(lambda content: content["parts"].update(observations=torch.zeros(7, 3))), "ValueError: observations does not"),
-        (rewritten(lambda content: content["parts"]["envs"].pop()), "ValueError: zip() argument 2 is shorter than argument 1"),
+        (rewritten(lambda content: content["parts"]["envs"].pop()), "ValueError: 1 objects were kept, and 2 are here"),
         (rewritten(lambda content: content["parts"]["agent"]["q_networks"].popitem()), "RuntimeError: Error(s) in loading state"),
         (lambda path: os.truncate(path / "episodes.csv", os.path.getsize(path / "episodes.csv") - 1), "episodes.csv is shorter"),
         (lambda path: os.truncate(path / "evaluations.csv", 9), "ValueError: evaluations.csv is shorter than it was then"),
