@@ -578,24 +578,35 @@ COLOURS = ("blue", "green", "grey", "purple", "red", "yellow")  # all that MiniG
 VIEW_RANGES = np.array([10, 5, 2], np.float32)  # the largest object, colour and state of a cell
 
 
+MISSION_OBJECTS = ("key", "ball", "box", "door")
+MISSION_PATTERN = re.compile(rf"\b(?:({'|'.join(COLOURS)})\b ?)?\b({'|'.join(MISSION_OBJECTS)})?\b")
+
+
 @functools.cache
-def mission_colour(mission: str) -> np.ndarray:
-    """The first colour that the text names, one-hot, (6,) float32. Zeros if it names none."""
-    named = [word for word in re.findall(r"\w+", mission) if word in COLOURS]
-    return np.array([named[:1] == [colour] for colour in COLOURS], np.float32)
+def encoded_mission(mission: str) -> np.ndarray:
+    """The first two things that the text names, each as a one-hot colour and a one-hot kind, (2 * 10,) float32.
+
+    A thing is a colour, a kind of object, or both: "put the blue key near the box". What is not named is zero. Words between
+    them are not understood.
+    """
+    named = [thing for thing in MISSION_PATTERN.findall(mission) if any(thing)]  # [(colour or "", kind or ""), ...]
+    things = np.zeros((2, len(COLOURS) + len(MISSION_OBJECTS)), np.float32)
+    for encoded, thing in zip(things, named):
+        encoded[:] = [word in thing for word in COLOURS + MISSION_OBJECTS]
+    return things.ravel()
 
 
 class MiniGridView(gym.Wrapper):
-    """What the agent sees of MiniGrid: its 7x7 view, each channel divided by its range, and the mission's colour, (153,).
+    """What the agent sees of MiniGrid: its 7x7 view, each channel divided by its range, and what the mission names, (167,).
 
-    The view holds object, colour and state of every cell as small numbers. The colour is the only place where it is said
-    which door GoToDoor's target is. At the end of an episode `info["success"]` is 1 if there was a reward, else 0. With
+    The view holds object, colour and state of every cell as small numbers. The mission is the only place where it is said
+    which door is GoToDoor's target. At the end of an episode `info["success"]` is 1 if there was a reward, else 0. With
     `actions` "move" the actions are left, right and forward.
     """
 
     def __init__(self, env: gym.Env, actions: str):
         super().__init__(env)
-        observation_dim = math.prod(env.observation_space["image"].shape) + len(COLOURS)
+        observation_dim = math.prod(env.observation_space["image"].shape) + len(encoded_mission(""))
         self.observation_space = gym.spaces.Box(0.0, np.inf, (observation_dim,), np.float32)
         if actions == "move":
             self.action_space = gym.spaces.Discrete(3)
@@ -613,7 +624,15 @@ class MiniGridView(gym.Wrapper):
     @staticmethod
     def encode(observation: dict) -> np.ndarray:
         view = observation["image"] / VIEW_RANGES  # (7, 7, 3) float32
-        return np.concatenate([view.ravel(), mission_colour(observation["mission"])])
+        return np.concatenate([view.ravel(), encoded_mission(observation["mission"])])
+
+
+class MinAtarGame(gym.Wrapper):
+    """MinAtar repeats the last action now and then, in a new episode that of the episode before. Here it forgets it."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.unwrapped.game.last_action = 0
+        return self.env.reset(seed=seed, options=options)
 
 
 class Task(gym.Wrapper):
@@ -622,12 +641,11 @@ class Task(gym.Wrapper):
     Numbers as observations become one-hot vectors, arrays are flattened. At the end of an episode `info["episode"]` holds the
     return "r", the length "l" and, if the environment tells it, the "success".
 
-    Some worlds cannot be saved (Box2D's). So none is: kept are the beginning of the episode (a seed, or the state of the
-    environment's random generator) and its actions, and it is played again. That is exact for every environment that depends on
-    nothing else. Options of `reset` are not kept.
+    Every episode begins from a seed of its own. So a checkpoint keeps nothing of the world (Box2D's cannot be saved), but that
+    seed and the actions since; played again, they bring the environment exactly to where it was, whatever it is made of.
     """
 
-    KEPT = ("episode",)
+    KEPT = ("seeds", "episode")
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -636,26 +654,28 @@ class Task(gym.Wrapper):
         observation_dim = math.prod(space.shape) if self.one_hot is None else int(space.n)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.first_action, self.action_space = int(env.action_space.start), gym.spaces.Discrete(int(env.action_space.n))
-        self.start: int | dict | None = None  # the seed, the state of the random generator, or (before the first reset) None
-        self.actions: list[int] = []  # since then
-        self.observation, self.episodic_return = np.zeros(observation_dim, np.float32), 0.0
+        self.seeds = np.random.default_rng(0)  # of the episodes after the first
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.start = self.unwrapped.np_random.bit_generator.state if seed is None else seed
-        self.actions, self.episodic_return = [], 0.0
-        observation, info = self.env.reset(seed=seed, options=options)
-        self.observation = self.encode(observation)
-        return self.observation, info
+        if seed is not None:
+            self.seeds = np.random.default_rng(seed)
+        self.begin(int(self.seeds.integers(2**31)) if seed is None else seed)
+        return self.observation, {}
+
+    def begin(self, seed: int) -> None:
+        """A new episode."""
+        self.episode_seed, self.actions, self.episodic_return = seed, [], 0.0
+        self.observation = self.encode(self.env.reset(seed=seed)[0])
 
     def step(self, action: int):
         self.actions.append(int(action))
         observation, reward, terminated, truncated, info = self.env.step(self.first_action + self.actions[-1])
-        self.observation = self.encode(observation)
-        self.episodic_return += float(reward)
+        self.observation, reward = self.encode(observation), np.asarray(reward).item()  # some are arrays of one number
+        self.episodic_return += reward
+        told = {"success": info["success"]} if "success" in info else {}  # but not an "episode" of the environment's own
         if terminated or truncated:
-            episode = {"r": self.episodic_return, "l": len(self.actions)}
-            info = info | {"episode": episode | {name: info[name] for name in ("success",) if name in info}}
-        return self.observation, float(reward), terminated, truncated, info
+            told = {"episode": {"r": self.episodic_return, "l": len(self.actions)} | told}
+        return self.observation, reward, terminated, truncated, told
 
     def encode(self, observation) -> np.ndarray:
         if self.one_hot is not None:
@@ -664,28 +684,27 @@ class Task(gym.Wrapper):
 
     @property
     def episode(self) -> dict:
-        return {"start": self.start, "actions": self.actions, "observation": self.observation}
+        """What leads to the present moment of the episode."""
+        return {"seed": self.episode_seed, "actions": self.actions, "observation": self.observation}
 
     @episode.setter
-    def episode(self, state: dict) -> None:
-        if isinstance(state["start"], dict):
-            self.unwrapped.np_random.bit_generator.state = state["start"]
-        if state["start"] is not None:
-            self.reset(seed=state["start"] if isinstance(state["start"], int) else None)
-        for action in state["actions"]:
+    def episode(self, episode: dict) -> None:
+        self.begin(episode["seed"])
+        for action in episode["actions"]:
             self.step(action)
-        if not np.array_equal(self.observation, state["observation"], equal_nan=True):
-            raise ValueError(f"the episode of the checkpoint went another way when its {len(self.actions)} steps were played "
-                             "again: this environment does not repeat itself, or not on this computer")  # fmt: skip
+        if not np.array_equal(self.observation, episode["observation"], equal_nan=True):
+            raise ValueError(f"{self.spec.id} does not play the same episode again from its seed")
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, with observations (observation_dim,) float32 and discrete actions."""
-    env = make_bare_env(args, "rgb_array" if render else None)
+    env = make_bare_env(args, render)
+    if args.env_id.startswith("MinAtar/"):
+        env = MinAtarGame(env)
     return Task(MiniGridView(env, args.actions) if is_minigrid(args.env_id) else env)
 
 
-def make_bare_env(args: Args, render_mode: str | None = None) -> gym.Env:
+def make_bare_env(args: Args, render: bool = False) -> gym.Env:
     """The environment as it is registered, with the limit of --max-episode-steps."""
     limit, options = args.max_episode_steps, {}
     if is_minigrid(args.env_id):
@@ -695,7 +714,9 @@ def make_bare_env(args: Args, render_mode: str | None = None) -> gym.Env:
             options["max_steps"] = 100 if limit == -1 else limit
     elif limit > 0:
         options["max_episode_steps"] = limit
-    return gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **options)
+    if render:  # else not a word of it: not every environment's constructor takes it
+        options["render_mode"] = "rgb_array"
+    return gym.make(args.env_id, disable_env_checker=True, **options)
 
 
 # The tasks of MiniGrid in which nothing has to be picked up, opened, or declared to be done.
@@ -720,10 +741,7 @@ def check_environment(args: Args) -> None:
         hint = f"did you mean {' or '.join(near)}?" if near else "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"
         fail(f"{given} is not registered with Gymnasium; {hint}")
     try:
-        env = make_bare_env(args, "rgb_array" if args.capture_video else None)
-        env.reset(seed=0)
-        if args.capture_video:
-            env.render()
+        env = make_bare_env(args, args.capture_video)
     except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
         fail(f"{given} does not work here: {' '.join(str(error).split()) or repr(error)}")
     observation_space, action_space = env.observation_space, env.action_space
@@ -738,8 +756,15 @@ def check_environment(args: Args) -> None:
     if not isinstance(action_space, gym.spaces.Discrete):
         kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
         fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
-    if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
-        fail(f"--capture-video: {given} draws no pictures (rgb_array)")
+    try:
+        env = make_env(args, args.capture_video)
+        env.reset(seed=0)
+        env.step(0)
+        frame = np.asarray(env.render() if args.capture_video else None)
+    except Exception as error:
+        fail(f"{given} does not work here: {' '.join(str(error).split()) or repr(error)}")
+    if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
+        fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
     if env.spec.max_episode_steps is None and args.max_episode_steps < 1 and not is_minigrid(env_id):
         print(f"warning: {given} has no limit of its own: if an episode never ends, an evaluation does not either; "
               "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip

@@ -5,7 +5,8 @@
 #     "tensorboard>=2.20,<3", "torch==2.13.0", "tqdm>=4.67", "tyro>=1.0,<2",
 # ]
 # ///
-r"""Reset deep ensemble of SAC agents (RDE+SAC) on the DeepMind Control Suite.
+r"""Reset deep ensemble of SAC agents (RDE+SAC) on the DeepMind Control Suite, and on any Gymnasium task with
+continuous actions.
 
 N agents learn from one replay buffer. They are reset one after another against primacy bias, and
 act as one: every agent proposes an action of its policy, and the oldest agent, whose last reset
@@ -13,6 +14,7 @@ is longest ago, judges the proposals with the smaller of its two critics. The ba
 script, too: SR+SAC is `--num-agents 1`, SAC `--num-agents 1 --reset-interval 0`.
 
     python rde_sac_dmc.py --env-id hopper-hop
+    python rde_sac_dmc.py --env-id HalfCheetah-v5
 
 The paper's sizes are made for a GPU; without one, `--hidden-dim 256 --batch-size 256` are sizes
 to wait for. In two minutes, to see everything happen once (with two resets):
@@ -33,7 +35,7 @@ Where is what:
     gradient_steps_due, ...       when there is a gradient step, a reset, an evaluation
     train                         the training loop
     -- the line --                below it nothing is of the algorithm
-    DeepMindControl               the environment
+    DeepMindControl, ...          the environments
     ReplayBuffer                  transitions
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
@@ -117,7 +119,10 @@ class Args:
 
     # ------------------------------------------------------------ the environment
     env_id: str = "hopper-hop"
-    """the task of the DeepMind Control Suite, as domain-task"""
+    """the task of the DeepMind Control Suite, as domain-task; or one of Gymnasium's with continuous actions, as HalfCheetah-v5,
+    or module:MyTask-v0, registered by a module of yours"""
+    max_episode_steps: NonNegativeInt = 0
+    """Gymnasium's tasks: steps after which an episode is cut off; 0 = the task's own limit"""
     total_timesteps: PositiveInt = 1_000_000
     """environment steps (actions, none is repeated) of the whole run"""
     num_envs: PositiveInt = 1
@@ -624,7 +629,17 @@ def train(args: Args) -> None:
 
 
 def environment_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("dm-control", "mujoco")}
+    """Of the packages that environments come from, where they are installed."""
+    versions = {}
+    for name in ("dm-control", "mujoco", "box2d"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def is_gymnasium(env_id: str) -> bool:
+    """Whether the name is one of Gymnasium's (Pendulum-v1, module:MyTask-v0), and not the suite's (hopper-hop)."""
+    return ":" in env_id or re.search(r"-v\d+$", env_id) is not None
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
@@ -739,15 +754,136 @@ class DeepMindControl(gym.Env):
         control._step_count, control._reset_next_step = state["step_count"], state["reset_next_step"]
 
 
+class FreshWorld(gym.Wrapper):
+    """BipedalWalker, with a new world in every episode, as LunarLander has it: an old one remembers earlier contacts."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        walker = self.unwrapped
+        walker._destroy()  # the bodies in the old world
+        walker.world = type(walker.world)()
+        return self.env.reset(seed=seed, options=options)
+
+
+class GymnasiumTask(gym.Wrapper):
+    """A task of Gymnasium's: vectors of float32 as observations, actions in [-1, 1] whatever the task's own bounds are.
+
+    At the end of an episode `info["episode"]` holds the return "r" and the length "l". A time limit truncates, and so bootstraps.
+
+    Every episode begins from a seed of its own. So a checkpoint keeps nothing of the world (Box2D's cannot be saved), but that
+    seed and the actions since; played again, they bring the environment exactly to where it was, whatever it is made of.
+    """
+
+    KEPT = ("seeds", "episode")
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        observation_dim = gym.spaces.flatdim(env.observation_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
+        self.low, self.high = (bound.astype(np.float64) for bound in (env.action_space.low, env.action_space.high))
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
+        self.seeds = np.random.default_rng(0)  # of the episodes after the first
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.seeds = np.random.default_rng(seed)
+        self.begin(int(self.seeds.integers(2**31)) if seed is None else seed)
+        return self.observation, {}
+
+    def begin(self, seed: int) -> None:
+        """A new episode."""
+        self.episode_seed, self.actions, self.episodic_return = seed, [], 0.0
+        self.observation = self.encode(self.env.reset(seed=seed)[0])
+
+    def step(self, action: np.ndarray):
+        self.actions.append(np.array(action, np.float32))
+        action = self.low + (action.reshape(self.low.shape).astype(np.float64) + 1) / 2 * (self.high - self.low)
+        observation, reward, terminated, truncated, _ = self.env.step(action.astype(self.env.action_space.dtype))
+        self.observation, reward = self.encode(observation), np.asarray(reward).item()  # some are arrays of one number
+        self.episodic_return += reward
+        ended = {"episode": {"r": self.episodic_return, "l": len(self.actions)}}
+        return self.observation, reward, terminated, truncated, ended if terminated or truncated else {}
+
+    def encode(self, observation) -> np.ndarray:
+        return gym.spaces.flatten(self.env.observation_space, observation).astype(np.float32)  # (observation_dim,)
+
+    @property
+    def episode(self) -> dict:
+        """What leads to the present moment of the episode."""
+        actions = np.array(self.actions, np.float32).reshape(-1, *self.action_space.shape)
+        return {"seed": self.episode_seed, "actions": actions, "observation": self.observation}
+
+    @episode.setter
+    def episode(self, episode: dict) -> None:
+        self.begin(episode["seed"])
+        for action in episode["actions"]:
+            self.step(action)
+        if not np.array_equal(self.observation, episode["observation"], equal_nan=True):
+            raise ValueError(f"{self.spec.id} does not play the same episode again from its seed")
+
+
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, with actions in [-1, 1]."""
-    return DeepMindControl(args.env_id, render_mode="rgb_array" if render else None)
+    if not is_gymnasium(args.env_id):
+        return DeepMindControl(args.env_id, render_mode="rgb_array" if render else None)
+    return GymnasiumTask(make_bare_env(args, render))
+
+
+def make_bare_env(args: Args, render: bool = False) -> gym.Env:
+    """Gymnasium's environment as it is registered, with the limit of --max-episode-steps."""
+    options = {"max_episode_steps": args.max_episode_steps} if args.max_episode_steps else {}
+    if render:  # else not a word of it: not every environment's constructor takes it
+        options["render_mode"] = "rgb_array"
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # a cluster node has no display
+    env = gym.make(args.env_id, disable_env_checker=True, **options)
+    return FreshWorld(env) if args.env_id.startswith("BipedalWalker") else env
 
 
 def check_environment(args: Args) -> None:
     """Refuses what is no task, or cannot be drawn where that is asked for."""
     if args.buffer_size < args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for one step of {args.num_envs} environments")
+    if is_gymnasium(args.env_id):
+        check_gymnasium(args)
+    else:
+        check_suite(args)
+
+
+def check_gymnasium(args: Args) -> None:
+    given = f"--env-id {args.env_id}"
+    try:
+        env = make_bare_env(args, args.capture_video)
+    except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
+        fail(f"{given} does not work here: {one_line(error)}")
+    space = env.action_space
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+        fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete ones "
+             "there is rde_dqn.py")  # fmt: skip
+    try:
+        env = make_env(args, args.capture_video)
+        env.reset(seed=0)
+        env.step(np.zeros(env.action_space.shape, np.float32))
+        frame = np.asarray(env.render() if args.capture_video else None)
+    except Exception as error:
+        fail(f"{given} does not work here: {one_line(error)}")
+    if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
+        fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
+    if env.spec.max_episode_steps is None and not args.max_episode_steps:
+        print(f"warning: {given} has no limit of its own: if an episode never ends, an evaluation does not either; "
+              "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip
+    env.close()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or repr(error)
+
+
+def check_suite(args: Args) -> None:
+    if args.max_episode_steps:
+        fail("--max-episode-steps is for Gymnasium's tasks; an episode of the DeepMind Control Suite has 1,000 steps")
+    if importlib.util.find_spec("dm_control") is None:
+        fail(f"--env-id {args.env_id} needs the package dm_control (pip install dm_control), which takes Python 3.12 at most; "
+             "Gymnasium's tasks do without it, as HalfCheetah-v5")  # fmt: skip
     draws = args.capture_video or args.env_id == "quadruped-escape"  # which shows its terrain to OpenGL
 
     def fail_to_draw(error: Exception) -> None:
@@ -763,7 +899,8 @@ def check_environment(args: Args) -> None:
         stem = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
         near = difflib.get_close_matches(stem, tasks, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "an example is hopper-hop"
-        fail(f"--env-id {args.env_id} is not a task of the DeepMind Control Suite, as domain-task; {hint}")
+        fail(f"--env-id {args.env_id} is not a task of the DeepMind Control Suite, as domain-task, and no environment of "
+             f"Gymnasium, as HalfCheetah-v5; {hint}")  # fmt: skip
     if args.env_id.startswith("lqr-"):
         fail(f"--env-id {args.env_id} has actions without bounds and episodes without end; use one of the other domains")
     if draws:

@@ -131,6 +131,8 @@ class Args:
     env_id: str = "SafetyHalfCheetahVelocity-v1"
     """the task: Safety<robot>Velocity-v1 (HalfCheetah, Hopper, Walker2d, Swimmer, Ant, Humanoid), SafetyPointMaze-v0, or any
     environment that is registered in Gymnasium and reports info["cost"]; with "module:id" the module is imported before"""
+    max_episode_steps: NonNegativeInt = 0
+    """steps after which an episode is cut off; 0 = the task's own limit"""
     total_timesteps: PositiveInt = 100_000
     """environment steps (actions, none is repeated) of the whole run"""
     num_envs: PositiveInt = 1
@@ -379,7 +381,7 @@ class Agent:
         )
         self.beta, self.beta_cost = torch.zeros(2, device=device)  # see `num_resets`
         self.kappa = args.kappa if math.isfinite(args.cost_limit) else 1.0  # without a limit cost is no reason
-        self.cost_scale = discounted_limit(args.cost_limit, args.gamma_cost, episode_limit(args.env_id) or 1_000)
+        self.cost_scale = discounted_limit(args.cost_limit, args.gamma_cost, episode_limit(args) or 1_000)
         self.num_resets = 0
         self.multiplier = LagrangeMultiplier(args, device)
         self.total_cost, self.num_violations = 0.0, 0  # of the whole training; episodes above the limit
@@ -767,8 +769,11 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
     return {}
 
 
-def episode_limit(env_id: str) -> int | None:
+def episode_limit(args: Args) -> int | None:
     """The steps after which an episode is truncated."""
+    env_id = args.env_id
+    if args.max_episode_steps:
+        return args.max_episode_steps
     if env_id == MAZE_TASK:
         return MAZE_STEPS
     if env_id in VELOCITY_TASKS:
@@ -900,11 +905,12 @@ class ConstrainedTask(gym.Env):
 
     KEPT = ("np_random", "episode")
 
-    def __init__(self, env_id: str, render_mode: str | None = None):
-        self.env_id, self.env, self.render_mode = env_id, make_task(env_id, render_mode), render_mode
-        self.metadata, self.time_limit = self.env.metadata, episode_limit(env_id) or math.inf
-        if not (isinstance(self.env.action_space, gym.spaces.Box) and self.env.action_space.is_bounded()):
-            fail(f"--env-id {env_id} has no continuous actions within bounds")
+    def __init__(self, args: Args, render_mode: str | None = None):
+        self.env_id, self.env, self.render_mode = args.env_id, make_task(args.env_id, render_mode), render_mode
+        self.metadata, self.time_limit = self.env.metadata, episode_limit(args) or math.inf
+        space = self.env.action_space
+        if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+            fail(f"--env-id {self.env_id} has actions in {space}, and this script takes continuous ones within bounds (Box)")
         observation_dim = gym.spaces.flatdim(self.env.observation_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.low, self.high = (bound.astype(np.float64) for bound in (self.env.action_space.low, self.env.action_space.high))
@@ -963,7 +969,7 @@ class ConstrainedTask(gym.Env):
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, with actions in [-1, 1]."""
-    return ConstrainedTask(args.env_id, "rgb_array" if render else None)
+    return ConstrainedTask(args, "rgb_array" if render else None)
 
 
 def check_environment(args: Args) -> None:
@@ -973,7 +979,7 @@ def check_environment(args: Args) -> None:
     if args.env_id == MAZE_TASK and importlib.util.find_spec("gymnasium_robotics") is None:
         fail(f"--env-id {args.env_id} needs the package gymnasium-robotics: pip install gymnasium-robotics")
     try:
-        env = ConstrainedTask(args.env_id, "rgb_array" if args.capture_video else None)
+        env = ConstrainedTask(args, "rgb_array" if args.capture_video else None)
         env.reset(seed=args.seed)
         env.step(np.zeros(env.action_space.shape, np.float32))
     except gym.error.UnregisteredEnv:
@@ -985,6 +991,9 @@ def check_environment(args: Args) -> None:
         )
     except Exception as error:  # of another package, or of one that is missing
         fail(f"--env-id {args.env_id} does not start: {one_line(error)}")
+    if math.isinf(env.time_limit):
+        print(f"warning: --env-id {args.env_id} has no limit of its own: if an episode never ends, an evaluation does not either; "
+              "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip
     if args.capture_video:
         try:
             env.render()
