@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium[box2d,classic-control]==1.4.0", "minigrid==3.2.0", "numpy>=2.0,<3", "pydantic>=2.10,<3",
-#     "tensorboard>=2.20,<3", "torch==2.13.0", "tqdm>=4.67", "tyro>=1.0,<2",
+#     "box2d==2.3.10; python_version < '3.14'", "gymnasium[classic-control]==1.4.0", "minigrid==3.2.0", "numpy>=2.0,<3",
+#     "pydantic>=2.10,<3", "tensorboard>=2.20,<3", "torch==2.13.0", "tqdm>=4.67", "tyro>=1.0,<2",
 # ]
 # ///
 r"""Reset deep ensemble of DQN agents (RDE+DQN) with MLPs: MiniGrid, LunarLander, CartPole, and other

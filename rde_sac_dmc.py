@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "dm_control==1.0.50", "gymnasium==1.4.0", "mujoco==3.17.0", "numpy>=2.0,<3", "pydantic>=2.10,<3",
+#     "box2d==2.3.10; python_version < '3.14'", "dm_control==1.0.50; python_version < '3.13'",
+#     "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.17.0", "numpy>=2.0,<3", "pydantic>=2.10,<3",
 #     "tensorboard>=2.20,<3", "torch==2.13.0", "tqdm>=4.67", "tyro>=1.0,<2",
 # ]
 # ///
