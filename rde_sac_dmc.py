@@ -1019,8 +1019,8 @@ class Run:
             self.episodes.writerow(("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns))
             self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        mininterval = 0.5 if sys.stderr.isatty() else 60
-        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=mininterval)
+        seconds = 0.5 if sys.stderr.isatty() else 60
+        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
         return resumed
 
     def announce(self, num_agents: int, num_parameters: int, num_resets: int) -> None:
