@@ -103,8 +103,8 @@ def import_script(folder: str, options: Options):
     if missing := [part for part in API if not hasattr(script, part)]:
         fail(f"{path} is not a script that can be played: it has no {', '.join(missing)}")
     if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
-        own = "; --run-script plays the run's own" if os.path.isfile(os.path.join(folder, name)) and not options.run_script else ""
-        print(f"warning: {path} is not the text that made the run; it is played as it is{own}", file=sys.stderr)
+        hint = "; --run-script plays with the run's own text" if os.path.isfile(os.path.join(folder, name)) else ""
+        print(f"warning: {path} is not the text that made the run, and is played as it is{hint}", file=sys.stderr)
     try:
         return script, script.Args(**saved)
     except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """How new the screens of a game are to Random Network Distillation, over a run of rnd_dqn_atari.py.
 
     python rnd_dqn_atari.py --env-id MontezumaRevengeNoFrameskip-v4 --total-timesteps 100000 --keep-models 20
-    python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__20260101-120000
+    python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__0a1b2c3d
 
 The trained agent plays on, with some random actions, and those screens of its games are taken that differ most from each other. For
 every model that the run has kept, the predictor's error on them is computed, and the bonus, which is the error divided by the running
@@ -9,6 +9,7 @@ deviation: high until training has seen a screen, falling as it is seen again. T
 ever shows, say how high it is for a new one. Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
 """
 
+import json
 import pathlib
 from dataclasses import dataclass
 
@@ -41,9 +42,9 @@ class Args:
 def load(folder: pathlib.Path) -> tuple[rnd.Args, dict[int, dict]]:
     """The arguments of a run, and its models by the steps at which they were kept, the final one among them."""
     try:
-        args = rnd.read_args(str(folder), allow_changed_script=True)
-    except rnd.RunError as error:
-        rnd.fail(str(error))
+        args = rnd.Args(**json.loads((folder / "args.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rnd.fail(f"{folder} is not a run folder of {rnd.SCRIPT}: {type(error).__name__}: {error}")
     files = {int(file.stem[5:]): file for file in (folder / "models").glob("step_*.pt") if file.stem[5:].isdigit()}
     files[args.total_timesteps] = folder / "model.pt"
     # Before learning starts there is no bonus yet, but only what it is made of.
