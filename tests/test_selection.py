@@ -44,11 +44,11 @@ def test_where_the_zero_of_the_values_lies_and_their_unit_do_not_matter(q_values
     assume(random_q_values is None or np.mean(random_q_values) <= max(q_values) - 1 / 8)
     moved = lambda values: values and [factor * (value + shift) for value in values]
     probabilities = by_advantage(q_values, random_q_values, beta)
-    np.testing.assert_allclose(by_advantage(moved(q_values), moved(random_q_values), beta), probabilities, rtol=1e-2)
+    np.testing.assert_allclose(by_advantage(moved(q_values), moved(random_q_values), beta), probabilities, rtol=1e-2, atol=1e-6)
     loss = max(q_values) - np.array(q_values)
     stake = max(q_values) - np.mean(q_values if random_q_values is None else random_q_values)
     expected = np.exp(-beta * loss / (stake or 1))
-    np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-4)
+    np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0, 10.0])
