@@ -748,7 +748,7 @@ class Activations(TorchFunctionMode):
     So it sees whatever network somebody builds, as modules or by calls, with normalisation, residual blocks, ...
     """
 
-    FUNCTIONS = (F.relu, F.relu_, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh)
+    NAMES = ("relu", "relu_", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "tanh")  # of F, torch, and tensors' methods
 
     def __init__(self):
         super().__init__()
@@ -756,8 +756,8 @@ class Activations(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        if function in self.FUNCTIONS:
-            self.seen.append(result)
+        if getattr(function, "__name__", "") in self.NAMES:
+            self.seen.append(result.clone())  # the network may change it in place
         return result
 
 
