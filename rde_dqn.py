@@ -244,9 +244,11 @@ def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> to
     """The scale of `--selection advantage`: what is at stake, max q - mean q of random actions: (batch, ...) to (batch, 1).
 
     A proposal as bad as a random action is exp(beta) times less likely than the best, wherever the zero of the values lies
-    and whatever their unit. The scale is not less than a millionth of the largest |q|: below that float32 has only noise.
+    and whatever their unit. The best may be one of the random actions, so that the stake is never negative. The scale is not
+    less than a millionth of the largest |q|: below that float32 has only noise.
     """
-    stake = q_values.amax(dim=1, keepdim=True) - random_q_values.mean(dim=1, keepdim=True)
+    best = torch.cat([q_values, random_q_values], dim=1).amax(dim=1, keepdim=True)
+    stake = best - random_q_values.mean(dim=1, keepdim=True)
     return torch.maximum(stake, 1e-6 * value_scale(q_values))
 
 
