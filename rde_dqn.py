@@ -667,7 +667,8 @@ class Task(gym.Wrapper):
     def begin(self, seed: int) -> None:
         """A new episode."""
         self.episode_seed, self.actions, self.episodic_return = seed, [], 0.0
-        self.observation = self.encode(self.env.reset(seed=seed)[0])
+        observation, _ = self.env.reset(seed=seed)
+        self.observation = self.encode(observation)
 
     def step(self, action: int):
         self.actions.append(int(action))
@@ -760,7 +761,9 @@ def check_environment(args: Args) -> None:
         fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
     try:
         env = make_env(args, args.capture_video)
-        env.reset(seed=0)
+        observation, _ = env.reset(seed=0)
+        if observation.shape != env.observation_space.shape:
+            raise ValueError(f"its reset returns {observation.shape}, but its observations are {env.observation_space.shape}")
         env.step(0)
         frame = np.asarray(env.render() if args.capture_video else None)
     except Exception as error:

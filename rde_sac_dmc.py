@@ -795,7 +795,8 @@ class GymnasiumTask(gym.Wrapper):
     def begin(self, seed: int) -> None:
         """A new episode."""
         self.episode_seed, self.actions, self.episodic_return = seed, [], 0.0
-        self.observation = self.encode(self.env.reset(seed=seed)[0])
+        observation, _ = self.env.reset(seed=seed)
+        self.observation = self.encode(observation)
 
     def step(self, action: np.ndarray):
         self.actions.append(np.array(action, np.float32))
@@ -864,7 +865,9 @@ def check_gymnasium(args: Args) -> None:
              "there is rde_dqn.py")  # fmt: skip
     try:
         env = make_env(args, args.capture_video)
-        env.reset(seed=0)
+        observation, _ = env.reset(seed=0)
+        if observation.shape != env.observation_space.shape:
+            raise ValueError(f"its reset returns {observation.shape}, but its observations are {env.observation_space.shape}")
         env.step(np.zeros(env.action_space.shape, np.float32))
         frame = np.asarray(env.render() if args.capture_video else None)
     except Exception as error:

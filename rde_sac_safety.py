@@ -926,7 +926,8 @@ class ConstrainedTask(gym.Env):
     def begin(self, seed: int) -> np.ndarray:
         """A new episode; returns its first observation."""
         self.episode_seed, self.actions, self.episodic_return, self.episodic_cost = seed, [], 0.0, 0.0
-        return self.observe(self.env.reset(seed=seed)[0])
+        observation, _ = self.env.reset(seed=seed)
+        return self.observe(observation)
 
     def step(self, action: np.ndarray):
         self.actions.append(np.array(action, np.float32))
@@ -998,10 +999,13 @@ def check_environment(args: Args) -> None:
               "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip
     if args.capture_video:
         try:
-            env.render()
+            frame = np.asarray(env.render())
         except Exception as error:  # MuJoCo's three ways to draw have an error of their own each
             fail(f"--capture-video finds no way to draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({one_line(error)}); "
                  "install EGL (Debian: libegl1, libgl1-mesa-dri) and set MUJOCO_GL=egl")  # fmt: skip
+        if not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
+            fail(f"--capture-video: --env-id {args.env_id} draws no pictures in colour, (height, width, 3) uint8, but "
+                 f"{frame.dtype} {frame.shape}")  # fmt: skip
     env.close()
 
 
