@@ -732,6 +732,14 @@ def test_picture_of_a_collapse(tmp_path):
     assert "circles: single seeds" in footnote(figure) and "lines: 95 % intervals" in footnote(figure)
 
 
+def test_no_seed_lies_outside_the_picture_of_a_collapse(tmp_path):
+    for seed, after in ((1, 0.0), (2, 200.0)):
+        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+        write_run(tmp_path, resets, **RDE, seed=seed)
+    (axes,) = pictures(read(tmp_path))["collapse"].axes
+    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 2
+
+
 # ------------------------------------------------------------------------------------------------------ success and cost
 
 
