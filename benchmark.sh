@@ -57,12 +57,12 @@ for seed in $(for range in ${seeds//,/ }; do seq "${range%-*}" "${range#*-}"; do
         names+=("${label:0:150}${game:+__${game//[^a-zA-Z0-9.-]/_}}${ratio:+__ratio_$ratio}__seed_$seed")
     done; done; done
 done
-num_runs=${#commands[@]} task=${SLURM_ARRAY_TASK_ID:-} run=${task:-0} last=${task:-$((num_runs - 1))}
+num_runs=${#commands[@]} task=${SLURM_ARRAY_TASK_ID:-} run=${task:-0} last=${task:-$((num_runs - 1))} stopped=""
 ((0 <= last && last < num_runs)) || fail "the list has $num_runs runs, and number $last (from 0 on) is none of them"
 [[ -z $count ]] || { echo "$num_runs"; exit 0; }
 [[ -z $dry_run ]] || { printf '%s\n' "${commands[@]}"; exit 0; }
 # ----------------------------------------------------------------------------------------------------------- the runs
-logs=$runs_dir/logs processes=() started=() failures=() stopped="" left=$((last - run + 1)) seconds=0 num_timed=0
+logs=${runs_dir/#~\//$HOME/}/logs processes=() started=() failures=() left=$((last - run + 1)) seconds=0 num_timed=0
 mkdir -p -- "$logs" || exit 2
 export PYTHONUNBUFFERED=1 # what a run says is in its log at once
 ((jobs == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # processes of one thread each do more in sum
