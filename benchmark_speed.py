@@ -42,7 +42,6 @@ from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 
-
 Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
