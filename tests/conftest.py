@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 
 import pytest
@@ -35,6 +36,12 @@ QUICK_SAC = (
     "--hidden-dim 8 --buffer-size 1500 --eval-interval 1400 --eval-episodes 1"
 ).split()
 
+# The cheapest there is. Two environments; agents are reset at steps 180 and 260, evaluations at 160 and 300.
+QUICK_CARTPOLE = (
+    "--env-id CartPole-v1 --total-timesteps 300 --learning-starts 100 --replay-ratio 0.5 --num-envs 2 --batch-size 8 "
+    "--hidden-dim 8 --num-hidden-layers 2 --buffer-size 200 --eval-interval 160 --eval-episodes 2 --reset-interval 80"
+).split()
+
 # Whole runs that tests look at, by their names: the script, and its arguments. Gradient steps begin after 200 steps, one
 # every 10 steps: SR is reset at 460, and RDE's two agents at 380 and 560.
 SR, RDE = "--reset-interval 26 --eval-episodes 1", "--reset-interval 36 --num-envs 2 --eval-episodes 1"
@@ -49,10 +56,11 @@ RUNS = {
     "rde qbert": ("rde_dqn_atari", [*QUICK, *f"{RDE} --env-id QbertNoFrameskip-v4".split()]),
     "sac": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600"]),
     "sac kept": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--keep-models", "4"]),
+    "cartpole": ("rde_dqn", QUICK_CARTPOLE),
     "sac other seed": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--seed", "2"]),
 }
 # Runs that are stopped on their way keep checkpoints at these steps as well. A checkpoint changes nothing.
-CHECKPOINTS = {"dqn_atari": "90", "sr_dqn_atari": "90", "rde_dqn_atari": "90", "rde_sac_dmc": "250"}
+CHECKPOINTS = {"dqn_atari": "90", "sr_dqn_atari": "90", "rde_dqn_atari": "90", "rde_sac_dmc": "250", "rde_dqn": "50"}
 
 
 # ---------------------------------------------------------------------------------------------- scripts, and their commands
@@ -122,32 +130,24 @@ def restored_signal_handlers():
 
 def run_main(script, *arguments) -> subprocess.CompletedProcess:
     """As `run_script`, but in this process, without the seconds of the imports: `main` of a script's module."""
-    out, err, code, folders_before, at_exit = io.StringIO(), io.StringIO(), 0, open_folders(), []
+    out, err, code, begun, begin = io.StringIO(), io.StringIO(), 0, [], script.Run.__init__
     with pytest.MonkeyPatch.context() as monkeypatch, restored_signal_handlers():
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        monkeypatch.setattr(script, "atexit", types.SimpleNamespace(register=at_exit.append))
+        monkeypatch.setattr(script.Run, "__init__", lambda run, args: (begun.append(run), begin(run, args))[1])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 script.main()
             except SystemExit as end:
                 code = end.code
-                if isinstance(code, str):  # as the interpreter does it
-                    print(code, file=sys.stderr)
-                    code = 1
-            finally:
-                for function in at_exit:
-                    function()
-                for folder in open_folders() - folders_before:  # the locks, which a process gives back when it ends
-                    os.close(folder)
+            except Exception:  # as the interpreter does it
+                traceback.print_exc()
+                code = 1
+    for run in begun:  # what a process gives back when it ends
+        run.lock.close()
+        if hasattr(run, "writer"):
+            run.writer.close()
+    script.Run.progress = None
     return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
-
-
-def open_folders() -> set[int]:
-    """The descriptors of this process that are folders."""
-    return {
-        int(number) for number in os.listdir("/proc/self/fd")
-        if os.path.exists(path := f"/proc/self/fd/{number}") and os.path.isdir(path)
-    }  # fmt: skip
 
 
 def error_line(result: subprocess.CompletedProcess, code: int = 1) -> str:
@@ -280,7 +280,7 @@ def stop_when(condition, script, *arguments, number: int = signal.SIGTERM) -> su
     goes_on = script.Run.goes_on
 
     def signalled(run):
-        if condition(run) and not run.stop.received:
+        if condition(run) and not run.stopped_by:
             os.kill(os.getpid(), number)
         return goes_on(run)
 
@@ -289,7 +289,7 @@ def stop_when(condition, script, *arguments, number: int = signal.SIGTERM) -> su
         return run_main(script, *arguments)
 
 
-STOPS = {"dqn": 250, "sr": 470, "rde": 470, "sac": 1340}  # in the middle of games and between two points of the curves
+STOPS = {"dqn": 250, "sr": 470, "rde": 470, "sac": 1340, "cartpole": 205}  # in the middle of games, between points of the curves
 
 
 @pytest.fixture(scope="session")
@@ -298,12 +298,11 @@ def stopped_runs(tmp_path_factory):
 
     def get(name: str) -> pathlib.Path:
         path = shared_folder(tmp_path_factory) / f"{name}-stopped"
-        script, arguments = RUNS[name]
         with made_once(path) as to_be_made:
             if to_be_made:
-                arguments = [*arguments, "--checkpoint-interval", CHECKPOINTS[script], "--runs-dir", path / "runs"]
-                result = stop_when(lambda run: run.global_step >= STOPS[name], load_script(script), *arguments)
-                assert result.returncode == 143 and f"stopped at step {STOPS[name]};" in result.stderr, result.stderr
+                script, step = load_script(RUNS[name][0]), STOPS[name]
+                result = stop_when(lambda run: run.global_step >= step, script, *arguments_of(name), "--runs-dir", path / "runs")
+                assert result.returncode == 143 and f"stopped at step {step};" in result.stderr, result.stderr
         return only_run(path / "runs")
 
     return get
@@ -311,15 +310,26 @@ def stopped_runs(tmp_path_factory):
 
 @pytest.fixture
 def copy_of_stopped_run(stopped_runs, tmp_path, request):
-    """Of RDE+SAC (the smallest), or of the run that the test's parameter names."""
-    path = stopped_runs(getattr(request, "param", "sac"))
+    """Of RDE+DQN on CartPole (the cheapest), or of the run that the test's parameter names."""
+    path = stopped_runs(getattr(request, "param", "cartpole"))
     return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
 
 
-def refused(script, path: pathlib.Path, *arguments, code: int = 1) -> str:
-    """The one line of a resume that must be refused, and leave all files as they are."""
+def arguments_of(name: str) -> list[str]:
+    """Of a run of RUNS that is to be stopped on its way: it keeps checkpoints. They change nothing, not even its folder's name."""
+    script, arguments = RUNS[name]
+    return [*arguments, "--checkpoint-interval", CHECKPOINTS[script]]
+
+
+def go_on(name: str, path: pathlib.Path) -> subprocess.CompletedProcess:
+    """The command of a run of RUNS once more, where its folder lies."""
+    return run_main(load_script(RUNS[name][0]), *arguments_of(name), "--runs-dir", path.parent)
+
+
+def refused(name: str, path: pathlib.Path) -> str:
+    """The one line of a run of RUNS that must not go on, and leave all files as they are."""
     before = snapshot(path)
-    line = error_line(run_main(script, "--resume", path, *arguments), code)
+    line = error_line(go_on(name, path))
     assert snapshot(path) == before
     return line
 
@@ -333,6 +343,10 @@ class Started:
             self.process = subprocess.Popen(
                 command(script, *arguments), env=environment(), stdout=file, stderr=subprocess.STDOUT
             )
+
+    def begun(self) -> bool:
+        """Whether it has said what it will do."""
+        return "gradient steps, " in self.printed()
 
     def wait_for(self, condition, seconds: float = 120) -> None:
         """Until the condition holds, or the process has ended."""
