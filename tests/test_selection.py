@@ -116,11 +116,8 @@ def composed(name: str, num_resets: int, offset: float = 0.0, slope: float = 1.0
     else:
         tables = torch.eye(3, NUM_ACTIONS)  # agent i proposes action i
         tables[judge] = offset + slope * torch.tensor([*places(judge), *NOT_PROPOSED])
-        if name == "rde_dqn":
-            agent.q_networks.forward = lambda inputs: tables.unsqueeze(1).expand(-1, inputs.shape[1], -1)
-        else:
-            shape = (-1, NUM_ACTIONS) if name == "rde_dqn_atari" else (-1, NUM_ACTIONS, 1)  # numbers, or logits of one atom
-            agent.q_networks = [lambda frames, q=table: q.view(shape).expand(len(frames), *shape[1:]) for table in tables]
+        shape = (-1, NUM_ACTIONS, 1) if name == "rde_drq_atari" else (-1, NUM_ACTIONS)  # logits of one atom, or numbers
+        agent.q_networks = [lambda inputs, q=table: q.view(shape).expand(len(inputs), *shape[1:]) for table in tables]
     agent.num_resets = num_resets
     return agent
 
