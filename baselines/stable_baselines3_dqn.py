@@ -4,15 +4,13 @@
 
 The arguments are those of dqn_atari.py that have an effect, and its evaluations are played at the same steps, from the same
 starts; everything else is stable-baselines3's: wrappers, replay buffer, network, exploration, loop. It trains on the CPU. What
-comes out is a run folder as dqn_atari.py's, without checkpoints: a run that was stopped cannot be continued.
+comes out is a run folder as dqn_atari.py's, without checkpoints: a run that was stopped begins anew.
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import sys
-import types
 
 import torch
 import tyro
@@ -24,14 +22,25 @@ from stable_baselines3.common.vec_env import VecFrameStack
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import dqn_atari as dqn
 
-WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda",
-                  "torch_deterministic", "cuda_graphs", "bf16")  # fmt: skip
+WITHOUT_EFFECT = ("exp_name", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic", "cuda_graphs", "bf16")
+
+
+class Run(dqn.Run):
+    """A run that cannot be continued: of stable-baselines3's agent no checkpoint is kept that would go on exactly."""
+
+    def stop_if_asked(self) -> None:
+        if self.stopped_by:
+            self.progress.close()
+            print(f"stopped at step {self.global_step}, without a final evaluation; it cannot be continued", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)
 
 
 class Logs(BaseCallback):
-    """Writes what happens at a step into the run's folder, and evaluates when it is due."""
+    """Writes what happens at a step into the run's folder, and evaluates when it is due. To the run it is the agent."""
 
-    def __init__(self, run: dqn.Run):
+    METRICS, metrics = (), torch.zeros(0)
+
+    def __init__(self, run: Run):
         super().__init__()
         self.run = run
 
@@ -39,27 +48,30 @@ class Logs(BaseCallback):
         run, args = self.run, self.run.args
         run.global_step = self.num_timesteps
         run.progress.update(args.num_envs)
+        run.goes_on()  # which looks at the clock, too
         for info in self.locals["infos"]:
             if "episode" in info:
                 run.log_episode(info["episode"])
-        if run.global_step < args.total_timesteps:
-            if dqn.interval_has_passed(args.eval_interval, run.global_step, args.num_envs):
-                self.evaluate("scheduled")
-        return not run.stop.received
+        if run.global_step < args.total_timesteps and dqn.interval_has_passed(args.eval_interval, run.global_step, args.num_envs):
+            self.evaluate("scheduled")
+        return True
 
     def evaluate(self, phase: str) -> None:
-        args, step = self.run.args, self.run.global_step
+        self.run.agenda = [phase]
+        self.run.evaluate(self)
+
+    def evaluation_policy(self, generator: torch.Generator):
         greedy = lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
-        generator = torch.Generator().manual_seed(dqn.derive_seed(args.seed, dqn.EVALUATION, step))
-        self.run.evaluate(phase, dqn.epsilon_greedy(greedy, args.eval_epsilon, int(self.model.action_space.n), generator))
+        return dqn.epsilon_greedy(greedy, self.run.args.eval_epsilon, int(self.model.action_space.n), generator)
 
 
 def train(args: dqn.Args) -> None:
-    # The folder is of this script: no other one is to go on with it or to load its weights.
-    dqn.__file__, dqn.SCRIPT = __file__, os.path.basename(__file__)
-    dqn.SCRIPT_SHA256 = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-    run = dqn.Run(args)
-    run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
+    # The folder is of this script.
+    dqn.SCRIPT, dqn.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
+    dqn.evaluation_scalars = lambda agent: {}  # they are of networks of ours
+    run = Run(args)
+    logs = Logs(run)
+    run.restore({"agent": logs, "envs": []})
     envs = VecFrameStack(make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed), n_stack=4)
     model = DQN(
         "CnnPolicy", envs, learning_rate=args.learning_rate, buffer_size=args.buffer_size, batch_size=args.batch_size,
@@ -67,11 +79,8 @@ def train(args: dqn.Args) -> None:
         target_update_interval=1, exploration_fraction=args.exploration_fraction, exploration_initial_eps=args.start_e,
         exploration_final_eps=args.end_e, max_grad_norm=args.max_grad_norm, seed=args.seed, device="cpu",
     )  # fmt: skip
-    logs = Logs(run)
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
-    if run.stop.received:
-        run.end(f"stopped at step {run.global_step}, without a final evaluation; it cannot be continued")
     run.finish(model.policy.state_dict())
 
 
@@ -84,12 +93,7 @@ def main() -> None:
     if args.replay_ratio * args.num_envs != 1:
         dqn.fail("stable-baselines3's DQN moves its target once in a loop step; --replay-ratio must be 1 / --num-envs here")
     dqn.check_args(args)
-    if args.check_only:
-        return
-    try:
-        train(args)
-    except (dqn.RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    train(args)
 
 
 if __name__ == "__main__":

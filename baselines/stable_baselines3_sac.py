@@ -4,15 +4,13 @@
 
 The arguments are those of rde_sac_dmc.py that have an effect; the environment and the evaluations are its own, too, at the
 same steps, from the same starts. It trains on the CPU. What comes out is a run folder as rde_sac_dmc.py's, without checkpoints:
-a run that was stopped cannot be continued.
+a run that was stopped begins anew.
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import sys
-import types
 
 import torch
 import tyro
@@ -23,14 +21,26 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import rde_sac_dmc as sac
 
 DEFAULTS = sac.Args(num_agents=1, reset_interval=0)
-WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda",
-                  "torch_deterministic", "cuda_graphs", "bf16", "beta")  # fmt: skip
+WITHOUT_EFFECT = ("exp_name", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic", "cuda_graphs", "bf16",
+                  "selection", "beta", "critic_norm")  # fmt: skip
+
+
+class Run(sac.Run):
+    """A run that cannot be continued: of stable-baselines3's agent no checkpoint is kept that would go on exactly."""
+
+    def stop_if_asked(self) -> None:
+        if self.stopped_by:
+            self.progress.close()
+            print(f"stopped at step {self.global_step}, without a final evaluation; it cannot be continued", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)
 
 
 class Logs(BaseCallback):
-    """Writes what happens at a step into the run's folder, and evaluates when it is due."""
+    """Writes what happens at a step into the run's folder, and evaluates when it is due. To the run it is the agent."""
 
-    def __init__(self, run: sac.Run):
+    METRICS, metrics = (), torch.zeros(0)
+
+    def __init__(self, run: Run):
         super().__init__()
         self.run = run
 
@@ -38,35 +48,36 @@ class Logs(BaseCallback):
         run, args = self.run, self.run.args
         run.global_step = self.num_timesteps
         run.progress.update(1)
+        run.goes_on()  # which looks at the clock, too
         for info in self.locals["infos"]:
             if "episode" in info:
                 run.log_episode(info["episode"])
         if run.global_step < args.total_timesteps and sac.interval_has_passed(args.eval_interval, run.global_step, 1):
             self.evaluate("scheduled")
-        return not run.stop.received
+        return True
 
     def evaluate(self, phase: str) -> None:
-        modes = lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
-        self.run.evaluate(phase, modes)
+        self.run.agenda = [phase]
+        self.run.evaluate(self)
+
+    def evaluation_policy(self, generator: torch.Generator):
+        return lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
 
 
 def train(args: sac.Args) -> None:
-    # The folder is of this script: no other one is to go on with it or to load its weights.
-    sac.__file__, sac.SCRIPT = __file__, os.path.basename(__file__)
-    sac.SCRIPT_SHA256 = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-    run = sac.Run(args)
-    run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
+    # The folder is of this script.
+    sac.SCRIPT, sac.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
+    run = Run(args)
+    logs = Logs(run)
+    run.restore({"agent": logs, "envs": []})
     model = SAC(
         "MlpPolicy", sac.make_env(args), learning_rate=args.learning_rate, buffer_size=args.buffer_size,
         learning_starts=args.learning_starts, batch_size=args.batch_size, tau=args.tau, gamma=args.gamma, train_freq=1,
         gradient_steps=int(args.replay_ratio), policy_kwargs={"net_arch": [args.hidden_dim] * args.num_hidden_layers},
         seed=args.seed, device="cpu",
     )  # fmt: skip
-    logs = Logs(run)
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
-    if run.stop.received:
-        run.end(f"stopped at step {run.global_step}, without a final evaluation; it cannot be continued")
     run.finish(model.policy.state_dict())
 
 
@@ -81,12 +92,7 @@ def main() -> None:
             "stable-baselines3's SAC has one agent, which is never reset, and here one environment and a whole replay ratio"
         )
     sac.check_args(args)
-    if args.check_only:
-        return
-    try:
-        train(args)
-    except (sac.RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    train(args)
 
 
 if __name__ == "__main__":
