@@ -69,6 +69,7 @@ class Logs(BaseCallback):
 def train(args: dqn.Args) -> None:
     # The folder is of this script: no other one is to go on with it or to load its weights.
     dqn.SCRIPT, dqn.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
+    dqn.evaluation_scalars = lambda agent: {}  # plasticity is that of our network
     run = Run(args)
     run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
     envs = VecFrameStack(make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed), n_stack=4)
