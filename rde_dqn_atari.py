@@ -243,7 +243,7 @@ def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> to
 class Agent:
     """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
-    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts", "choices")
+    KEPT = ("q_networks", "target_networks", "optimizer", "resets", "metrics", "acting_counts", "choices")
     METRICS = ("td_loss", "q_values", "gradient_norm")
 
     def __init__(
@@ -263,8 +263,8 @@ class Agent:
         )
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
-        self.beta = torch.zeros((), device=device)  # see `num_resets`
-        self.num_resets = 0
+        self.beta = torch.zeros((), device=device)  # see `resets`
+        self.resets = []
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
@@ -281,16 +281,27 @@ class Agent:
         return agents + choice
 
     @property
+    def resets(self) -> list[int]:
+        """The agents that were reset, one after another, whatever the rule is: from it follows who is the oldest."""
+        return self._resets
+
+    @resets.setter
+    def resets(self, resets: list[int]) -> None:
+        self._resets = resets
+        last_resets = {index: number for number, index in enumerate(resets)}
+        self.oldest.fill_(min(range(self.args.num_agents), key=lambda index: last_resets.get(index, -1)))
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = len(resets) > 0 or self.args.selection == "advantage"
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
+
+    @property
     def num_resets(self) -> int:
-        return self._num_resets
+        return len(self.resets)
 
     @num_resets.setter
     def num_resets(self, num_resets: int) -> None:
-        self._num_resets = num_resets
-        self.oldest.fill_(num_resets % self.args.num_agents)
-        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
-        judges = num_resets > 0 or self.args.selection == "advantage"
-        self.beta.fill_(self.chosen_beta if judges else 0.0)
+        """So many, of the oldest agent each time."""
+        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
@@ -338,7 +349,7 @@ class Agent:
 
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
-        index = self.num_resets % self.args.num_agents
+        index = self.oldest.item()
         q_network, target_network = self.q_networks[index], self.target_networks[index]
         fresh_network = QNetwork(self.num_actions)
         for layer in RESET_LAYERS[self.args.reset_depth]:
@@ -347,7 +358,7 @@ class Agent:
         for parameter in q_network.parameters():
             for moment_or_step in self.optimizer.state[parameter].values():
                 moment_or_step.zero_()
-        self.num_resets += 1
+        self.resets = [*self.resets, index]
         return index
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -368,10 +379,10 @@ class Agent:
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
         self.choices.zero_()
-        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars = {"rde/oldest_agent": self.oldest.item()}
         scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
-        if self.num_resets:
-            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        if self.resets:
+            scalars["rde/youngest_fraction"] = fractions[self.resets[-1]]
         return scalars | {"rde/choice_entropy": entropy / max(1, num_choices)}
 
     def weights(self) -> dict:
