@@ -116,7 +116,8 @@ def import_script(folder: str, options: Options):
     if missing := [part for part in API if not hasattr(script, part)]:
         fail(f"{path} is not a script that can be played: it has no {', '.join(missing)}")
     if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
-        hint = "; --run-script plays with the run's own text" if os.path.isfile(os.path.join(folder, name)) else ""
+        has_own = not options.run_script and os.path.isfile(os.path.join(folder, name))
+        hint = "; --run-script plays with the run's own text" if has_own else ""
         print(f"warning: {path} is not the text that made the run, and is played as it is{hint}", file=sys.stderr)
     try:
         return script, script.Args(**saved)
