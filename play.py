@@ -286,7 +286,7 @@ def play_after_resets(script, policy, generator, agent, file: str, envs: list[gy
         means.append(np.mean(returns))
         fractions.append((composition.counts[fresh] / composition.counts.sum()).item())
         print(f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}")
-    error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.3g} (standard error)" if len(means) > 1 else ""
+    error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.2f} (standard error)" if len(means) > 1 else ""
     print(f"{len(means)} fresh network(s), {len(envs)} episode(s) each: return {np.mean(means):.4g}{error}, "
           f"the fresh agent acts in {np.mean(fractions):.0%}")  # fmt: skip
 
