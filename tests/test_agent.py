@@ -43,7 +43,7 @@ def test_one_update_against_float64(script, arguments):
             parameter.data.mul_(1.1)
     before = copy.deepcopy((networks(agent), targets(agent)))
     frames, actions, rewards, terminated = next_batch(agent)
-    metrics = updated(agent).reshape(2, -1)
+    metrics = updated(agent).reshape(3, -1)
     observations, next_observations = frames[:, :4].double() / 255, frames[:, 1:].double() / 255
     assert 0 < terminated.sum() < len(terminated)
     for i, (network, target) in enumerate(zip(*before, strict=True)):
@@ -60,6 +60,7 @@ def test_one_update_against_float64(script, arguments):
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         norm = torch.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
         assert norm > 0.02  # the clipping is at work
+        assert metrics[2, i].item() == pytest.approx(norm.item(), rel=1e-4)  # before it
         for name, parameter in networks(agent)[i].named_parameters():
             expected = gradients[name] * 0.02 / norm
             assert (parameter.grad.double() - expected).norm() < 1e-5 * expected.norm() + 1e-12
@@ -323,13 +324,3 @@ def test_agents_start_different_and_agent_0_starts_like_dqn():
         assert torch.equal(parameter, ensemble.q_networks[0].get_parameter(name))
         assert torch.equal(parameter, single.target_network.get_parameter(name))
         assert not torch.equal(parameter, ensemble.q_networks[1].get_parameter(name))
-
-
-def test_the_bytes_of_the_agents_are_those_that_are_taken():
-    count = lambda networks: sum(parameter.numel() for network in networks for parameter in network.parameters())
-    for script, arguments, num_agents in ((rde, {"num_agents": 3}, 3), (dqn, {}, 1)):
-        args, action_space = script.Args(**arguments), gym.spaces.Discrete(18)
-        agent = script.Agent(args, FRAMES, action_space, None, CPU)
-        expected = 4 * (4 * count(networks(agent)) + count(targets(agent)))
-        assert script.Agent.num_bytes(args, FRAMES, action_space) == expected
-        assert agent.num_parameters * num_agents == count(networks(agent))

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from agents import sac_agent, updated
+from agents import sac_agent, safety_agent, updated
 from conftest import load_script
-from test_safety import make_agent
 
 CRITICS_PER_AGENT = {"rde_sac_dmc": 2, "rde_sac_safety": 3}
 
@@ -22,7 +21,7 @@ def script(request):
 def normed_agent(script, num_agents: int = 2, **arguments):
     """An agent whose gains and shifts are not those that it began with."""
     if script.__name__.endswith("safety"):
-        agent = make_agent(script, num_agents, critic_norm="layer", **arguments)
+        agent = safety_agent(script, num_agents, critic_norm="layer", **arguments)
     else:
         agent = sac_agent(script, num_agents, critic_norm="layer", **arguments)
     generator = torch.Generator().manual_seed(3)

@@ -1,6 +1,8 @@
 """The reset ensemble on the base of DrQ and C51, in numbers."""
 
 import copy
+import math
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -8,22 +10,23 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from test_capture import watched
 
 from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions
 from conftest import (
     QUICK,
-    Started,
     assert_same_end,
     equal,
-    error_line,
     load_script,
     model,
     only_run,
     run_main,
     scalars,
+    stop_when,
 )
 
 drq = load_script("rde_drq_atari")
@@ -212,18 +215,20 @@ def test_two_updates_against_float64(arguments):
         assert agent.update() is None and torch.equal(generator.get_state(), after)
         assert 0 < batch.terminated.mean() < 1
         results = reference_losses(agent, online, targets, batch, observations, next_observations)
-        expected = [[loss.item() for loss, _ in results], [q_value for _, q_value in results]]
-        np.testing.assert_allclose(agent.metrics.numpy(), expected, rtol=2e-4, atol=1e-5)
+        norms = []
         for i, (loss, _) in enumerate(results):
             gradients = torch.autograd.grad(loss, list(online[i].parameters()))
             norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
             assert norm > 2 * args.max_grad_norm
+            norms.append(norm)
             for parameter, ours, gradient in zip(online[i].parameters(), agent.q_networks[i].parameters(), gradients):
                 parameter.grad = gradient * args.max_grad_norm / norm
                 assert (ours.grad - parameter.grad).norm() < 1e-3 * parameter.grad.norm() + 1e-9
             adams[i].step()
             for parameter, target in zip(online[i].parameters(), targets[i].parameters()):
                 target.data += 0.3 * (parameter.data - target.data)
+        expected = [[loss.item() for loss, _ in results], [q_value for _, q_value in results], norms]
+        np.testing.assert_allclose(agent.metrics.numpy(), expected, rtol=2e-4, atol=1e-5)
         for ours, exact in ((agent.q_networks, online), (agent.target_networks, targets)):
             for a, b in zip(ours.parameters(), exact.parameters(), strict=True):
                 assert (a - b).abs().max() < 1e-5  # of steps of up to 1e-3
@@ -494,12 +499,12 @@ def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path):
     assert equal(model(rarely), model(often)) and not equal(model(rarely), model(other_seed))
     assert model(rarely)["num_resets"] == 2 and model(rarely)["oldest_agent"] == 0
     ours, theirs = scalars(rarely), scalars(often)
-    for name in ("dormant_units", "effective_rank", "weight_norm"):
+    for name in ("dormant_units", "active_units", "effective_rank", "stable_rank", "weight_norm"):
         for i in range(2):
             tag = f"plasticity/{name}_{i}"
             assert [step for step, _ in ours[tag]] == [140, 180, 210]
             assert [step for step, _ in theirs[tag]] == [75, 140, 150, 180, 210] and set(ours[tag]) < set(theirs[tag])
-    for tag in ("losses/td_loss_0", "losses/q_values_1", "rde/choice_entropy", "rde/saturated_values", "rde/reset_agent"):
+    for tag in ("losses/td_loss_0", "losses/q_values_1", "losses/gradient_norm_1", "rde/choice_entropy", "rde/saturated_values", "rde/reset_agent"):
         assert ours[tag] == theirs[tag]
     assert ours["rde/reset_agent"] == [(140, 0), (180, 1)] and [step for step, _ in ours["losses/td_loss_0"]] == [200]
 
@@ -539,18 +544,18 @@ def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
     assert num_greedy > 50 and equal(model(path), agent.weights()) and model(path)["num_resets"] == 0
 
 
-def test_killed_and_resumed_it_ends_as_the_run_that_nobody_touched(tmp_path):
-    """Killed after the checkpoint at step 340, between the resets at 300 and 400, whose networks are drawn."""
+def test_stopped_and_typed_again_it_ends_as_the_run_that_nobody_touched(tmp_path):
+    """Stopped between the resets at steps 300 and 400, whose networks are drawn."""
     arguments = [*QUICK, *SMALL, *"--num-envs 2 --total-timesteps 500 --eval-interval 0 --reset-interval 20 --anneal".split()]
-    result = run_main(drq, *arguments, "--checkpoint-interval", "0", "--runs-dir", tmp_path / "undisturbed")
+    result = run_main(drq, *arguments, "--runs-dir", tmp_path / "undisturbed")
     assert result.returncode == 0, result.stderr
-    disturbed = [*arguments, "--checkpoint-interval", "170", "--runs-dir", tmp_path / "killed", "--resume", "auto"]
-    Started("rde_drq_atari", *disturbed, log=tmp_path / "log.txt").kill_after_checkpoint(tmp_path / "killed", 2)
-    result = run_main(drq, *disturbed)
-    assert result.returncode == 0, result.stderr
-    assert "at step 340" in result.stderr + result.stdout
-    assert_same_end(only_run(tmp_path / "killed"), only_run(tmp_path / "undisturbed"))
-    assert model(only_run(tmp_path / "killed"))["num_resets"] == 2
+    arguments += ["--runs-dir", tmp_path / "stopped"]
+    assert stop_when(lambda run: run.global_step >= 340, drq, *arguments).returncode == 143
+    time.sleep(1)  # two files of events of one process and one second are read in any order
+    result = run_main(drq, *arguments)
+    assert result.returncode == 0 and "at step 340" in result.stdout, result.stderr
+    assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
+    assert model(only_run(tmp_path / "stopped"))["num_resets"] == 2
 
 
 # ---------------------------------------------------------------------------------------- kept, captured, read and written
@@ -584,37 +589,35 @@ def test_weights_go_to_another_agent():
     assert torch.equal(*(one.act(observations, torch.Generator().manual_seed(1)) for one in (agent, other)))
 
 
-@pytest.mark.parametrize("arguments", KINDS[:2])
-def test_num_bytes_is_what_an_agent_takes(arguments):
-    agent = make_agent(**arguments)
-    agent.update()
-    online, targets = list(agent.q_networks.parameters()), list(agent.target_networks.parameters())
-    kept = [x for i in range(agent.args.num_agents) for x in moments(agent, i) if x.ndim]
-    real = sum(x.nbytes for x in [*online, *targets, *kept, *(parameter.grad for parameter in online)])
-    assert drq.Agent.num_bytes(agent.args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS)) == real
-
-
 REFUSED = [
-    ("--v-min 1 --v-max 5", "--v-min is 1.0, but must lie in"), ("--v-min -5 --v-max -1", "--v-max is -1.0, but must lie in"),
-    ("--v-min 0 --v-max 0", "--num-atoms 51 need a --v-min below --v-max"), ("--v-min nan", "--v-min is nan"),
-    ("--v-min -inf", "--v-min is -inf"), ("--v-max 1e7", "--v-max is 10000000.0"), ("--shrink 1.1", "--shrink is 1.1, but"),
-    ("--shrink -0.1", "--shrink is -0.1, but must lie in [0, 1]"), ("--n-step 0", "--n-step is 0, but must lie in [1, inf)"),
-    ("--num-atoms 0", "--num-atoms is 0, but must lie in [1, 1000]"), ("--width 0", "--width is 0.0, but must lie in (0, 8]"),
+    ("--v-min 0 --v-max 0", "--num-atoms 51 need a --v-min below --v-max"), ("--reset-interval 1", "use at least 2, or 0 for never"),
     ("--n-step 101 --learning-starts 100", "--n-step 101 in 1 environment(s) leaves nothing to draw of the 100"),
-    ("--n-step 41 --buffer-size 40", "leaves nothing to draw of the 40"), ("--reset-interval 1", "use at least 2, or 0 for never"),
+    ("--n-step 41 --buffer-size 40", "leaves nothing to draw of the 40"), ("--anneal --n-step 2", "--n-step 2 is below 3"),
     ("--n-step 51 --num-envs 2 --learning-starts 100", "--n-step 51 in 2 environment(s)"),
-    ("--anneal --n-step 2", "--n-step 2 is below 3"), ("--num-atoms 1001", "--num-atoms is 1001"), ("--width 8.1", "--width is 8.1"),
 ]  # fmt: skip
 ACCEPTED = [
     "", "--num-atoms 1 --v-min 0 --v-max 0", "--v-min 0 --v-max 1", "--v-min -1 --v-max 0", "--n-step 100 --learning-starts 100",
     "--n-step 50 --num-envs 2 --learning-starts 100", "--reset-interval 2", "--shrink 0", "--shrink 1", "--n-step 40 --buffer-size 40",
+    "--num-atoms 1000 --width 8", "--anneal --n-step 3",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments, message", [*REFUSED, *((arguments, None) for arguments in ACCEPTED)])
-def test_refused_arguments_have_a_line_and_what_is_just_right_is_accepted(arguments, message):
-    result = run_main(drq, *arguments.split(), "--check-only")
+def test_refused_arguments_have_a_line_and_what_is_just_right_is_accepted(arguments, message, capsys):
+    args = tyro.cli(drq.Args, args=arguments.split())
     if message is None:
-        assert result.returncode == 0, result.stderr
+        drq.check_args(args)
     else:
-        assert message in error_line(result, code=2) and result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as end:
+            drq.check_args(args)
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, value", [
+    ("v_min", 1.0), ("v_max", -1.0), ("v_min", math.nan), ("v_min", -math.inf), ("v_max", 1e7), ("shrink", 1.1), ("shrink", -0.1),
+    ("n_step", 0), ("num_atoms", 0), ("num_atoms", 1_001), ("width", 0.0), ("width", 8.1),
+])  # fmt: skip
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValidationError, match=f"1 validation error for Args\n{name}\n"):
+        drq.Args(**{name: value})

@@ -2,7 +2,7 @@
 
 import copy
 import math
-import signal
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -12,9 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from test_capture import watched
 
-from conftest import QUICK, Started, assert_same_end, load_script, model, only_run, run_script, scalars
+from conftest import QUICK, assert_same_end, load_script, model, only_run, run_main, scalars, stop_when
 
 rnd = load_script("rnd_dqn_atari")
 CPU = torch.device("cpu")
@@ -160,9 +161,11 @@ def test_one_update_against_float64(arguments):
     q_values = reference_q_values(weights, observations, num_heads)[:, torch.arange(32), batch.actions]
     distance = (q_values - td_targets.detach()).abs()
     losses = torch.where(distance < 1, 0.5 * distance**2, distance - 0.5).mean(1)
-    expected = [*losses.tolist(), *q_values.mean(1).tolist()]
-    np.testing.assert_allclose(agent.metrics.numpy(), expected, rtol=1e-4, atol=1e-6)
     gradients = torch.autograd.grad(losses.sum(), list(weights.values()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    expected = [*losses.tolist(), *q_values.mean(1).tolist(), norm]
+    np.testing.assert_allclose(agent.metrics.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert len(agent.METRICS) == len(expected)
     for (name, parameter), gradient in zip(agent.q_network.named_parameters(), gradients, strict=True):
         assert (parameter.grad.double() - gradient).norm() < 2e-4 * gradient.norm() + 1e-12, name
         moved = target.get_parameter(name) + 0.3 * (parameter.detach().double() - target.get_parameter(name))
@@ -375,7 +378,7 @@ def test_with_coefficient_0_it_is_dueling_dqn_to_the_bit(monkeypatch):
     assert torch.equal(agent.buffer.generator.get_state(), plain.buffer.generator.get_state())
     observations = pictures(3, 50, 4)
     assert torch.equal(agent.act(observations), plain.q_network(rnd.network_input(observations))[0].argmax(1))
-    assert rnd.Agent.num_bytes(agent.args, None, gym.spaces.Discrete(NUM_ACTIONS)) == 5 * 4 * agent.num_parameters
+    assert agent.num_parameters == sum(parameter.numel() for parameter in plain.q_network.parameters())
     assert agent.KEPT == ("q_network", "target_network", "optimizer", "metrics") and agent.scalars() == {}
 
 
@@ -387,7 +390,9 @@ def test_the_rewards_head_begins_equal_with_and_without_a_bonus():
 def whole_run(tmp_path, **arguments):
     """A run in this process; what is counted at which step, and the weights that it leaves."""
     calls = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    arguments = {"env_id": "BreakoutNoFrameskip-v4", "total_timesteps": 160, "learning_starts": 100, "batch_size": 4,
+                 "buffer_size": 120, "exploration_steps": 20, "eval_interval": 0, "eval_episodes": 1, "num_envs": 2,
+                 "runs_dir": tmp_path} | arguments  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name in ("count_frames", "follow", "learn") if hasattr(rnd, "RandomNetworkDistillation") else ():
 
@@ -396,19 +401,10 @@ def whole_run(tmp_path, **arguments):
                 return real(self, seen, **flags)
 
             patch.setattr(rnd.RandomNetworkDistillation, name, noted)
-        try:
-            rnd.train(
-                rnd.Args(
-                    env_id="BreakoutNoFrameskip-v4", total_timesteps=160, learning_starts=100, batch_size=4, buffer_size=120,
-                    exploration_steps=20, eval_interval=0, eval_episodes=1, cuda=False, runs_dir=str(tmp_path), num_envs=2,
-                    **arguments,
-                )
-            )  # fmt: skip
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    (path,) = tmp_path.iterdir()
-    return path, calls, torch.load(path / "model.pt")
+        result = run_main(rnd, *(f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()))
+    assert result.returncode == 0, result.stderr
+    path = only_run(tmp_path)
+    return path, calls, model(path)
 
 
 def test_a_run_with_coefficient_0_is_one_in_which_the_bonus_does_not_exist(tmp_path, monkeypatch):
@@ -492,22 +488,22 @@ def test_weights_go_to_another_agent(arguments):
         assert torch.equal(agent.rnd.learn(frames), other.rnd.learn(frames))
 
 
-def test_killed_and_resumed_it_ends_as_the_run_that_nobody_touched(tmp_path):
-    """Killed after the second checkpoint: it has learned."""
+def test_stopped_and_typed_again_it_ends_as_the_run_that_nobody_touched(tmp_path):
+    """Stopped when it has learned, between two points of the curves."""
     arguments = [*QUICK, "--num-envs", "2", "--exploration-steps", "200", "--total-timesteps", "500", "--eval-interval", "0"]
-    result = run_script("rnd_dqn_atari", *arguments, "--checkpoint-interval", "0", "--runs-dir", tmp_path / "undisturbed")
+    result = run_main(rnd, *arguments, "--runs-dir", tmp_path / "undisturbed")
     assert result.returncode == 0, result.stderr
-    disturbed = [*arguments, "--checkpoint-interval", "130", "--runs-dir", tmp_path / "killed", "--resume", "auto"]
-    Started("rnd_dqn_atari", *disturbed, log=tmp_path / "log.txt").kill_after_checkpoint(tmp_path / "killed", 2)
-    result = run_script("rnd_dqn_atari", *disturbed)
-    assert result.returncode == 0, result.stderr
-    assert "at step 260" in result.stderr + result.stdout
-    path = only_run(tmp_path / "killed")
+    arguments += ["--runs-dir", tmp_path / "stopped"]
+    assert stop_when(lambda run: run.global_step >= 260, rnd, *arguments).returncode == 143
+    time.sleep(1)  # two files of events of one process and one second are read in any order
+    result = run_main(rnd, *arguments)
+    assert result.returncode == 0 and "at step 260" in result.stdout, result.stderr
+    path = only_run(tmp_path / "stopped")
     assert_same_end(path, only_run(tmp_path / "undisturbed"))
     assert len(torch.utils._pytree.tree_leaves(model(path))) == 42  # networks and statistics
     points = scalars(path)
     for name in ("rnd/bonus", "rnd/bonus_largest", "rnd/predictor_loss", "rnd/intrinsic_return_std", "losses/td_loss",
-                 "losses/intrinsic_td_loss", "losses/q_values", "losses/intrinsic_q_values"):  # fmt: skip
+                 "losses/intrinsic_td_loss", "losses/q_values", "losses/intrinsic_q_values", "losses/gradient_norm"):  # fmt: skip
         assert [step for step, _ in points[name]] == [300, 400, 500]
         assert all(math.isfinite(value) and value != 0 for _, value in points[name])
 
@@ -535,17 +531,14 @@ def test_what_is_captured_reads_nothing_back(arguments, bf16):
 
 
 @pytest.mark.parametrize("arguments", KINDS)
-def test_num_bytes_is_what_an_agent_takes(arguments):
+def test_the_metrics_have_a_name_each(arguments):
     agent = make_agent(**arguments)
     agent.update()
-    optimizers, networks = [agent.optimizer], [agent.q_network, agent.target_network]
-    if agent.rnd is not None:
-        optimizers, networks = [*optimizers, agent.rnd.optimizer], [*networks, agent.rnd.predictor, agent.rnd.target]
-    tensors = [parameter for network in networks for parameter in network.parameters()]
-    tensors += [parameter.grad for parameter in tensors if parameter.grad is not None]
-    moments = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
-    real = sum(tensor.nbytes for tensor in tensors) + sum(tensor.nbytes for tensor in moments if tensor.ndim)
-    assert rnd.Agent.num_bytes(agent.args, None, gym.spaces.Discrete(NUM_ACTIONS)) == real
+    values = dict(zip(agent.METRICS, agent.metrics.tolist(), strict=True))
+    intrinsic = {"intrinsic_td_loss", "intrinsic_q_values"} if arguments == {} else set()
+    assert values.keys() == {"td_loss", "q_values", "gradient_norm"} | intrinsic
+    gradients = torch.cat([parameter.grad.flatten() for parameter in agent.q_network.parameters()]).double()
+    assert values["gradient_norm"] == pytest.approx(gradients.norm().item(), rel=1e-5)  # nothing is clipped here
 
 
 @pytest.mark.parametrize(
@@ -553,19 +546,22 @@ def test_num_bytes_is_what_an_agent_takes(arguments):
     [
         ({"n_step": 100, "num_envs": 2, "learning_starts": 396, "buffer_size": 300}, "--n-step 100 in 2 environment(s) leaves"),
         ({"n_step": 31, "learning_starts": 100, "buffer_size": 30, "batch_size": 8}, "of the 30 transitions"),
-        ({"n_step": 0}, "--n-step is 0, but must lie in [1, inf)"),
-        ({"num_heads": 3}, "--num-heads is 3, but must lie in [1, 2]"),
-        ({"update_proportion": 0.0}, "--update-proportion is 0.0, but must lie in (0, 1]"),
-        ({"intrinsic_coef": -1.0}, "--intrinsic-coef is -1.0"),
-        ({"intrinsic_coef": math.inf}, "--intrinsic-coef is inf"),
-        ({"predictor_learning_rate": 0.0}, "--predictor-learning-rate is 0.0"),
     ],
 )
-def test_refused_arguments_have_a_line(arguments, message, capsys):
+def test_refused_schedules_have_a_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         rnd.check_args(rnd.Args(**arguments))
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, value", [
+    ("n_step", 0), ("num_heads", 3), ("num_heads", 0), ("update_proportion", 0.0), ("update_proportion", 1.1),
+    ("intrinsic_coef", -1.0), ("intrinsic_coef", math.inf), ("extrinsic_coef", -1.0), ("predictor_learning_rate", 0.0),
+])  # fmt: skip
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValidationError, match=f"1 validation error for Args\n{name}\n"):
+        rnd.Args(**{name: value})
 
 
 def test_the_largest_n_that_is_left_is_accepted():
@@ -591,12 +587,10 @@ def test_rooms_of_montezumas_revenge_are_counted_once():
 
 
 def test_a_run_logs_the_rooms(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     arguments = (*QUICK, "--env-id", "MontezumaRevengeNoFrameskip-v4", "--total-timesteps", "300", "--eval-interval", "0",
                  "--eval-episodes", "1", "--eval-epsilon", "1", "--intrinsic-coef", "0")  # fmt: skip
-    result = run_script("rnd_dqn_atari", *arguments, "--runs-dir", tmp_path)
+    result = run_main(rnd, *arguments, "--runs-dir", tmp_path)
     assert result.returncode == 0 and "step 1: enters room 1" in result.stdout + result.stderr
-    events = EventAccumulator(str(next(tmp_path.iterdir()))).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("charts/new_room")] == [(1, 1)]
-    assert {event.value for event in events.Scalars("charts/rooms_seen")} == {1}
+    points = scalars(only_run(tmp_path))
+    assert points["charts/new_room"] == [(1, 1)]
+    assert {value for _, value in points["charts/rooms_seen"]} == {1}

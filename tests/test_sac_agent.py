@@ -6,31 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-from agents import ACTION_DIM, CPU, OBSERVATION_DIM, box, sac_agent, updated
+from agents import ACTION_DIM, OBSERVATION_DIM, Float64Networks, sac_agent, safety_agent, state_per_agent, updated
+from conftest import load_script
 
 BATCH_SIZE = 32
-
-
-def all_state(agent):
-    """Every tensor of the agents' state, split into what belongs to each agent: [{name: tensor}, ...]."""
-    num_agents = agent.args.num_agents
-    state = [{} for _ in range(num_agents)]
-    modules = {"actors": agent.actors, "critics": agent.critics, "target_critics": agent.target_critics}
-    stacked = {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
-    stacked["log_alphas"] = agent.log_alphas.detach()
-    for name, tensor in stacked.items():
-        for i, part in enumerate(tensor.chunk(num_agents)):
-            state[i][name] = part
-    for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
-        optimizer = getattr(agent, name)
-        for i, group in enumerate(optimizer.param_groups):
-            for number, parameter in enumerate(group["params"]):
-                for key, tensor in optimizer.state[parameter].items():
-                    state[i][f"{name}.{number}.{key}"] = tensor
-    return state
 
 
 # ------------------------------------------------------------------------------------------------- the squashed Gaussian
@@ -83,44 +64,6 @@ def test_saturated_actions(sac, mean, log_std):
 # --------------------------------------------------------------------------------------------------- one gradient step
 
 
-class Reference:
-    """One agent's networks in float64, a copy, computed with plain torch ops."""
-
-    def __init__(self, agent, index):
-        self.actor = self.copy_layers(agent.actors, index)
-        self.critics = [self.copy_layers(agent.critics, 2 * index + k) for k in range(2)]
-        self.targets = [self.copy_layers(agent.target_critics, 2 * index + k) for k in range(2)]
-        self.log_alpha = agent.log_alphas.detach()[index].double().requires_grad_()
-
-    @staticmethod
-    def copy_layers(stacked, network):
-        parameters = [
-            (weight.detach()[network].T.double().clone(), bias.detach()[network, 0].double().clone())
-            for weight, bias in zip(stacked.weights, stacked.biases)
-        ]
-        return [(weight.requires_grad_(), bias.requires_grad_()) for weight, bias in parameters]
-
-    @staticmethod
-    def mlp(layers, inputs):
-        for weight, bias in layers[:-1]:
-            inputs = torch.clamp(F.linear(inputs, weight, bias), min=0)
-        return F.linear(inputs, *layers[-1])
-
-    def policy(self, observations, noise):
-        output = self.mlp(self.actor, observations)
-        mean, log_std = output[:, :ACTION_DIM], output[:, ACTION_DIM:].clamp(-20, 2)
-        distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
-        actions = distribution.transforms[0](mean + log_std.exp() * noise)
-        log_probs = distribution.log_prob(actions).sum(dim=1)
-        assert actions.shape == (BATCH_SIZE, ACTION_DIM) and log_probs.shape == (BATCH_SIZE,)
-        return actions, log_probs
-
-    def smaller_q(self, critics, observations, actions):
-        first, second = (self.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in critics)
-        assert first.shape == (BATCH_SIZE,)
-        return torch.min(first, second)
-
-
 def layer_gradients(stacked_parameters, networks):
     """The gradients that an optimizer's group holds, as {(layer, "weight" or "bias", network): gradient}."""
     depth, gradients = len(stacked_parameters) // 2, {}
@@ -155,7 +98,7 @@ def test_gradient_step_against_float64(sac, num_agents):
     next_noise = torch.empty(num_agents, BATCH_SIZE, ACTION_DIM).normal_(generator=generator).double()
     observations, actions, rewards, terminated, next_observations = (tensor.double() for tensor in batch)
 
-    references = [Reference(agent, i) for i in range(num_agents)]
+    references = [Float64Networks(agent, i, 2) for i in range(num_agents)]
     metrics = updated(agent)
     assert metrics.shape == (4, num_agents) and not metrics.requires_grad
     assert torch.equal(generator.get_state(), agent.buffer.generator.get_state())
@@ -167,15 +110,16 @@ def test_gradient_step_against_float64(sac, num_agents):
         alpha_loss.backward()
         with torch.no_grad():
             next_actions, next_log_probs = reference.policy(next_observations, next_noise[i])
-            next_value = reference.smaller_q(reference.targets, next_observations, next_actions) - alpha * next_log_probs
+            smaller_q = torch.min(*reference.values(reference.targets, next_observations, next_actions))
+            next_value = smaller_q - alpha * next_log_probs
             td_target = torch.where(terminated == 1, rewards, rewards + 0.99 * next_value)
         assert td_target.shape == (BATCH_SIZE,)
-        q_values = [reference.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in reference.critics]
+        q_values = reference.values(reference.critics, observations, actions)
         critic_loss = sum(((q_value - td_target) ** 2).mean() for q_value in q_values) / 2
         critic_loss.backward()
         # The actor's loss is taken with the critics after their step.
-        updated_critics = [Reference.copy_layers(agent.critics, 2 * i + k) for k in range(2)]
-        policy_q_values = reference.smaller_q(updated_critics, observations, policy_actions)
+        updated_critics = [Float64Networks.copy_layers(agent.critics, 2 * i + k) for k in range(2)]
+        policy_q_values = torch.min(*reference.values(updated_critics, observations, policy_actions))
         actor_loss = (alpha * log_probs - policy_q_values).mean()
         actor_loss.backward()
 
@@ -191,7 +135,7 @@ def test_gradient_step_against_float64(sac, num_agents):
         for (layer, kind, k), gradient in critic_gradients.items():
             torch.testing.assert_close(gradient, reference.critics[k][layer][kind == "bias"].grad, rtol=1e-4, atol=3e-6)
         for k in range(2):
-            targets = zip(reference.targets[k], updated_critics[k], Reference.copy_layers(agent.target_critics, 2 * i + k))
+            targets = zip(reference.targets[k], updated_critics[k], Float64Networks.copy_layers(agent.target_critics, 2 * i + k))
             for before, critic, after in targets:
                 for old, new, moved in zip(before, critic, after):
                     torch.testing.assert_close(moved, 0.995 * old + 0.005 * new, rtol=1e-6, atol=1e-7)
@@ -229,12 +173,12 @@ def test_terminated_does_not_bootstrap(sac):
 def test_agents_do_not_leak_into_one_another(sac):
     untouched, changed = sac_agent(sac, 3), sac_agent(sac, 3)
     with torch.no_grad():
-        for name, tensor in all_state(changed)[1].items():
+        for name, tensor in state_per_agent(changed)[1].items():
             tensor += 0.1 * torch.ones_like(tensor)
     for _ in range(3):
         untouched.update()
         changed.update()
-    for i, (expected, state) in enumerate(zip(all_state(untouched), all_state(changed))):
+    for i, (expected, state) in enumerate(zip(state_per_agent(untouched), state_per_agent(changed))):
         assert len(state) > 40
         for name in state:
             assert torch.equal(expected[name], state[name]) == (i != 1 or name.endswith(".step")), (i, name)
@@ -242,7 +186,7 @@ def test_agents_do_not_leak_into_one_another(sac):
 
 def test_first_agent_starts_like_the_baseline(sac):
     """RDE and SAC with the same seed are paired: agent 0 has the same weights; the other agents have weights of their own."""
-    baseline, ensemble = all_state(sac_agent(sac, 1)), all_state(sac_agent(sac, 3))
+    baseline, ensemble = state_per_agent(sac_agent(sac, 1)), state_per_agent(sac_agent(sac, 3))
     weights = [name for name in baseline[0] if "weights" in name]
     for name in weights:
         assert torch.equal(baseline[0][name], ensemble[0][name])
@@ -260,11 +204,11 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(sac):
         agent.update()
     for expected_index in (0, 1, 2, 0):
         agent.update()
-        state = all_state(agent)
+        state = state_per_agent(agent)
         before = copy.deepcopy(state)
         addresses = [{name: tensor.data_ptr() for name, tensor in part.items()} for part in state]
         assert agent.reset() == expected_index
-        after = all_state(agent)
+        after = state_per_agent(agent)
         assert addresses == [{name: tensor.data_ptr() for name, tensor in part.items()} for part in after]
         for i in range(3):
             assert len(after[i]) == 3 * 6 + 1 + 3 * (6 + 6 + 1)
@@ -279,8 +223,44 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(sac):
             if name.startswith("target_critics"):
                 assert torch.equal(tensor, after[expected_index][name.removeprefix("target_")])
     agent.update()
-    steps = [part["actor_optimizer.0.step"].item() for part in all_state(agent)]
+    steps = [part["actor_optimizer.0.step"].item() for part in state_per_agent(agent)]
     assert steps == [1, 3, 2]
+
+
+@pytest.mark.parametrize("name", ["rde_sac_dmc", "rde_sac_safety"])
+def test_what_somebody_adds_to_the_networks_is_reset_too(name, monkeypatch):
+    """A factor per network, here with a value of its own at the start: in every network of the agent, and in no other one."""
+    script = load_script(name)
+    build, forward = script.StackedMLP.__init__, script.StackedMLP.forward
+
+    def build_with_a_factor(stack, num_networks, *arguments):
+        build(stack, num_networks, *arguments)
+        stack.factor = torch.nn.Parameter(torch.full((num_networks, 1, 1), 0.7))
+
+    def multiplied(stack, inputs, networks=None):
+        return forward(stack, inputs, networks) * (stack.factor if networks is None else stack.factor[networks])
+
+    monkeypatch.setattr(script.StackedMLP, "__init__", build_with_a_factor)
+    monkeypatch.setattr(script.StackedMLP, "forward", multiplied)
+    agent = (safety_agent if name == "rde_sac_safety" else sac_agent)(script, 3)
+    num_critics = len(agent.critics.factor) // 3
+    for _ in range(3):
+        agent.update()
+    before, start = state_per_agent(agent), torch.tensor(0.7)
+    for state in before:
+        for network in ("actors", "critics", "target_critics"):
+            assert (state[f"{network}.factor"] != start).all(), "it learns"
+    before = copy.deepcopy(before)
+    assert agent.reset() == 0
+    after = state_per_agent(agent)
+    for network, count in (("actors", 1), ("critics", num_critics), ("target_critics", num_critics)):
+        factor = after[0][f"{network}.factor"]
+        assert len(factor) == count and (factor == start).all()
+    for i in (1, 2):
+        assert all(torch.equal(tensor, before[i][part]) for part, tensor in after[i].items())
+    moments = [tensor for part, tensor in after[0].items() if "optimizer" in part]
+    assert len(moments) == 3 * (7 + 7 + 1) and not any(tensor.any() for tensor in moments)
+    assert {"factor"} <= agent.weights()["actors"].keys() & agent.weights()["critics"].keys()
 
 
 def test_new_weights_are_those_of_linear_layers(sac):
@@ -354,12 +334,12 @@ def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
 
     proposals = []
     for i in range(3):
-        mean = Reference.mlp(Reference(agent, i).actor, observation.double())[:ACTION_DIM]
+        mean = Float64Networks.mlp(Float64Networks(agent, i, 2).actor, observation.double())[:ACTION_DIM]
         proposals.append(mean.tanh().detach())
         assert (actions[acting_agents == i].double() - proposals[i]).abs().max() < 1e-5
     expected = np.full(3, 1 / 3)
     if num_resets:
-        judge = Reference(agent, num_resets % 3)
+        judge = Float64Networks(agent, num_resets % 3, 2)
         judgement = [
             min(judge.mlp(critic, torch.cat([observation.double(), proposal])).item() for critic in judge.critics)
             for proposal in proposals
@@ -385,15 +365,6 @@ def test_samples_of_the_policy(sac):
     torch.testing.assert_close(unsquashed.std(0).float(), log_std[0, 0].exp(), rtol=0.03, atol=0)
     correlations = torch.corrcoef(unsquashed.T) - torch.eye(ACTION_DIM)
     assert correlations.abs().max() < 0.05 and not acting_agents.any()
-
-
-def test_the_bytes_of_the_agents_are_those_that_are_taken(sac):
-    args = sac.Args(num_agents=3, hidden_dim=32, num_hidden_layers=3)
-    agent = sac.Agent(args, box(7), box(2), None, CPU)
-    count = lambda networks: sum(parameter.numel() for parameter in networks.parameters())
-    numbers = 4 * count(agent.actors) + 4 * count(agent.critics) + count(agent.target_critics)
-    assert sac.Agent.num_bytes(args, box(7), box(2)) == 4 * numbers
-    assert 3 * agent.num_parameters == count(agent.actors) + count(agent.critics) + 3  # and the entropy coefficients
 
 
 def test_layers_are_the_parameters_also_of_a_copy_that_is_moved(sac):

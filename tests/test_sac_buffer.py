@@ -53,9 +53,3 @@ def test_draws_are_uniform_and_those_of_the_generator(sac):
     counts = torch.bincount(first.long())
     assert not counts[:7].any()
     assert (counts[7:] - 2_000).abs().max() < 5 * np.sqrt(2_000)
-
-
-def test_the_bytes_of_the_buffer_are_those_that_are_taken(sac):
-    spaces = box(24), box(6)
-    buffer = sac.ReplayBuffer(1_000, *spaces, CPU, torch.Generator())
-    assert buffer.rows.nbytes == sac.ReplayBuffer.num_bytes(sac.Args(buffer_size=1_000), *spaces)

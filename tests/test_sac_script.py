@@ -3,7 +3,6 @@ whole runs in test_runs.py, resuming in test_resume.py, arguments in test_argume
 """
 
 import subprocess
-import types
 
 import numpy as np
 import pytest
@@ -41,10 +40,11 @@ def test_the_loop_stores_and_trains_what_it_should(sac, tmp_path, monkeypatch):
         updates.append(len(added))
         real_update(agent)
 
-    def act(agent, observations, generator, deterministic=False):
+    def act(agent, observations, *generators, deterministic=False, counted=False):
         if not deterministic:
             acted.append(len(added))
-        return real_act(agent, observations, generator, deterministic)
+        assert counted != deterministic  # what evaluations choose is not counted
+        return real_act(agent, observations, *generators, deterministic=deterministic, counted=counted)
 
     monkeypatch.setattr(sac.ReplayBuffer, "add", add)
     monkeypatch.setattr(sac.Agent, "update", update)
@@ -74,16 +74,13 @@ def test_evaluation_depends_on_weights_seed_and_step_alone(sac):
     """Neither on what the environments played before nor on their number."""
     policy = lambda observations: torch.sin(observations[:, :2].sum(dim=1, keepdim=True))
     used, fresh = ([sac.make_env(sac.Args(env_id="cartpole-swingup")) for _ in range(2)] for _ in range(2))
-    evaluate = lambda envs, seed, step, received=0: sac.evaluate(
-        policy, envs, seed, step, torch.device("cpu"), types.SimpleNamespace(received=received)
-    )
+    evaluate = lambda envs, seed, step: sac.evaluate(policy, envs, seed, step, torch.device("cpu"), lambda env: None)
     first = evaluate(used, 1, 500)
     other_step = evaluate(used, 1, 1_000)
     other_seed = evaluate(used, 2, 500)
     assert first == evaluate(used, 1, 500) == evaluate(fresh, 1, 500)
     assert len({episode["r"] for episode in [*first, *other_step, *other_seed]}) == 6
     assert evaluate(fresh[:1], 1, 500) == first[:1]
-    assert evaluate(fresh, 1, 500, 15) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"capture_video": None}, {"env_id": "quadruped-escape"}])
@@ -105,13 +102,14 @@ def test_a_run_that_diverges_says_so(sac, tmp_path, monkeypatch):
     real_step = sac.DeepMindControl.step
     monkeypatch.setattr(sac.DeepMindControl, "step", lambda env, action: (real_step(env, action)[0], 1e30, False, False, {}))
     line = error_line(run_main(sac, *flags(TINY), "--runs-dir", tmp_path))
-    assert "critic_loss is not finite any more at step 200" in line and line.endswith("try a lower --learning-rate")
+    assert line.startswith("error: cartpole-balance: not finite any more at step 200: {'critic_loss': [inf")
+    assert line.endswith("try a lower --learning-rate")
 
 
 def test_a_policy_that_diverges_says_so(sac, tmp_path):
     """Before the physics would stop with an error of its own."""
     line = error_line(run_main(sac, *flags(TINY | {"learning_rate": 1e29}), "--runs-dir", tmp_path))
-    assert line.startswith("error: an action is not finite at step 10") and line.endswith("try a lower --learning-rate")
+    assert line.startswith("error: cartpole-balance: an action is not finite at step 10") and line.endswith("try a lower --learning-rate")
 
 
 @pytest.mark.slow

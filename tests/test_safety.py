@@ -2,19 +2,17 @@
 
 import copy
 import io
-import json
 import math
-import shutil
 import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
+import tyro
+from pydantic import ValidationError
 
-from agents import ACTION_DIM, CPU, OBSERVATION_DIM, box
+from agents import ACTION_DIM, CPU, OBSERVATION_DIM, Float64Networks, safety_agent, state_per_agent
 from conftest import (
     Started,
     assert_same_end,
@@ -38,81 +36,14 @@ def safety():
     return load_script("rde_sac_safety")
 
 
-def make_agent(script, num_agents, costs=True, **arguments):
-    """A small agent whose buffer holds random transitions, every fifth of them terminated; without costs as SAC's has them."""
-    args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "batch_size": BATCH_SIZE} | arguments)
-    buffer = script.ReplayBuffer(200, box(OBSERVATION_DIM), box(ACTION_DIM), CPU, torch.Generator().manual_seed(11))
-    rng = np.random.default_rng(7)
-    for i in range(200):
-        observation, next_observation = rng.normal(size=(2, OBSERVATION_DIM))
-        action, reward, cost = rng.uniform(-1, 1, ACTION_DIM), rng.normal(), float(rng.integers(2))
-        buffer.add(observation, action, reward, *([cost] if costs else []), i % 5 == 0, next_observation)
-    return script.Agent(args, box(OBSERVATION_DIM), box(ACTION_DIM), buffer, CPU)
-
-
-def all_state(agent):
-    """Every tensor of the agents' state, split into what belongs to each agent: [{name: tensor}, ...]."""
-    num_agents = agent.args.num_agents
-    state = [{} for _ in range(num_agents)]
-    modules = {"actors": agent.actors, "critics": agent.critics, "target_critics": agent.target_critics}
-    stacked = {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
-    stacked["log_alphas"] = agent.log_alphas.detach()
-    for name, tensor in stacked.items():
-        for i, part in enumerate(tensor.chunk(num_agents)):
-            state[i][name] = part
-    for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
-        optimizer = getattr(agent, name)
-        for i, group in enumerate(optimizer.param_groups):
-            for number, parameter in enumerate(group["params"]):
-                for key, tensor in optimizer.state[parameter].items():
-                    state[i][f"{name}.{number}.{key}"] = tensor
-    return state
-
-
 # --------------------------------------------------------------------------------------------------- one gradient step
-
-
-class Reference:
-    """One agent's networks in float64, a copy, computed with plain torch ops."""
-
-    def __init__(self, agent, index):
-        self.actor = self.copy_layers(agent.actors, index)
-        self.critics = [self.copy_layers(agent.critics, 3 * index + k) for k in range(3)]
-        self.targets = [self.copy_layers(agent.target_critics, 3 * index + k) for k in range(3)]
-        self.log_alpha = agent.log_alphas.detach()[index].double().requires_grad_()
-
-    @staticmethod
-    def copy_layers(stacked, network):
-        parameters = [
-            (weight.detach()[network].T.double().clone(), bias.detach()[network, 0].double().clone())
-            for weight, bias in zip(stacked.weights, stacked.biases)
-        ]
-        return [(weight.requires_grad_(), bias.requires_grad_()) for weight, bias in parameters]
-
-    @staticmethod
-    def mlp(layers, inputs):
-        for weight, bias in layers[:-1]:
-            inputs = torch.clamp(F.linear(inputs, weight, bias), min=0)
-        return F.linear(inputs, *layers[-1])
-
-    def policy(self, observations, noise):
-        output = self.mlp(self.actor, observations)
-        mean, log_std = output[:, :ACTION_DIM], output[:, ACTION_DIM:].clamp(-20, 2)
-        distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
-        actions = distribution.transforms[0](mean + log_std.exp() * noise)
-        return actions, distribution.log_prob(actions).sum(dim=1)
-
-    def values(self, critics, observations, actions):
-        values = [self.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in critics]
-        assert [value.shape for value in values] == [(len(observations),)] * 3
-        return values
 
 
 @pytest.mark.parametrize("num_agents, multiplier", [(1, 0.0), (1, 0.7), (3, 2.5), (3, 1e6)])
 def test_gradient_step_against_float64(safety, num_agents, multiplier):
     """Cost target, all losses, all gradients, targets. With a multiplier without end the actor's loss becomes the cost."""
     gamma, gamma_cost = 0.97, 0.9
-    agent = make_agent(safety, num_agents, gamma=gamma, gamma_cost=gamma_cost)
+    agent = safety_agent(safety, num_agents, gamma=gamma, gamma_cost=gamma_cost)
     agent.multiplier.value.fill_(multiplier)
     for _ in range(3):  # so that targets differ from critics and alpha from 1
         agent.update()
@@ -133,7 +64,7 @@ def test_gradient_step_against_float64(safety, num_agents, multiplier):
     observations, actions, rewards, costs, terminated, next_observations = (tensor.double() for tensor in batch)
     assert 0 < terminated.sum() < BATCH_SIZE and 0 < costs.sum() < BATCH_SIZE and set(costs.tolist()) == {0, 1}
 
-    references = [Reference(agent, i) for i in range(num_agents)]
+    references = [Float64Networks(agent, i, 3) for i in range(num_agents)]
     agent.update()
     metrics = dict(zip(agent.METRICS, agent.metrics.double()))
     assert agent.multiplier.value == multiplier, "no gradient step moves it"
@@ -160,7 +91,7 @@ def test_gradient_step_against_float64(safety, num_agents, multiplier):
             close(metrics[name][i], expected)
 
         # The actor's loss is taken with the critics after their step.
-        updated_critics = [Reference.copy_layers(agent.critics, 3 * i + k) for k in range(3)]
+        updated_critics = [Float64Networks.copy_layers(agent.critics, 3 * i + k) for k in range(3)]
         first, second, cost = reference.values(updated_critics, observations, policy_actions)
         actor_loss = ((alpha * log_probs - torch.min(first, second) + multiplier * cost) / (1 + multiplier)).mean()
         actor_loss.backward()
@@ -177,22 +108,22 @@ def test_gradient_step_against_float64(safety, num_agents, multiplier):
                 close(slices[layer].grad[network].T, weight.grad)
                 close(slices[len(layers) + layer].grad[network, 0], bias.grad)
         for k in range(3):
-            moved = Reference.copy_layers(agent.target_critics, 3 * i + k)
+            moved = Float64Networks.copy_layers(agent.target_critics, 3 * i + k)
             for before, critic, after in zip(reference.targets[k], updated_critics[k], moved):
                 for old, new, target in zip(before, critic, after):
                     torch.testing.assert_close(target, 0.995 * old + 0.005 * new, rtol=1e-6, atol=1e-7)
 
 
 def test_agents_do_not_leak_into_one_another(safety):
-    untouched, changed = make_agent(safety, 3), make_agent(safety, 3)
+    untouched, changed = safety_agent(safety, 3), safety_agent(safety, 3)
     with torch.no_grad():
-        for tensor in all_state(changed)[1].values():
+        for tensor in state_per_agent(changed)[1].values():
             tensor += 0.1 * torch.ones_like(tensor)
     for agent in (untouched, changed):
         agent.multiplier.value.fill_(0.5)
         for _ in range(3):
             agent.update()
-    for i, (expected, state) in enumerate(zip(all_state(untouched), all_state(changed))):
+    for i, (expected, state) in enumerate(zip(state_per_agent(untouched), state_per_agent(changed))):
         for name in state:
             assert torch.equal(expected[name], state[name]) == (i != 1 or name.endswith(".step")), (i, name)
 
@@ -202,8 +133,8 @@ def test_agents_do_not_leak_into_one_another(safety):
 
 def pair_with_sac(safety, sac, num_agents, **arguments):
     """An agent of rde_sac_dmc.py and one of this script with the same networks, transitions and random numbers."""
-    ours = make_agent(safety, num_agents, **arguments)
-    theirs = make_agent(sac, num_agents, costs=False)
+    ours = safety_agent(safety, num_agents, **arguments)
+    theirs = safety_agent(sac, num_agents, costs=False)
     ours.actors.load_state_dict(theirs.actors.state_dict())
     for name in ("critics", "target_critics"):
         for parameter, source in zip(getattr(ours, name).parameters(), getattr(theirs, name).parameters()):
@@ -242,7 +173,7 @@ def test_without_a_limit_it_is_rde_sac(safety, sac, num_agents):
 
 
 def test_the_first_agent_begins_as_the_baselines(safety, sac):
-    ours, theirs = make_agent(safety, 2), make_agent(sac, 2, costs=False)
+    ours, theirs = safety_agent(safety, 2), safety_agent(sac, 2, costs=False)
     for parameter, source in zip(ours.actors.parameters(), theirs.actors.parameters()):
         assert torch.equal(parameter[0], source[0])
     for parameter, source in zip(ours.critics.parameters(), theirs.critics.parameters()):
@@ -253,8 +184,8 @@ def test_the_first_agent_begins_as_the_baselines(safety, sac):
 
 
 def test_reset_renews_one_agent_and_nothing_of_the_others(safety):
-    agent = make_agent(safety, 3)
-    agent.end_episode(100.0)
+    agent = safety_agent(safety, 3)
+    agent.end_episodes([100.0])
     agent.total_cost = 321.0
     for _ in range(4):
         agent.update()
@@ -265,11 +196,11 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(safety):
     assert kept[0]["value"] > 0 and kept[0]["integral"] == 75 and kept[2] == 1
     for expected_index in (0, 1, 2, 0):
         agent.update()
-        state = all_state(agent)
+        state = state_per_agent(agent)
         before = copy.deepcopy(state)
         addresses = [{name: tensor.data_ptr() for name, tensor in part.items()} for part in state]
         assert agent.reset() == expected_index
-        after = all_state(agent)
+        after = state_per_agent(agent)
         assert addresses == [{name: tensor.data_ptr() for name, tensor in part.items()} for part in after]
         assert shared() == kept
         for i in range(3):
@@ -286,7 +217,7 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(safety):
             if name.startswith("target_critics"):
                 assert torch.equal(tensor, after[expected_index][name.removeprefix("target_")])
     agent.update()
-    assert [part["critic_optimizer.0.step"].item() for part in all_state(agent)] == [1, 3, 2]
+    assert [part["critic_optimizer.0.step"].item() for part in state_per_agent(agent)] == [1, 3, 2]
 
 
 # -------------------------------------------------------------------------------------------------------- the multiplier
@@ -342,13 +273,26 @@ def test_the_gains_and_the_limit_are_the_arguments(safety):
 
 
 def test_violations_are_above_the_limit(safety):
-    agent = make_agent(safety, 1, cost_limit=25.0)
-    for cost in (24.0, 25.0, 25.5, 0.0, 100.0):
-        agent.end_episode(cost)
+    agent = safety_agent(safety, 1, cost_limit=25.0)
+    for costs in ([24.0], [], [25.0, 25.5, 0.0], [100.0]):
+        agent.end_episodes(costs)
     assert agent.num_violations == 2
-    endless = make_agent(safety, 1, cost_limit=math.inf)
-    endless.end_episode(1e9)
+    endless = safety_agent(safety, 1, cost_limit=math.inf)
+    endless.end_episodes([1e9, 0.0])
     assert endless.num_violations == 0 and endless.scalars()["safety/lambda"] == 0
+
+
+@pytest.mark.parametrize("costs", [(100.0, 0.0, 0.0), (0.0, 100.0, 0.0), (0.0, 0.0, 100.0), (100 / 3,)])
+def test_episodes_that_end_together_move_the_multiplier_once_by_their_mean(safety, costs):
+    """Whatever the order of the environments. By hand, with the limit 25: error 25 / 3, which is also the integral and the rise."""
+    agent = safety_agent(safety, 1)
+    agent.end_episodes(list(costs))
+    assert agent.multiplier.value.item() == pytest.approx((0.05 + 0.0005 + 0.1) * 25 / 3)
+    before = safety.state_of(agent.multiplier)
+    agent.end_episodes([])  # no episode ends in most steps
+    assert agent.num_violations == 1 and {name: float(value) for name, value in before.items()} == {
+        name: float(value) for name, value in safety.state_of(agent.multiplier).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ the choice
@@ -383,7 +327,7 @@ def test_probabilities_against_the_formula(safety, kappa, cost_scale):
 
 def chosen_with(safety, q_values, costs, kappa, cost_scale, **arguments) -> torch.Tensor:
     """The probabilities, (num_envs, N), with which `act` draws if the judge thinks this of the proposals."""
-    agent, seen = make_agent(safety, q_values.shape[1], kappa=kappa, **arguments), []
+    agent, seen = safety_agent(safety, q_values.shape[1], kappa=kappa, **arguments), []
     agent.num_resets, agent.cost_scale, agent.judge = 1, cost_scale, lambda observations, actions: (q_values, costs)
     with pytest.MonkeyPatch.context() as patch:
         select = safety.safe_selection_probabilities
@@ -423,8 +367,8 @@ def test_the_smallest_scale_is_the_limit_as_a_discounted_sum(safety):
         == pytest.approx(2.5, 1e-3)
     )
     assert safety.discounted_limit(25, 1.0, 1_000) == 25 and safety.discounted_limit(25, 0.0, 1_000) == 0.025
-    assert make_agent(safety, 2, env_id=CHEETAH).cost_scale == pytest.approx(2.5, 1e-3)
-    agent = make_agent(safety, 2, env_id=MAZE, cost_limit=5.0, gamma_cost=0.9)
+    assert safety_agent(safety, 2, env_id=CHEETAH).cost_scale == pytest.approx(2.5, 1e-3)
+    agent = safety_agent(safety, 2, env_id=MAZE, cost_limit=5.0, gamma_cost=0.9)
     assert agent.cost_scale == pytest.approx(5 * 10 / 300)
 
 
@@ -432,7 +376,7 @@ def test_the_smallest_scale_is_the_limit_as_a_discounted_sum(safety):
 @pytest.mark.parametrize("kappa, cost_limit", [(0.5, 3.0), (0.0, 3.0), (0.0, math.inf)])
 def test_the_oldest_agent_judges(safety, num_resets, kappa, cost_limit):
     """Frequencies of the choice in one state, against the formula with the judge's networks in float64."""
-    agent = make_agent(safety, 3, kappa=kappa, cost_limit=cost_limit)
+    agent = safety_agent(safety, 3, kappa=kappa, cost_limit=cost_limit)
     for _ in range(20):
         agent.update()
     agent.num_resets = num_resets
@@ -442,7 +386,7 @@ def test_the_oldest_agent_judges(safety, num_resets, kappa, cost_limit):
     assert choice.shape == (count, ACTION_DIM + 1)
     frequencies = np.bincount(choice[:, -1].long(), minlength=3) / count
 
-    references = [Reference(agent, i) for i in range(3)]
+    references = [Float64Networks(agent, i, 3) for i in range(3)]
     state = observation.double().unsqueeze(0)
     proposals = torch.cat([torch.tanh(reference.mlp(reference.actor, state)[:, :ACTION_DIM]) for reference in references])
     for i in range(3):
@@ -508,17 +452,21 @@ def test_what_a_run_counts(safety, tmp_path):
 
     for step, value in curves["safety/lambda"]:
         integral = error = multiplier = 0.0
-        finished = [float(row["cost"]) for row in episodes if int(row["global_step"]) <= step]
-        for cost in finished:
-            previous, error = error, cost - 15
+        finished = [row for row in episodes if int(row["global_step"]) <= step]
+        for end in sorted({int(row["global_step"]) for row in finished}):  # both environments' episodes end together
+            together = [float(row["cost"]) for row in finished if int(row["global_step"]) == end]
+            assert len(together) == 2
+            previous, error = error, sum(together) / 2 - 15
             integral = max(0.0, integral + error)
             multiplier = max(0.0, 0.05 * error + 0.0005 * integral + 0.1 * max(0.0, error - previous))
         assert value == pytest.approx(multiplier, abs=1e-5)
         violations = dict(curves["safety/violations"])[step]
-        assert violations == sum(cost > 15 for cost in finished)
+        assert violations == sum(float(row["cost"]) > 15 for row in finished)
         # The episodes under way count, too: two environments, of which both began at step 40 * n.
         under_way = [float(row["cost"]) for row in episodes if step < int(row["global_step"]) <= step - step % 40 + 40]
-        assert dict(curves["safety/total_cost"])[step] == sum(finished) + sum(under_way) * (step % 40 // 2) / 20
+        assert dict(curves["safety/total_cost"])[step] == (
+            sum(float(row["cost"]) for row in finished) + sum(under_way) * (step % 40 // 2) / 20
+        )
     assert len({value for _, value in curves["safety/lambda"]}) > 2
     for name in ("cost_critic_loss", "cost_values", "critic_loss", "q_values", "actor_loss", "alpha"):
         assert {f"losses/{name}_0", f"losses/{name}_1"} <= curves.keys()
@@ -551,8 +499,8 @@ def test_costs_reach_the_buffer(safety, tmp_path, monkeypatch):
 
 def test_a_policy_for_evaluations_from_the_weights(safety, tmp_path):
     """What play.py does: an agent of the run's arguments that loads model.pt plays as the one that was saved."""
-    agent, fresh = make_agent(safety, 2), make_agent(safety, 2, seed=9)
-    agent.end_episode(60.0)
+    agent, fresh = safety_agent(safety, 2), safety_agent(safety, 2, seed=9)
+    agent.end_episodes([60.0])
     agent.update()
     agent.reset()
     torch.save(agent.weights(), tmp_path / "model.pt")
@@ -578,7 +526,7 @@ SMALL = (
 
 
 @pytest.mark.parametrize("env_id", RESUMED)
-def test_killed_and_resumed(safety, tmp_path, env_id):
+def test_killed_and_typed_again(safety, tmp_path, env_id):
     """A run that was killed, and goes on in another process, ends as one that nobody disturbed. And no package complains."""
     arguments = ["--env-id", env_id, *SMALL, *RESUMED[env_id].split()]
     undisturbed = run_main(safety, *arguments, "--runs-dir", tmp_path / "undisturbed")
@@ -590,68 +538,62 @@ def test_killed_and_resumed(safety, tmp_path, env_id):
     assert "WARN" not in printed and "out of date" not in printed and "Adroit" not in printed, printed
     checkpoint = torch.load(only_run(runs_dir) / "checkpoint.pt", weights_only=True)["parts"]
     assert checkpoint["run"]["global_step"] >= 150 and len(checkpoint["envs"][0]["episode"]["actions"]) > 0
-    resumed = run_main(safety, *arguments, "--runs-dir", runs_dir, "--resume", "auto")
+    resumed = run_main(safety, *arguments, "--runs-dir", runs_dir)
     assert resumed.returncode == 0 and "continuing" in resumed.stdout, resumed.stderr
     assert_same_end(only_run(runs_dir), only_run(tmp_path / "undisturbed"))
     assert len(rows(only_run(runs_dir), "episodes.csv")) == (2 if env_id == MAZE else 1)
 
 
-@pytest.mark.parametrize("step", [32, 250, 410])
-def test_a_stopped_run_goes_on(safety, tmp_path, step):
-    """With a multiplier above 0, counters, and the curves of TensorBoard, between episodes' ends."""
-    assert run_main(safety, *WALK, "--runs-dir", tmp_path / "undisturbed").returncode == 0
-    result = stop_when(lambda run: run.global_step >= step, safety, *WALK, "--runs-dir", tmp_path / "stopped")
+@pytest.mark.parametrize("step, more", [(32, []), (250, []), (410, ["--cost-limit", "inf"])])
+def test_a_stopped_run_goes_on(safety, tmp_path, step, more):
+    """With a multiplier above 0, counters, and the curves of TensorBoard, between episodes' ends; also without a limit."""
+    arguments = [*WALK, *more, "--runs-dir"]
+    assert run_main(safety, *arguments, tmp_path / "undisturbed").returncode == 0
+    result = stop_when(lambda run: run.global_step >= step, safety, *arguments, tmp_path / "stopped")
     assert result.returncode == 143 and f"stopped at step {step}" in result.stderr
-    shutil.copytree(tmp_path / "stopped", tmp_path / "copy")  # the stopped one is locked for as long as this process lives
     time.sleep(1)  # two files of events of one process and one second are read in any order
-    assert run_main(safety, "--resume", only_run(tmp_path / "copy")).returncode == 0
-    assert_same_end(only_run(tmp_path / "copy"), only_run(tmp_path / "undisturbed"))
-
-
-def test_a_run_without_a_limit_can_be_resumed(safety, tmp_path):
-    """inf is written to args.json, read again, and found by --resume auto."""
-    arguments = [*WALK, "--cost-limit", "inf", "--runs-dir"]
-    assert stop_when(lambda run: run.global_step >= 200, safety, *arguments, tmp_path / "stopped").returncode == 143
-    shutil.copytree(tmp_path / "stopped", tmp_path / "copy")
-    path = only_run(tmp_path / "copy")
-    assert json.loads((path / "args.json").read_text())["args"]["cost_limit"] == math.inf
-    result = run_main(safety, *arguments, tmp_path / "copy", "--resume", "auto")
-    assert result.returncode == 0 and "continuing" in result.stdout and only_run(tmp_path / "copy") == path
-    assert {value for _, value in scalars(path)["safety/lambda"]} == {0}
-    assert {value for _, value in scalars(path)["safety/violations"]} == {0}
-    assert scalars(path)["safety/total_cost"][-1][1] > 0, "counted all the same"
+    result = run_main(safety, *arguments, tmp_path / "stopped")
+    assert result.returncode == 0 and "continuing" in result.stdout
+    path = only_run(tmp_path / "stopped")
+    assert_same_end(path, only_run(tmp_path / "undisturbed"))
+    if more:
+        curves = scalars(path)
+        assert {value for name in ("lambda", "violations") for _, value in curves[f"safety/{name}"]} == {0}
+        assert curves["safety/total_cost"][-1][1] > 0, "counted all the same"
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    "arguments, expected",
+    "name, values",
     [
-        ("--cost-limit -1", "--cost-limit is -1.0, but must lie in [0, inf]"),
-        ("--cost-limit nan", "--cost-limit is nan"),
-        ("--cost-limit=-inf", "--cost-limit is -inf"),
-        ("--kappa 1.01", "--kappa is 1.01, but must lie in [0, 1]"),
-        ("--kappa -0.1", "--kappa is -0.1, but must lie in [0, 1]"),
-        ("--kappa inf", "--kappa is inf"),
-        ("--beta-cost -1", "--beta-cost is -1.0"),
-        ("--beta-cost inf", "--beta-cost is inf"),
-        ("--gamma-cost 1.1", "--gamma-cost is 1.1, but must lie in [0, 1]"),
-        ("--lambda-kp -1", "--lambda-kp is -1.0"),
-        ("--lambda-ki inf", "--lambda-ki is inf"),
-        ("--lambda-kd -0.5", "--lambda-kd is -0.5"),
-        ("--env-id FreeWalk-v0", '--env-id FreeWalk-v0 reports no cost: its step() gives neither info["cost"] nor six values'),
-        ("--env-id Pendulum-v1", "--env-id Pendulum-v1 reports no cost"),
-        ("--env-id CartPole-v1", "--env-id CartPole-v1 has no continuous actions within bounds"),
-        ("--env-id SafetyHalfCheetahVelocity-v0", "did you mean SafetyHalfCheetahVelocity-v1?"),
-        ("--env-id hopper-hop", "--env-id hopper-hop is no environment"),
-        ("--env-id nowhere:Walk-v0", "--env-id nowhere:Walk-v0 does not start: No module named 'nowhere'"),
+        ("cost_limit", (-1.0, math.nan, -math.inf)), ("kappa", (1.01, -0.1, math.inf)), ("gamma_cost", (1.1, -0.1, math.nan)),
+        ("beta_cost", (-1.0, math.inf)), ("lambda_kp", (-1.0, math.inf)), ("lambda_ki", (-1e-9, math.inf)),
+        ("lambda_kd", (-0.5, math.nan)),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(safety, name, values):
+    for value in values:
+        with pytest.raises(ValidationError, match=f"1 validation error for Args\n{name}\n"):
+            safety.Args(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "env_id, expected",
+    [
+        ("FreeWalk-v0", 'FreeWalk-v0 reports no cost: its step() gives neither info["cost"] nor six values'),
+        ("Pendulum-v1", "Pendulum-v1 reports no cost"),
+        ("CartPole-v1", "CartPole-v1 has no continuous actions within bounds"),
+        ("SafetyHalfCheetahVelocity-v0", "did you mean SafetyHalfCheetahVelocity-v1?"),
+        ("hopper-hop", "--env-id hopper-hop is no environment"),
+        ("nowhere:Walk-v0", "--env-id nowhere:Walk-v0 does not start: No module named 'nowhere'"),
     ],
 )
-def test_bad_arguments_are_refused(safety, tmp_path, monkeypatch, arguments, expected):
+def test_environments_that_cannot_be_used_are_refused(safety, tmp_path, monkeypatch, env_id, expected):
     """One line that says what is wrong, exit code 2, and nothing is created."""
     monkeypatch.chdir(tmp_path)
-    result = run_main(safety, *WALK, *arguments.split())
+    result = run_main(safety, *WALK, "--env-id", env_id)
     assert expected in error_line(result, code=2) and result.stderr.count("\n") == 1 and not result.stdout
     assert not list(tmp_path.iterdir())
 
@@ -661,14 +603,13 @@ def test_a_package_that_is_missing(safety, monkeypatch):
     monkeypatch.setattr(
         safety.importlib.util, "find_spec", lambda name, *more: None if name == "gymnasium_robotics" else find_spec(name, *more)
     )
-    line = error_line(run_main(safety, "--env-id", MAZE, "--check-only"), code=2)
-    assert line.endswith("pip install gymnasium-robotics")
-    assert run_main(safety, "--env-id", CHEETAH, "--check-only").returncode == 0
+    assert error_line(run_main(safety, "--env-id", MAZE), code=2).endswith("pip install gymnasium-robotics")
+    safety.check_args(safety.Args(env_id=CHEETAH))
 
 
-@pytest.mark.parametrize("arguments", ["", f"--env-id {MAZE}", "--cost-limit inf", "--cost-limit 0 --kappa 0 --gamma-cost 1"])
-def test_good_arguments_are_accepted(safety, tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    result = run_main(safety, "--check-only", *arguments.split())
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "arguments", ["", f"--env-id {MAZE}", "--cost-limit inf", "--cost-limit 0 --kappa 0 --gamma-cost 1 --lambda-kp 0"]
+)
+def test_good_arguments_are_accepted(safety, arguments, capsys):
+    safety.check_args(tyro.cli(safety.Args, args=arguments.split()))
+    assert capsys.readouterr().err == ""
