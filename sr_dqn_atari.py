@@ -899,7 +899,7 @@ def state_of(part, where: str = "parts"):
         return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         return torch.from_numpy(part)
-    if type(part) in (list, tuple):
+    if type(part) in (list, tuple, set):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
         return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
@@ -914,7 +914,7 @@ def value_of(state):
     """A plain value as it was: in a checkpoint its arrays are tensors."""
     if isinstance(state, torch.Tensor):
         return state.numpy().copy()
-    if isinstance(state, (list, tuple)):
+    if isinstance(state, (list, tuple, set)):
         return type(state)(map(value_of, state))
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
@@ -1216,6 +1216,8 @@ class Run:
             if content["versions"] != self.versions:
                 written, here = content["versions"].items(), self.versions.items()
                 raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
+            for env in self.parts["envs"]:
+                env.reset()  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")

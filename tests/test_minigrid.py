@@ -269,5 +269,5 @@ def test_an_environment_that_does_not_repeat_itself_is_noticed(script):
     state = script.state_of(env)
     fresh = make(script, "CartPole-v1")
     fresh.unwrapped.gravity = 9.9
-    with pytest.raises(script.RunError, match="its 3 steps were played again"):
+    with pytest.raises(ValueError, match="its 3 steps were played again"):
         script.restored(fresh, state)
