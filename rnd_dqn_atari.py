@@ -1221,7 +1221,8 @@ def state_of(part, where: str = "parts"):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
         return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
-    if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
+    plain = hasattr(part, "__dict__") and type(part).__basicsize__ <= types.SimpleNamespace.__basicsize__  # nothing behind it
+    if not (plain or hasattr(part, "KEPT")) or isinstance(part, enum.Enum):
         fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
              "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
     names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
@@ -1535,7 +1536,7 @@ class Run:
                 written, here = content["versions"].items(), self.versions.items()
                 raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
             for env in self.parts["envs"]:
-                env.reset()  # what an environment makes only now is restored in place, too
+                env.reset(seed=0)  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")
