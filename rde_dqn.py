@@ -998,12 +998,12 @@ def state_of(part, where: str = "parts"):
     for kind, (state, _) in KINDS.items():
         if isinstance(part, kind):
             return state(part)
+    if isinstance(part, np.generic):
+        part = part.item()
     if part is None or type(part) in (bool, int, float, str, bytes):
         return part
-    if isinstance(part, np.generic):
-        return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-        return torch.from_numpy(part)
+        return torch.from_numpy(np.asarray(part, order="C"))  # a copy only if its memory runs backwards or across
     if type(part) in (list, tuple, set):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
