@@ -997,18 +997,19 @@ def state_of(part, where: str = "parts"):
     for kind, (state, _) in KINDS.items():
         if isinstance(part, kind):
             return state(part)
-    if isinstance(part, np.generic):
-        part = part.item()
     if part is None or type(part) in (bool, int, float, str, bytes):
         return part
+    if isinstance(part, np.generic) and part.dtype.kind in "biufSU":
+        return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         return torch.from_numpy(np.asarray(part, order="C"))  # a copy only if its memory runs backwards or across
     if type(part) in (list, tuple, set):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
         return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
-    plain = hasattr(part, "__dict__") and type(part).__basicsize__ <= types.SimpleNamespace.__basicsize__  # nothing behind it
-    if not (plain or hasattr(part, "KEPT")) or isinstance(part, enum.Enum):
+    # Of a class that is written in C the attributes are not all: random.Random, OrderedDict, a file.
+    has_more = type(part).__basicsize__ > Run.__basicsize__ and not hasattr(part, "KEPT")
+    if not hasattr(part, "__dict__") or has_more or isinstance(part, enum.Enum):
         fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
              "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
     names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
@@ -1024,6 +1025,12 @@ def value_of(state):
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
 
+def holds_objects(value) -> bool:
+    """Whether there is something in a container that has to be restored in place."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(holds_objects(item) or isinstance(item, tuple(KINDS)) or hasattr(item, "__dict__") for item in items)
+
+
 def restored(part, state):
     """The part as it was kept: the same object, in place (captured CUDA graphs hold addresses), or a plain value."""
     for kind, (_, restore) in KINDS.items():
@@ -1032,9 +1039,13 @@ def restored(part, state):
             return part
     if isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
         part[...] = state.numpy()
-    elif isinstance(part, list) and part and hasattr(part[0], "__dict__"):
-        for item, item_state in zip(part, state, strict=True):
-            restored(item, item_state)
+    elif isinstance(part, tuple) and holds_objects(part):
+        return tuple(restored(list(part), list(state)))
+    elif holds_objects(part):
+        if len(part) != len(state):
+            raise ValueError(f"{len(state)} objects were kept, and {len(part)} are here")
+        for name in part if isinstance(part, dict) else range(len(part)):
+            part[name] = restored(part[name], state[name])
     elif hasattr(part, "__dict__"):
         for name in getattr(part, "KEPT", state):
             attribute = getattr(part, name, None)
@@ -1330,7 +1341,8 @@ class Run:
                 if (self.path / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
         except Exception as error:  # a flipped bit can have any consequence
-            fail(f"the run cannot go on from {path}: {type(error).__name__}: {str(error).partition('. ')[0]}", code=1)
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {reason}", code=1)
         torch.set_num_threads(self.num_threads)
         for name, size in self.csv_sizes.items():
             os.truncate(self.path / name, size)

@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
 BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
 DIFFS = {new: (old, diff) for old, new, diff in BLOCKS}
 # One reset, after 10 gradient steps, at step 300.
-QUICK_ATARI = [*QUICK, *"--total-timesteps 340 --reset-interval 20 --eval-interval 0 --eval-episodes 1".split()]
+QUICK_ATARI = [*QUICK, *"--total-timesteps 340 --num-agents 1 --reset-interval 10 --eval-interval 0 --eval-episodes 1".split()]
 
 
 def changed(text: str, diff: str) -> str:
@@ -139,8 +139,7 @@ def test_encoder(tmp_path, monkeypatch):
         untrained(torch.rand(2, 4, 84, 84))
     channels = [16] * 4 + [32] * 9
     assert [seen.shape[1] for seen in activations.seen] == [*channels, 512]
-    points = scalars(path)
-    assert all(0 < value <= 1 for _, value in points["plasticity/active_units"])
+    assert all(0 < value < 1 for _, value in scalars(path)["plasticity/active_units_0"])
 
 
 def test_rule_of_resets(tmp_path, monkeypatch):
