@@ -10,7 +10,6 @@ import copy
 import csv
 import functools
 import importlib.util
-import os
 import pathlib
 import signal
 
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from conftest import ROOT, load_script, put_environments
+from conftest import ROOT, load_script, put_environments, restored_signal_handlers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NOT_FROM_CUDA = {"numpy", "__array__"}
@@ -274,10 +273,8 @@ SCRIPTS = {
 
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with restored_signal_handlers():
+        yield
 
 
 def with_short_episodes(script):
@@ -286,8 +283,8 @@ def with_short_episodes(script):
     if hasattr(script, "AtariGame"):
         return functools.partial(make_env, max_num_frames_per_episode=4 * 30 + 30)
 
-    def make_short_env(*args):
-        env = make_env(*args)
+    def make_short_env(*args, **options):
+        env = make_env(*args, **options)
         if hasattr(script, "DeepMindControl"):
             env.unwrapped.env._step_limit = 30
         if hasattr(script, "ConstrainedTask"):
@@ -306,7 +303,7 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
         count_step(run)
         runs.append(run)
         if run.global_step == stop_at:
-            run.stop.received = signal.SIGTERM
+            run.stopped_by = signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         put_environments(monkeypatch, script, with_short_episodes(script))
@@ -316,9 +313,9 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
         else:
             with pytest.raises(SystemExit):
                 script.train(args)
-            os.close(runs[-1].lock)
-            script.train(args, runs[-1].path)
-        os.close(runs[-1].lock)
+            runs[-1].lock.close()
+            script.train(args)
+        runs[-1].lock.close()
     path, tables = pathlib.Path(runs[-1].path), []
     for name in ("episodes.csv", "evaluations.csv"):
         with open(path / name, newline="") as file:
