@@ -22,8 +22,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import rde_dqn_atari as rde  # isort: skip  (first: it says how threads wait, before PyTorch is imported)
 import rde_dqn as mlp  # isort: skip
@@ -37,12 +36,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 
+Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
-@dataclass
+
+@dataclass(config={"allow_inf_nan": False})
 class Args:
     env_id: str = "AlienNoFrameskip-v4"
     """the game, as <Game>NoFrameskip-v4"""
@@ -50,19 +53,19 @@ class Args:
     """the task of the DeepMind Control Suite, as domain-task"""
     suites: tuple[Literal["atari", "dmc", "safety", "minigrid"], ...] = ("atari", "dmc", "safety", "minigrid")
     """what is measured: DQN, RND and DrQ on the game; SAC on the task; SAC with costs; DQN on MiniGrid"""
-    hidden_dim: int = 256
+    hidden_dim: PositiveInt = 256
     """SAC: width of the hidden layers"""
-    batch_size: int = 256
-    """SAC: transitions in a mini-batch"""
-    rounds: int = 5
+    batch_size: Annotated[int, Field(gt=0, le=500)] = 256
+    """SAC: transitions in a mini-batch, at most the 500 that the loops begin with"""
+    rounds: PositiveInt = 5
     """how often every row is measured"""
-    seconds: float = 2.0
+    seconds: PositiveFloat = 2.0
     """how long a row is measured in a round, about"""
-    num_agents: tuple[int, ...] = (1, 2, 4, 8)
+    num_agents: Counts = (1, 2, 4, 8)
     """ensemble sizes of DQN"""
-    num_sac_agents: tuple[int, ...] = (1, 2, 5, 10)
+    num_sac_agents: Counts = (1, 2, 5, 10)
     """ensemble sizes of SAC"""
-    replay_ratios: tuple[int, ...] = (1, 2, 4)
+    replay_ratios: Counts = (1, 2, 4)
     """gradient steps per environment step"""
     cuda: bool = True
     """measure on the GPU if there is one"""
@@ -497,19 +500,8 @@ CEILINGS = {"atari": ATARI_CEILING, "dmc": DMC_CEILING, "safety": None, "minigri
 
 
 def check_args(args: Args) -> None:
-    for name in ("rounds", "seconds", "batch_size", "num_agents", "num_sac_agents", "replay_ratios"):
-        values = getattr(args, name) if isinstance(getattr(args, name), tuple) else (getattr(args, name),)
-        if not values or not all(value > 0 and math.isfinite(value) for value in values):
-            rde.fail(f"--{name.replace('_', '-')} must be positive")
-    if args.batch_size > 500:
-        rde.fail(f"--batch-size {args.batch_size} is more than the 500 transitions that the loops begin with")
-    for num_agents in args.num_agents:
-        for ratio in args.replay_ratios:
-            rde.check_args(rde.Args(env_id=args.env_id, num_agents=num_agents, replay_ratio=ratio, cuda=args.cuda,
-                                    buffer_size=10_000))  # fmt: skip
-    for num_agents in args.num_sac_agents:
-        sac.check_args(sac.Args(env_id=args.task, num_agents=num_agents, hidden_dim=args.hidden_dim, cuda=args.cuda,
-                                buffer_size=10_000))  # fmt: skip
+    rde.check_args(rde.Args(env_id=args.env_id))
+    sac.check_args(sac.Args(env_id=args.task))
     if args.csv:
         try:
             open(args.csv, "a").close()

@@ -1,4 +1,4 @@
-"""Plays what a run has learned: its scores, a video, or a window.
+r"""Plays what a run has learned: its scores, a video, or a window.
 
     python play.py runs/LunarLander-v3__rde_dqn__1__0a1b2c3d --episodes 5
     python play.py runs/LunarLander-v3__rde_dqn__1__0a1b2c3d --video videos --show-choice
@@ -6,7 +6,11 @@
 Environment, network and policy come from the script that args.json names, as it lies beside this
 program; or, with --run-script, as it lies in the run folder. Nothing of the run is changed. Of an
 ensemble one member can play alone (--agent 0), or each in turn beside the ensemble (--agent all):
-what the composition is worth.
+what the composition is worth. What a reset costs, and what another rule of choice would make of it:
+
+    python play.py results/lunar_lander --reset oldest --fresh-seeds 12 --episodes 20
+    python play.py results/lunar_lander --reset oldest --fresh-seeds 12 --episodes 20 \
+        --selection advantage --beta 5
 """
 
 import csv
@@ -21,6 +25,7 @@ import signal
 import sys
 import zipfile
 from dataclasses import dataclass
+from typing import Literal
 
 # Threads that wait for each other by spinning are 12 to 80 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
@@ -57,6 +62,14 @@ class Options:
     """write under the picture who acts, and what the judge thinks of each proposal (ensembles only)"""
     like_evaluation: bool = False
     """play the run's own evaluation at the step of the weights again (its seeds, its --eval-episodes): scores only"""
+    selection: Literal["value", "advantage"] | None = None
+    """the rule by which an ensemble chooses who acts; without it: the run's --selection"""
+    beta: float | None = None
+    """the rule's beta; without it: the run's --beta, or with --selection the default of the rule"""
+    reset: Literal["none", "oldest"] = "none"
+    """oldest = play the ensemble as it would be right after its next reset, the episodes side by side: scores only"""
+    fresh_seeds: int = 1
+    """with --reset: so many freshly drawn networks, one after another; one alone says little"""
     scripts_dir: str = os.path.dirname(os.path.abspath(__file__))
     """the folder in which the script of the run lies"""
     run_script: bool = False
@@ -103,8 +116,9 @@ def import_script(folder: str, options: Options):
     if missing := [part for part in API if not hasattr(script, part)]:
         fail(f"{path} is not a script that can be played: it has no {', '.join(missing)}")
     if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
-        own = "; --run-script plays the run's own" if os.path.isfile(os.path.join(folder, name)) and not options.run_script else ""
-        print(f"warning: {path} is not the text that made the run; it is played as it is{own}", file=sys.stderr)
+        has_own = not options.run_script and os.path.isfile(os.path.join(folder, name))
+        hint = "; --run-script plays with the run's own text" if has_own else ""
+        print(f"warning: {path} is not the text that made the run, and is played as it is{hint}", file=sys.stderr)
     try:
         return script, script.Args(**saved)
     except (TypeError, ValueError) as error:
@@ -161,7 +175,7 @@ class Composition:
     """
 
     def __init__(self, script, agent):
-        self.agent, self.member, self.acting = agent, None, None
+        self.agent, self.member, self.acting, self.counts = agent, None, None, 0
         self.num_agents = getattr(agent.args, "num_agents", 1)
         if (name := selection_function(script, agent.args)) is None:
             return
@@ -179,7 +193,9 @@ class Composition:
 
         def acted(*arguments, **options):
             result = act(*arguments, **options)  # discrete actions: (2, batch); continuous: (batch, action_dim + 1)
-            self.acting = int(result[0, -1] if result.is_floating_point() else result[1, 0])
+            acting = result[:, -1] if result.is_floating_point() else result[1]  # (batch,)
+            self.acting = int(acting[0])
+            self.counts = self.counts + torch.bincount(acting.long(), minlength=self.num_agents)
             return result
 
         setattr(script, name, selected)
@@ -259,6 +275,22 @@ def play_in_turn(script, policy, generator: torch.Generator, env: gym.Env, optio
     return episodes
 
 
+def play_after_resets(script, policy, generator, agent, file: str, envs: list[gym.Env], options: Options, composition) -> None:
+    """What the ensemble scores right after its oldest agent is reset, for one fresh network after another."""
+    means, fractions = [], []
+    for seed in range(options.fresh_seeds):
+        load_weights(agent, file)
+        torch.manual_seed(script.derive_seed(seed, script.INITIALISATION))
+        fresh, composition.counts = agent.reset(), 0
+        returns = [episode["r"] for episode in play(script, policy, generator, envs, options.seed, 0, lambda env: None)]
+        means.append(np.mean(returns))
+        fractions.append((composition.counts[fresh] / composition.counts.sum()).item())
+        print(f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}")
+    error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.2f} (standard error)" if len(means) > 1 else ""
+    print(f"{len(means)} fresh network(s), {len(envs)} episode(s) each: return {np.mean(means):.4g}{error}, "
+          f"the fresh agent acts in {np.mean(fractions):.0%}")  # fmt: skip
+
+
 def last_step(folder: str) -> int:
     """The step of the run's final evaluation."""
     try:
@@ -284,6 +316,10 @@ def check_options(options: Options) -> None:
         fail("--video and --window exclude each other")
     if options.episodes < 1 or options.seed < 0:
         fail(f"--episodes {options.episodes} --seed {options.seed}: there must be at least 1 episode, and no negative seed")
+    if options.fresh_seeds < 1 or (options.beta is not None and not options.beta >= 0):
+        fail(f"--fresh-seeds {options.fresh_seeds} --beta {options.beta}: there must be at least 1 network, and no negative beta")
+    if options.reset != "none" and (options.video or options.window or options.like_evaluation or options.agent != "ensemble"):
+        fail("--reset plays the whole ensemble, and scores only; leave out --video, --window, --like-evaluation and --agent")
     if options.epsilon is not None and not 0 <= options.epsilon <= 1:
         fail(f"--epsilon is {options.epsilon}, but must lie in [0, 1]")
     if options.show_choice and not (options.video or options.window):
@@ -316,6 +352,12 @@ def main() -> None:
              f"--agent is {options.agent}, but the run has one agent alone")  # fmt: skip
     if options.show_choice and not members:
         fail("--show-choice: the run has one agent alone, and nothing is chosen")
+    if (options.selection or options.beta is not None or options.reset != "none") and not members:
+        fail("--selection, --beta, --reset: the run has one agent alone, and nothing is chosen")
+    if options.selection:
+        args = dataclasses.replace(args, selection=options.selection, beta=None)
+    if options.beta is not None:
+        args = dataclasses.replace(args, beta=options.beta)
     script.check_environment(dataclasses.replace(args, capture_video=visible))
     env = script.make_env(args, render=visible)
     if options.epsilon is not None:
@@ -339,6 +381,10 @@ def main() -> None:
     epsilon = f", epsilon {args.eval_epsilon:g}" if hasattr(args, "eval_epsilon") else ""
     judge = f"; agent {agent.oldest.item()} of {len(members)} judges" if members else ""
     print(f"{args.env_id}, {script.SCRIPT}, {os.path.relpath(file, folder)}{epsilon}{judge}")
+    if options.reset != "none":
+        envs = [script.make_env(args) for _ in range(options.episodes)]
+        play_after_resets(script, policy, generator, agent, file, envs, options, composition)
+        return
     table = {}
     for player in ["ensemble", *members] if options.agent == "all" else [options.agent]:
         composition.member = int(player) if player in members else None

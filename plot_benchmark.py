@@ -1,16 +1,19 @@
-"""The table and the pictures of a study: reads run folders, writes CSV, Markdown and pictures.
+"""The table and the pictures of a study: reads run folders, writes Markdown, CSV files and pictures.
 
-    python plot_benchmark.py --runs-dir runs/benchmark
+    python plot_benchmark.py                                  # of runs/benchmark, into runs/benchmark/results
+    python plot_benchmark.py runs/mine runs/yours --out-dir comparison
+    python plot_benchmark.py results/minigrid/runs.tar.xz     # of an archive of run folders, into its folder
 
-writes into --out-dir table.md, results.csv (a row for every evaluation), training_games.csv, and the pictures: of every game
-learning_curves (evaluations), training_games; where logged, success_curves, cost_curves, cost_evaluations; over games (interquartile
-means) aggregate_curves, aggregate_training_games, performance_profiles; of resets collapse and collapse_training_games.
+writes table.md, of which a part is printed; of run folders results.csv (a row for every evaluation) and training_games.csv; and
+the pictures learning_curves (evaluations), training_games, over games (interquartile means) aggregate_curves and
+aggregate_training_games, and of resets collapse and collapse_training_games.
 
-Only finished runs count (they have model.pt and a complete "final" evaluation); every other folder is named, with the reason.
-All is computed from one table with a row for every game that was played (read_games). The statistics are those of Agarwal et
-al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files.
+A run counts if its final evaluation is complete; every other folder is named, with the reason. Where all runs of a game log
+success, that is what is compared there, in every table and picture, else the score. The statistics are those of Agarwal et al.,
+"Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, by rliable. The same runs give the same files.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -19,26 +22,33 @@ import os
 import pathlib
 import re
 import sys
-import urllib.parse
+import tarfile
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
+os.environ["MPLBACKEND"] = "agg"  # only files are written, and a notebook hands on a backend of its own
+
+import matplotlib
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rliable import library, metrics
 from scipy import stats
 
 
 @dataclass
 class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """run folders, folders of them, archives (runs.tar.xz) or a results.csv that this program wrote; without any, --runs-dir"""
     runs_dir: str = "runs/benchmark"
-    """the folder of the run folders; those in its subfolders are read as well"""
+    """the folder of the run folders, if none are named; those in its subfolders are read as well"""
     out_dir: str | None = None
-    """where the files are written; by default the subfolder results of --runs-dir"""
+    """where the files are written; by default the subfolder results of the first folder, or the folder of the first archive"""
+    pictures: tuple[str, ...] = ()
+    """the pictures that are drawn, by default all for which there is something"""
     references: str | None = None
     """a CSV file of published scores (columns game, method, score), listed and (over games) drawn beside training games"""
     merge_versions: bool = False
@@ -46,9 +56,7 @@ class Args:
     reset_window: int = 2_000
     """environment steps before and after a reset whose training games are compared"""
     bootstrap_samples: int = 2_000
-    """samples of the stratified bootstrap behind every interval, at most 100,000"""
-    seed: int = 0
-    """seed of the bootstrap"""
+    """samples of the bootstrap behind every interval"""
 
 
 def fail(message: str) -> None:
@@ -70,16 +78,27 @@ RANDOM_AND_HUMAN_SCORES = {
     "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
 }  # fmt: skip
 
+ATARI_SUFFIX = "NoFrameskip-v4"
 # Suites: scores are averaged over games only within one, on its own scale.
-ATARI, DMC = "Atari, human-normalized score", "DeepMind Control, score / 1,000"
+ATARI, DMC = "human-normalized", "score / 1,000"
 
 
 def game_name(env_id: str) -> str:
-    return env_id.removesuffix("NoFrameskip-v4")
+    return env_id.removesuffix(ATARI_SUFFIX)
+
+
+def short_names(env_ids) -> dict[str, str]:
+    """Names without what all of them have in common: MiniGrid-LavaGapS5-v0 is LavaGapS5 among its like."""
+    names = {env_id: game_name(env_id) for env_id in env_ids}
+    for part in ("^MiniGrid-", "^MinAtar/", "^Safety", r"-v\d+$"):
+        shorter = {env_id: re.sub(part, "", name) for env_id, name in names.items()}
+        if all(shorter[env_id] != names[env_id] for env_id in names) and len(set(shorter.values())) == len(names):
+            names = shorter
+    return names
 
 
 def suite_of(env_id: str) -> str | None:
-    """Atari-100k, DeepMind Control (domain-task, without a version), or None: no common scale."""
+    """The scale of Atari-100k, of DeepMind Control (domain-task, without a version), or None: no common scale."""
     if game_name(env_id) in RANDOM_AND_HUMAN_SCORES:
         return ATARI
     return DMC if re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id) else None
@@ -91,165 +110,198 @@ def normalized_score(env_id: str, score):
     return (score - random_score) / (human_score - random_score)
 
 
+# ------------------------------------------------------------------------------------------------------------- methods
+
+# An --exp-name begins with the name of a script, or of one of its methods, and goes on with the options that make a variant.
+FAMILIES = {"dqn": "DQN", "dqn_atari": "DQN", "sac": "SAC", "sac_dmc": "SAC", "sac_lag": "SAC-Lag", "sac_safety": "SAC-Lag",
+            "rnd_dqn": "RND-DQN", "rnd_dqn_atari": "RND-DQN", "drq": "DrQ", "drq_atari": "DrQ"}  # fmt: skip
+DEFAULT_BETA = {"value": 50, "advantage": 5}
+# The prefix and the rule in a method's name, in the order of tables and legends, and how it looks in every picture:
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+LOOKS = {
+    ("", ""): ("#0072B2", "-"),
+    ("SR+", ""): ("#D55E00", (0, (5, 1.5))),
+    ("RDE+", " value"): ("#007F5F", (0, (6, 1.5, 1.5, 1.5))),
+    ("RDE+", " advantage"): ("#A8487F", "-"),
+    ("RDE+", " oldest alone"): ("#000000", (0, (2, 1.2))),
+    ("Ensemble+", ""): ("#8C6D1F", (0, (4, 1, 1, 1, 1, 1))),
+}
+SPARE_LOOKS = [("#B37400", "-"), ("#56B4E9", (0, (5, 1.5))), ("#6A51A3", (0, (2, 1.2))), ("#777777", "-")]
+NAME = re.compile(rf"(SR\+|RDE\+|Ensemble\+|)(?:{'|'.join(FAMILIES.values())})( value| advantage| oldest alone|)(?![\w-])")
+
+
+def method_name(args: dict) -> str:
+    """DQN, SR+DQN, RDE+SAC-Lag value kappa 1: by what the arguments do. Any other --exp-name is a method of that name."""
+    name = re.sub("^(sr|rde)_", "", args["exp_name"])
+    family = max((family for family in FAMILIES if f"{name}_".startswith(f"{family}_")), key=len, default=None)
+    if family is None:
+        return args["exp_name"]
+    options = name.removeprefix(family)
+    # What the name says anyway.
+    options = re.sub(r"_(selection_[a-z]+|beta_[^_]+|num-agents_1|reset-interval_0)(?=_|$)", "", options).replace("_", " ")
+    if args["num_agents"] == 1:
+        return ("SR+" if args["reset_interval"] else "") + FAMILIES[family] + options
+    if not args["reset_interval"]:
+        return "Ensemble+" + FAMILIES[family] + options
+    rule, beta = args["selection"], args["beta"]
+    if rule == "value" and beta >= 1e6:  # the best value alone counts, which is the oldest agent's own proposal
+        return f"RDE+{FAMILIES[family]} oldest alone{options}"
+    return f"RDE+{FAMILIES[family]} {rule}{options}" + (f" β = {beta:g}" if beta != DEFAULT_BETA.get(rule) else "")
+
+
+def rank_of(method: str) -> int:
+    """Place in LOOKS; methods with names of their own come last."""
+    match = NAME.match(method)
+    return [*LOOKS].index(match.groups()) if match and match.groups() in LOOKS else len(LOOKS)
+
+
+def in_order(methods) -> list[str]:
+    return sorted(set(methods), key=lambda method: (rank_of(method), method.split("@")))
+
+
+def looks_of(methods) -> dict[str, tuple]:
+    """Colour and dash of every method of a study. Of several variants of one the first, the plain one, has its look."""
+    looks, spare = {}, itertools.cycle(SPARE_LOOKS)
+    for method in in_order(methods):
+        own = [*LOOKS.values(), None][rank_of(method)]
+        looks[method] = next(spare) if own is None or own in looks.values() else own
+    return looks
+
+
 # ------------------------------------------------------------------------------------------------- from folders to games
 
 GROUP = ["env_id", "replay_ratio", "method"]  # the columns that the seeds of a method share
 RUN = [*GROUP, "seed", "run"]
-RUN_FOLDER = re.compile(r".+__.+__-?\d+__\d{8}-\d{6}")  # <env_id>__<exp_name>__<seed>__<start time>
-# Scripts and methods of benchmark.sh. A method with options of its own has an --exp-name that goes on with them.
-BASES = {"dqn": "DQN", "dqn_atari": "DQN", "sac": "SAC", "sac_dmc": "SAC", "sac_lag": "SAC-Lag",
-         "sac_safety": "SAC-Lag", "rnd_dqn": "RND-DQN", "rnd_dqn_atari": "RND-DQN", "drq": "DrQ",
-         "drq_atari": "DrQ"}  # fmt: skip
-PREFIXES = ["", "SR", "Ensemble", "RDE"]  # in the order of the tables
-# What may differ between the seeds of a method: it does not change what is computed.
-INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "allow_changed_script", "check_only", "checkpoint_interval",
-              "keep_models", "cuda", "cuda_graphs", "torch_deterministic", "track", "wandb_project_name", "wandb_entity",
-              "capture_video"}  # fmt: skip
-KINDS = {"env_id": [str], "exp_name": [str], "seed": [int], "replay_ratio": [int, float], "total_timesteps": [int],
-         "eval_episodes": [int], "reset_interval": [int], "num_agents": [int], "cost_limit": [int, float]}  # fmt: skip
-OPTIONAL = {"reset_interval": 0, "num_agents": 1, "cost_limit": math.inf}  # not every method has them
-EPISODE_COLUMNS = ["global_step", "episodic_return", "episodic_length", "wall_seconds"]
-KINDS_OF_COLUMNS = {"global_step": int, "episode": int, "episodic_return": float, "episodic_length": int, "wall_seconds": float,
-                    "phase": pd.CategoricalDtype(["scheduled", "before_reset", "after_reset", "final"]),
-                    "success": pd.CategoricalDtype([0.0, 1.0]), "cost": float}  # fmt: skip
+# What may differ between the seeds of a method: it does not change what is learned.
+INCIDENTAL = {"seed", "exp_name", "runs_dir", "checkpoint_interval", "keep_models", "cuda", "cuda_graphs", "torch_deterministic",
+              "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_interval"}  # fmt: skip
+OPTIONAL = {"reset_interval": 0, "num_agents": 1, "selection": "value", "cost_limit": math.inf}  # not every script has them
 
 
-def clean(text: str) -> str:
-    """What cannot be written in one line, or not at all (half a surrogate pair), as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def method_label(args: dict) -> str:
-    """DQN, SR+DQN, RDE+SAC-Lag kappa 1: by what the arguments do. Any other --exp-name is a method of that name."""
-    name = re.sub("^(sr|rde)_", "", args["exp_name"])
-    base = max((base for base in BASES if f"{name}_".startswith(f"{base}_")), key=len, default=None)
-    if base is None:
-        return args["exp_name"]
-    prefix = ("RDE+" if args["num_agents"] > 1 else "SR+") if args["reset_interval"] else "Ensemble+" * (args["num_agents"] > 1)
-    return prefix + BASES[base] + name.removeprefix(base).replace("_", " ")
-
-
-def rank_of(label: str) -> int:
-    """Place of a method's prefix in PREFIXES; the methods that are not those of the scripts as they are come last."""
-    prefix, _, base = label.partition("@")[0].rpartition("+")  # a version of the script stands after the @
-    return PREFIXES.index(prefix) if base in BASES.values() and prefix in PREFIXES else len(PREFIXES)
-
-
-def methods_of(rows: pd.DataFrame) -> list[str]:
-    return sorted(rows.method.unique(), key=lambda label: (rank_of(label), label))
-
-
-def read(folder: str, name: str, parse):
-    """`parse` of a file's text. Why a run folder is left out is a ValueError, here and in the functions below."""
-    path = pathlib.Path(folder, name)
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError(f"{name} is missing, or not a regular file")
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{name} is damaged: {clean(str(error))[:200]}") from None
-
-
-def parse_args(text: str) -> tuple[dict, str, str]:
-    """The arguments of a run, those of them that its seeds must have in common, and the version of its script."""
-    content = json.loads(text)
-    args = OPTIONAL | {name: value for name, value in content["args"].items() if value is not None}
-    version = clean(str(content.get("script_sha256") or "unknown"))[:7]
-    for name, kinds in KINDS.items():
-        value, most = args.get(name), math.inf if name == "cost_limit" else 1e18
-        if type(value) not in kinds or kinds != [str] and not abs(value) <= most:
-            raise ValueError(f"no {name}, or one of a wrong kind")
-    # Without resets it says nothing what they do, for one agent nothing is chosen.
-    idle = ["reset_depth", "shrink"] * (not args["reset_interval"]) + ["beta", "beta_cost", "kappa"] * (args["num_agents"] == 1)
-    settings = {name: str(value) for name, value in args.items() if name not in INCIDENTAL.union(idle)}
-    return args, json.dumps(settings, sort_keys=True), version
-
-
-def parse_rows(text: str, columns: list[str]) -> pd.DataFrame:
+def read_table(file: pathlib.Path, columns: list[str]) -> pd.DataFrame:
     """success and cost are NaN where the file does not have them."""
-    rows = pd.read_csv(io.StringIO(text), dtype=KINDS_OF_COLUMNS)
-    if [*rows] != [*columns, *rows.columns.intersection(["success", "cost"])] or rows.index.nlevels > 1:
-        raise ValueError(f"it does not begin with {','.join(columns)}")
-    too_large = (rows.select_dtypes("number").abs() > 1e15).any(axis=1)  # sums would overflow
-    wrong = rows.isna().any(axis=1) | too_large | (rows.global_step < 0)
-    wrong |= (rows.index == len(rows) - 1) & (not text.endswith("\n"))
-    if wrong.any():
-        raise ValueError(f"line {wrong.argmax() + 2} is cut off, or a value in it is not allowed")
-    return rows.reindex(columns=[*columns, "success", "cost"]).astype({"success": float})
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    text = file.read_text(encoding="utf-8")
+    rows = pd.read_csv(io.StringIO(text)).reindex(columns=[*columns, "success", "cost"])
+    numbers = [column for column in rows if column != "phase"]
+    rows[numbers] = rows[numbers].astype(float)  # text is an error
+    wrong = rows[columns].replace([math.inf, -math.inf], math.nan).isna().any(axis=1)
+    if wrong.any() or not text.endswith("\n"):
+        line = wrong.argmax() + 2 if wrong.any() else len(rows) + 1
+        raise ValueError(f"{file.name}: line {line} is cut off, or lacks one of {', '.join(columns)}")
+    return rows.rename(columns={"global_step": "step", "episodic_return": "score"})
 
 
-def parse_evaluations(text: str, num_episodes: int) -> pd.DataFrame:
-    """A row for every game of evaluations.csv; `evaluation` counts the evaluations."""
-    rows = parse_rows(text, ["global_step", "phase", "episode", "episodic_return"]).astype({"phase": str})
-    whole, own = len(rows) // num_episodes, rows[["global_step", "phase"]]
-    rows["evaluation"], place = np.divmod(np.arange(len(rows)), num_episodes)
-    first = own.groupby(rows.evaluation).transform("first")
-    before = first.shift(num_episodes)  # of the evaluation before
-    has_before = (first.global_step == before.global_step) & (before.phase == "before_reset")
-    wrong = (own != first).any(axis=1) | (rows.episode != place) | (first == before).all(axis=1)
-    wrong |= (first.global_step < before.global_step) | (first.phase == "after_reset") & ~has_before
-    wrong |= rows.evaluation == whole  # that is there only if it is incomplete
-    if wrong.any():
-        raise ValueError(f"line {wrong.argmax() + 2}: an evaluation is cut off, doubled, out of order, or misses before_reset")
-    return rows
+def read_run(folder: pathlib.Path, name: str) -> dict:
+    """A finished run: the columns RUN, what its seeds must share, and its games as a table. Else a ValueError says why not."""
+    content = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    args = OPTIONAL | {key: value for key, value in content["args"].items() if value is not None}
+    args = {"beta": DEFAULT_BETA.get(args["selection"], math.nan)} | args
+    num_episodes, total_timesteps = int(args["eval_episodes"]), int(args["total_timesteps"])
+    evaluations = read_table(folder / "evaluations.csv", ["global_step", "phase", "episodic_return"])
+    last = evaluations.tail(num_episodes)
+    if len(last) < num_episodes or (last.phase != "final").any() or last.step.min() < total_timesteps:
+        raise ValueError("not finished: there is no complete final evaluation")
+    evaluations["evaluation"] = np.arange(len(evaluations)) // num_episodes
+    if len(evaluations) % num_episodes or (evaluations.groupby("evaluation")[["step", "phase"]].nunique() > 1).any(axis=None):
+        raise ValueError(f"evaluations.csv: an evaluation does not have {num_episodes} episodes")
+    training = read_table(folder / "episodes.csv", ["global_step", "episodic_return"]).assign(phase="training", evaluation=-1)
+    games = pd.concat([rows for rows in (evaluations, training) if len(rows)], ignore_index=True)
+    games = games.assign(total_timesteps=total_timesteps, cost_limit=float(args["cost_limit"]))
+    idle = ["reset_depth", "shrink"] * (not args["reset_interval"])  # they have no effect
+    idle += ["selection", "beta", "beta_cost", "kappa"] * (args["num_agents"] == 1)
+    settings = {key: value for key, value in args.items() if key not in INCIDENTAL.union(idle)}
+    script = folder / str(content.get("script"))  # newer runs have its text, older ones its hash
+    version = hashlib.sha256(script.read_bytes()).hexdigest() if script.is_file() else content.get("script_sha256", "unknown")
+    identity = (args["env_id"], float(args["replay_ratio"]), method_name(args), args["seed"], name)
+    of_run = {"num_agents": args["num_agents"], "settings": settings, "version": version[:7], "games": games}
+    return dict(zip(RUN, identity)) | of_run
 
 
-def read_run(folder: str, name: str) -> dict:
-    """A finished run: the columns RUN, its settings and version, and its games as a table."""
-    args, settings, version = read(folder, "args.json", parse_args)
-    if not os.path.isfile(os.path.join(folder, "model.pt")):  # what the training scripts call finished
-        raise ValueError("not finished: there is no model.pt")
-    evaluations = read(folder, "evaluations.csv", lambda text: parse_evaluations(text, args["eval_episodes"]))
-    final = evaluations[evaluations.phase == "final"]
-    if set(final.evaluation) != {evaluations.evaluation.max()} or final.global_step.max() < args["total_timesteps"]:
-        raise ValueError("damaged: there is a model.pt, but no final evaluation at the end")
-    episodes = read(folder, "episodes.csv", lambda text: parse_rows(text, EPISODE_COLUMNS))
-    episodes = episodes.assign(phase="training", evaluation=-1)
-    games = pd.concat([rows for rows in (evaluations, episodes) if len(rows)], join="inner", ignore_index=True)
-    games = games.rename(columns={"global_step": "step", "episodic_return": "score"})
-    games = games.assign(total_timesteps=args["total_timesteps"], cost_limit=float(args["cost_limit"]))
-    identity = (clean(args["env_id"]), float(args["replay_ratio"]), clean(method_label(args)), args["seed"], name)
-    return dict(zip(RUN, identity)) | {"settings": settings, "version": version, "games": games}
+def read_results(file: pathlib.Path) -> list[dict]:
+    """The runs of a results.csv, in which an evaluation is one row, and of the training_games.csv beside it."""
+    evaluations, training = pd.read_csv(file), pd.read_csv(file.with_name("training_games.csv"))
+    evaluations = evaluations[evaluations.phase != "training"].assign(evaluation=lambda rows: np.arange(len(rows)))
+    training = training.rename(columns={"episodic_return": "score"}).assign(phase="training", evaluation=-1)
+    training = training.merge(evaluations[RUN].drop_duplicates(), on=RUN[:4])
+    rows, runs = pd.concat([evaluations, training]).rename(columns={"global_step": "step"}), []
+    for identity, games in rows.groupby(RUN, sort=False):
+        games = games.reindex(columns=["step", "phase", "evaluation", "score", "success", "cost"])
+        games = games.assign(total_timesteps=games.step.max(), cost_limit=math.inf)
+        run = dict(zip(RUN, identity)) | {"num_agents": 1, "settings": {}, "version": "unknown", "games": games}
+        run["method"] = re.sub(r"^(RDE\+[\w-]+)$", r"\1 value", run["method"])  # when there was one rule, it had no name
+        runs.append(run)
+    return runs
 
 
-def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
+def read_runs(paths: list[pathlib.Path]) -> tuple[list[dict], list[str]]:
+    """All finished runs, and a line for every folder that is left out."""
+    runs, left_out = [], []
+    for path in paths:
+        if path.suffix == ".csv":
+            runs += read_results(path)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            if path.is_dir():
+                folder = path
+            else:
+                with tarfile.open(path) as archive:
+                    archive.extractall(folder, filter="data")
+            for file in sorted(pathlib.Path(folder).rglob("args.json")):
+                name = os.path.relpath(file.parent, folder)
+                name = str(path / name) if len(paths) > 1 or name == "." else name
+                try:
+                    runs.append(read_run(file.parent, name))
+                except KeyError as error:
+                    left_out.append(f"{name}: args.json has no {error}")
+                except (OSError, ValueError, TypeError, AttributeError) as error:
+                    left_out.append(f"{name}: {error}")
+    return runs, left_out
+
+
+def other_arguments(runs: pd.DataFrame) -> pd.Series:
+    """Of every run in what it differs from most runs of its method, "" if in nothing: in arguments that both scripts have."""
+    as_text = runs.settings.map(lambda settings: json.dumps(settings, sort_keys=True))
+    usual = as_text.groupby([runs[name] for name in GROUP]).transform(lambda texts: Counter(texts).most_common(1)[0][0])
+    differences = []
+    for own, most in zip(runs.settings, usual.map(json.loads)):
+        names = [name for name in sorted(own.keys() & most.keys()) if own[name] != most[name]]
+        differences.append(", ".join(f"{name} {own[name]} instead of {most[name]}" for name in names))
+    return pd.Series(differences, runs.index)
+
+
+def read_games(paths: list[pathlib.Path], merge_versions: bool = False) -> tuple[pd.DataFrame, list[str], list[str]]:
     """The study as one table with a row for every game, a line for every folder that is left out, and notes.
 
-    Columns: RUN; total_timesteps, cost_limit; phase (of the evaluation, or "training"), evaluation (its number; -1: training),
-    step (in training: at the game's end), score, normalized (on its suite's scale), success, cost (NaN: not logged).
+    Columns: RUN; at (what is compared: runs of one replay ratio, or of one cost); total_timesteps, cost_limit; phase (of the
+    evaluation, or "training"), evaluation (its number; -1: training), step (in training: at the game's end); score, success,
+    cost (NaN: not logged); value (what is compared), measure (success or score), normalized (score on its suite's scale).
     """
-    runs, left_out, notes, seen = [], [], [], set()  # seen: folders, as links may lead in circles
-    for folder, subfolders, files in os.walk(runs_dir, followlinks=True):
-        subfolders.sort()
-        name, place = clean(os.path.relpath(folder, runs_dir)), os.path.realpath(folder)
-        is_run = {"args.json", "evaluations.csv"} & set(files) or RUN_FOLDER.fullmatch(os.path.basename(folder))
-        if is_run or place in seen:
-            subfolders.clear()
-        if is_run and place not in seen:
-            try:
-                runs.append(read_run(folder, name))
-            except ValueError as error:
-                left_out.append(f"{name}: {error}")
-        seen.add(place)
+    (runs, left_out), notes = read_runs(paths), []
     if not runs:
-        return pd.DataFrame(), sorted(left_out), []
+        return pd.DataFrame(), left_out, notes
     runs = pd.DataFrame(runs)
     for method, versions in runs.groupby("method").version.unique().items():
         if len(versions) > 1 and not merge_versions:
             runs.loc[runs.method == method, "method"] += "@" + runs.version
             notes.append(f"{method} is of different versions of the script: {', '.join(f'@{one}' for one in sorted(versions))}")
-    # The seeds of a method must have the same arguments. Of several sets of them the one with most runs is kept.
-    usual = runs.groupby(GROUP).settings.transform(lambda settings: Counter(settings).most_common(1)[0][0])
-    for run, settings in zip(runs[runs.settings != usual].itertuples(), usual[runs.settings != usual]):
-        own, most = json.loads(run.settings), json.loads(settings)
-        names = [name for name in sorted(own | most) if own.get(name) != most.get(name)]
-        differences = ", ".join(f"{name} {str(own.get(name))[:60]} instead of {str(most.get(name))[:60]}" for name in names)
-        left_out.append(f"{run.run}: other arguments than most runs of {run.method} there: {clean(differences)}")
-    runs = runs[runs.settings == usual].sort_values("run")
+    runs = runs.assign(other=other_arguments(runs)).sort_values("run")
+    left_out += [f"{run.run}: unlike most runs of {run.method}: {run.other}" for run in runs[runs.other != ""].itertuples()]
+    runs = runs[runs.other == ""]
     left_out += [f"{run}: another run of the same seed counts" for run in runs.run[runs.duplicated([*GROUP, "seed"])]]
-    runs = runs.drop_duplicates([*GROUP, "seed"]).assign(rank=runs.method.map(rank_of))
-    runs = runs.sort_values(["env_id", "replay_ratio", "rank", "method", "seed"])
-    games = pd.concat([run.games.assign(**run[RUN]) for _, run in runs.iterrows()], ignore_index=True)
+    runs = runs.drop_duplicates([*GROUP, "seed"])
+    runs = runs.assign(cost=runs.replay_ratio * runs.num_agents, rank=runs.method.map(rank_of))
+    # If for every ensemble there are single agents of the same cost, runs of one cost are compared, else of one replay ratio.
+    ensembles, single = runs[runs.num_agents > 1], runs[runs.num_agents == 1]
+    by_cost = len(ensembles) and set(zip(ensembles.env_id, ensembles.cost)) <= set(zip(single.env_id, single.cost))
+    title, column = ("replay ratio × agents = ", "cost") if by_cost else ("replay ratio ", "replay_ratio")
+    runs = runs.assign(at=title + runs[column].map("{:g}".format)).sort_values(["env_id", column, "rank", "method", "seed"])
+    games = pd.concat([run.games.assign(**run[[*RUN, "at"]]) for _, run in runs.iterrows()], ignore_index=True)
+    games = games.astype({name: float for name in ("step", "score", "success", "cost")})
+    with_success = games.success.notna().groupby(games.env_id).transform("all")
+    games["measure"] = np.where(with_success, "success", "score")
+    games["value"] = games.success.where(with_success, games.score)
     games["normalized"] = [normalized_score(env_id, score) for env_id, score in zip(games.env_id, games.score)]
     return games, sorted(left_out), notes
 
@@ -257,101 +309,120 @@ def read_games(runs_dir: str, merge_versions: bool = False) -> tuple[pd.DataFram
 # ------------------------------------------------------------------------------------------------ from games to numbers
 
 EVALUATIONS, TRAINING = "evaluations", "training games"
+COLUMNS = ["value", "score", "normalized", "success", "cost"]  # those that are averaged
 
 
 def evaluations_of(games: pd.DataFrame) -> pd.DataFrame:
-    """The means over the games. `different`: equal scores are one game played again, unless success is logged (new tasks)."""
+    """The means over the games. `different`: in an emulator without chance equal scores are one game, played again."""
     games = games[games.phase != "training"]
-    same = games.duplicated(["run", "evaluation", "score"]) & games.success.isna()
-    games = games.assign(different=games.score.mask(same))
-    by_evaluation = games.groupby([*RUN, "evaluation", "step", "phase"], sort=False)
-    means = by_evaluation[["score", "normalized", "success", "cost", "different"]].mean()
-    return means.assign(episodes=by_evaluation.size()).reset_index()
+    same = games.duplicated(["run", "evaluation", "score"]) & games.env_id.str.endswith(ATARI_SUFFIX)
+    games = games.assign(different=games.value.mask(same))
+    by_evaluation = games.groupby([*RUN, "at", "evaluation", "step", "phase"], sort=False)
+    return by_evaluation[[*COLUMNS, "different"]].mean().assign(episodes=by_evaluation.size()).reset_index()
 
 
 def points_of(games: pd.DataFrame, source: str) -> pd.DataFrame:
     """What curves are made of: evaluations, or at the twentieths of a run the means over the last tenth's training games."""
     if source == EVALUATIONS:
         return evaluations_of(games)
-    runs, training = games[[*RUN, "phase", "total_timesteps"]].drop_duplicates("run"), games[games.phase == "training"]
+    runs, training = games[[*RUN, "total_timesteps"]].drop_duplicates("run"), games[games.phase == "training"]
     twentieth = np.ceil(20 * training.step / training.total_timesteps)
     windows = pd.concat([training.assign(twentieth=twentieth), training.assign(twentieth=twentieth + 1)])
-    means = windows.groupby(["run", "twentieth"])[["score", "normalized", "success", "cost"]].mean()
+    means = windows.groupby(["run", "twentieth"])[COLUMNS].mean()
     points = runs.merge(pd.DataFrame({"twentieth": np.arange(1.0, 21)}), how="cross").join(means, on=["run", "twentieth"])
     return points.assign(phase="training", step=points.twentieth * points.total_timesteps / 20)
 
 
+def mean_over_run(evaluations: pd.DataFrame) -> float:
+    """The area under the curve of a run by its length: the number of evaluations at a place has no weight."""
+    length = evaluations.step.iloc[-1] - evaluations.step.iloc[0]
+    return np.trapezoid(evaluations.value, evaluations.step) / length if length else evaluations.value.iloc[-1]
+
+
 def runs_of(games: pd.DataFrame) -> pd.DataFrame:
-    """A row for every run: its scores, its success, its cost."""
-    evaluations, training = evaluations_of(games), games[games.phase == "training"]
-    curve = evaluations[evaluations.phase != "after_reset"].groupby(RUN, sort=False)
-    runs = curve[["score", "normalized", "success"]].last().assign(best=curve.score.max())  # the last is the final one
-    last = training[training.step > 0.8 * training.total_timesteps].groupby(RUN)  # the last fifth, with its exploration
-    runs = runs.assign(training=last.score.mean(), normalized_training=last.normalized.mean(), num_training=last.size())
-    runs["steps_to_success"] = evaluations[evaluations.success >= 0.9].groupby(RUN).step.min()  # NaN: not reached
-    training = training.assign(violation=training.cost > training.cost_limit).groupby(RUN)
+    """A row for every run: its value at the end, over the run and in training; its cost."""
+    evaluations = evaluations_of(games).groupby([*RUN, "at"], sort=False)
+    runs = evaluations[["value", "normalized"]].last()  # the last evaluation is the final one
+    runs["whole_run"] = evaluations[["step", "value"]].apply(mean_over_run)
+    training = games[games.phase == "training"]
+    last = training[training.step > 0.8 * training.total_timesteps].groupby([*RUN, "at"])  # the last fifth
+    runs["training"], runs["normalized_training"] = last.value.mean(), last.normalized.mean()
+    training = training.assign(violation=training.cost > training.cost_limit).groupby([*RUN, "at"])
     runs = runs.assign(total_cost=training.cost.sum(min_count=1), violations=training.violation.sum(), games=training.size())
-    return runs.join(games.groupby(RUN)[["total_timesteps", "cost_limit"]].first()).reset_index()
+    return runs.join(games.groupby([*RUN, "at"])[["cost_limit", "measure"]].first()).reset_index()
 
 
 def resets_of(games: pd.DataFrame, window: int) -> pd.DataFrame:
-    """A row for every reset: mean score and cost right before and right after it, in columns with _before and _after.
+    """Two rows for every reset: mean value and cost right before and after it in its two evaluations, and in training games.
 
-    different, cost: of its two evaluations; training_*: of the training games that ended at most `window` steps away.
+    Training games are those that ended at most `window` steps away; NaN where there are none.
     """
     evaluations, training = evaluations_of(games), games[games.phase == "training"]
-    of_evaluation = evaluations[["different", "cost"]]
-    resets = evaluations[RUN + ["step"]].join([of_evaluation.shift().add_suffix("_before"), of_evaluation.add_suffix("_after")])
-    resets = resets[evaluations.phase == "after_reset"]
-    near = resets[["run", "step"]].drop_duplicates().merge(training, on="run", suffixes=("", "_of_game"))
+    own = evaluations[["different", "cost"]].set_axis(["value", "cost"], axis=1)
+    resets = evaluations[[*RUN, "step"]].join([own.shift().add_suffix("_before"), own.add_suffix("_after")])
+    resets = resets[evaluations.phase == "after_reset"].assign(source=EVALUATIONS)
+    in_training = resets[[*RUN, "step"]].assign(source=TRAINING)
+    near = in_training[["run", "step"]].merge(training[["run", "step", "value", "cost"]], on="run", suffixes=("", "_of_game"))
     distance = near.step_of_game - near.step
     for side, inside in (("before", distance.between(1 - window, 0)), ("after", distance.between(1, window))):
-        means = near[inside].groupby(["run", "step"])[["score", "cost"]].mean()
-        resets = resets.join(means.add_prefix("training_").add_suffix(f"_{side}"), on=["run", "step"])
-    return resets
+        means = near[inside].groupby(["run", "step"])[["value", "cost"]].mean()
+        in_training = in_training.join(means.add_suffix(f"_{side}"), on=["run", "step"])
+    return pd.concat([resets, in_training], ignore_index=True)
 
 
-def collapses_of(resets: pd.DataFrame, args: Args) -> pd.DataFrame:
-    """Means before and after the resets of all seeds, by the evaluations and by the training games, and the scores' ratio.
+RATIO, DIFFERENCE = "after / before", "after − before"
 
-    Of means, as single ratios are noise; NaN where the score before is not positive. With those of the seeds, and an interval.
+
+def collapses_of(games: pd.DataFrame, args: Args) -> pd.DataFrame:
+    """Means before and after the resets of all seeds and their change, with the changes of the seeds, and an interval.
+
+    The change is the ratio of the means, as single ratios are noise (NaN: nothing before); in games with values below zero,
+    where a ratio has no meaning, the difference. `each`: the means of the seeds at every reset.
     """
-    ratio_of = lambda sums: np.where(sums[..., 0] > 0, sums[..., 1], math.nan) / sums[..., 0]
-    rows = []
-    for source, column, cost in ((EVALUATIONS, "different", "cost"), (TRAINING, "training_score", "training_cost")):
-        sides = [f"{column}_before", f"{column}_after"]
-        for group, of_group in resets.dropna(subset=sides).groupby(GROUP, sort=False):
-            sums, seeds = of_group.groupby("seed")[sides].sum().to_numpy(), np.arange(of_group.seed.nunique())[:, np.newaxis]
-            ratio, interval = bootstrap(lambda drawn: ratio_of(sums[drawn.ravel()].sum(axis=0, keepdims=True)), seeds, args)
-            scores, costs = sums.sum(axis=0) / len(of_group), of_group[[f"{cost}_before", f"{cost}_after"]].mean()
-            rows.append((*group, source, len(of_group), *scores, ratio[0], ratio_of(sums), *interval.ravel(), *costs))
-    names = "source resets before after ratio of_seeds low high cost_before cost_after"
-    return pd.DataFrame(rows, columns=GROUP + names.split())
+    rows, below_zero = [], games.groupby("env_id").value.min() < 0
+    resets = resets_of(games, args.reset_window).dropna(subset=["value_before", "value_after"])
+    for (source, *group), of_group in resets.groupby(["source", *GROUP], sort=False):
+        kind, by_seed = DIFFERENCE if below_zero[group[0]] else RATIO, of_group.groupby("seed")
+        sums = by_seed[["value_before", "value_after"]].sum().assign(resets=by_seed.size()).to_numpy()  # (seeds, 3)
+
+        def change(seeds: np.ndarray) -> np.ndarray:
+            before, after, number = sums[seeds.ravel()].sum(axis=0)
+            return np.array([(after - before) / number if kind == DIFFERENCE else after / before if before > 0 else math.nan])
+
+        point, interval = bootstrap(change, np.arange(len(sums))[:, np.newaxis], args)
+        before, after, number = sums.sum(axis=0)
+        each = of_group.groupby("step")[["value_before", "value_after"]].mean().to_numpy()
+        costs = of_group[["cost_before", "cost_after"]].mean().to_numpy()[np.newaxis]
+        of_seeds = np.concatenate([*map(change, np.arange(len(sums)))])
+        means = (len(of_group), before / number, after / number, kind, point[0])
+        rows.append((source, *group, *means, of_seeds, *interval.ravel(), each if source == EVALUATIONS else [], costs))
+    names = "resets before after kind change of_seeds low high each costs"
+    return pd.DataFrame(rows, columns=["source", *GROUP, *names.split()])
 
 
 def comparable(games: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The games that all methods of a suite and replay ratio have, of a method the seeds with all of them; and notes."""
-    games, parts = games.assign(suite=games.env_id.map(suite_of)), []
-    others = games.env_id[games.suite.isna()].unique()
-    notes = [f"{game_name(env_id)}: no scale in common with other games" for env_id in others]
-    for (suite, replay_ratio), rows in games.groupby(["suite", "replay_ratio"]):
-        where = f"{suite}, replay ratio {replay_ratio:g}"
-        shared = rows.groupby("env_id").method.transform("nunique") == rows.method.nunique()
-        notes += [f"{where}: {game_name(env_id)} is not finished by every method" for env_id in rows.env_id[~shared].unique()]
-        rows = rows[shared]
-        complete = rows.groupby(["method", "seed"]).env_id.transform("nunique") == rows.env_id.nunique()
-        others = rows[~complete].drop_duplicates(["method", "seed"])
-        notes += [f"{where}: {one.method}, seed {one.seed} is not finished in every game" for one in others.itertuples()]
-        parts.append(rows[complete].assign(title=f"{suite}\nreplay ratio {replay_ratio:g}, games: {rows.env_id.nunique()}"))
-    return pd.concat(parts) if parts else games[:0].assign(title=""), notes
+    """By suite the games that most methods share, and of a method the seeds that have all of them; and notes."""
+    parts, notes = [games[:0].assign(suite="")], []
+    for (suite, at), rows in games.assign(suite=games.env_id.map(suite_of)).groupby(["suite", "at"], sort=False):
+        of_methods = [set(env_ids) for env_ids in rows.groupby("method").env_id.unique()]
+        shared = max(of_methods, key=lambda own: (len(own) * sum(own <= other for other in of_methods), len(own)))
+        complete = rows[rows.env_id.isin(shared)]
+        complete = complete[complete.groupby(["method", "seed"]).env_id.transform("nunique") == len(shared)]
+        if len(shared) > 1:
+            parts.append(complete)
+            notes += [f"not among those over games, {at}: {run}" for run in rows.run[~rows.run.isin(complete.run)].unique()]
+    return pd.concat(parts), notes
 
 
 def bootstrap(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """`function` of scores (seeds, games, ...), or of a list of them; its stratified 95 % interval (2, ...), or NaN."""
+    """`function` of scores (seeds, games, ...), or of a list of them; its stratified 95 % interval (2, ...).
+
+    The interval is NaN with fewer than five seeds (three, of ten games or more): it would be little else than their range.
+    """
     arrays = scores if isinstance(scores, list) else [scores]
-    if min(map(len, arrays)) < 2:
+    if any(len(array) < (3 if array.shape[1] >= 10 else 5) for array in arrays):
         return (point := function(*arrays)), np.full((2, *point.shape), math.nan)
-    np.random.seed(args.seed)  # rliable draws from the global generator, whatever random_state it is given
+    np.random.seed(0)  # rliable draws from the global generator, whatever random_state it is given
     points, intervals = library.get_interval_estimates({"": scores}, function, reps=args.bootstrap_samples)
     return points[""], intervals[""]
 
@@ -361,12 +432,16 @@ def interquartile_means(scores: np.ndarray) -> np.ndarray:
     return stats.trim_mean(scores.reshape(-1, scores.shape[-1]), 0.25, axis=0)
 
 
-def final_scores(games: pd.DataFrame, column: str = "normalized") -> np.ndarray:
+def probability_of_improvement(*scores: np.ndarray) -> np.ndarray:
+    return np.array([metrics.probability_of_improvement(*scores)])
+
+
+def scores_of(runs: pd.DataFrame, column: str) -> np.ndarray:
     """Of one method: (seeds, games), of the seeds that every game has."""
-    return runs_of(games).pivot(index="seed", columns="env_id", values=column).dropna().to_numpy()
+    return runs.pivot(index="seed", columns="env_id", values=column).dropna().to_numpy()
 
 
-def iqms_over_games(scores: pd.DataFrame, env_ids: np.ndarray) -> dict[str, float]:
+def iqms_over_games(scores: pd.DataFrame, env_ids) -> dict[str, float]:
     """Interquartile means over games, of the methods that have all of them (columns env_id, method, normalized)."""
     of_methods = scores[scores.env_id.isin(env_ids)].groupby("method", sort=False).normalized
     return of_methods.agg(lambda values: stats.trim_mean(values, 0.25))[of_methods.size() == len(env_ids)].to_dict()
@@ -377,273 +452,340 @@ def iqms_over_games(scores: pd.DataFrame, env_ids: np.ndarray) -> dict[str, floa
 
 def csv_tables(games: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """results.csv and training_games.csv."""
-    runs, extra = runs_of(games), [column for column in ("success", "cost") if games[column].notna().any()]
-    last = runs.dropna(subset="training").drop(columns=["score", "normalized", "success"])
-    last = last.rename(columns={"training": "score", "normalized_training": "normalized", "total_timesteps": "step"})
-    last = last.assign(phase="training", episodes=last.num_training.astype(int))
-    results = pd.concat([evaluations_of(games), last]).set_index("run").loc[runs.run].reset_index()
-    results["human_normalized_score"] = results.normalized.where(results.env_id.map(suite_of) == ATARI)
-    names = ["env_id", "method", "replay_ratio", "seed", "step"]
-    results = results[["run", *names, "phase", "episodes", "score", *extra, "human_normalized_score"]]
+    extra = [column for column in ("success", "cost") if games[column].notna().any()]
+    names, evaluations = ["env_id", "method", "replay_ratio", "seed", "step"], evaluations_of(games)
+    evaluations["human_normalized_score"] = evaluations.normalized.where(evaluations.env_id.map(suite_of) == ATARI)
+    evaluations = evaluations[["run", *names, "phase", "episodes", "score", *extra, "human_normalized_score"]]
     training = games[games.phase == "training"][[*names, "score", *extra]].rename(columns={"score": "episodic_return"})
-    files = {"results.csv": results, "training_games.csv": training}
+    files = {"results.csv": evaluations, "training_games.csv": training}
     return {name: rows.rename(columns={"step": "global_step"}) for name, rows in files.items()}
 
 
-def number(value: float, spread=()) -> str:
-    """Three digits or so (1234, 123, 12.3, 1.23, 0.012), ± the standard deviation of `spread` if that holds at least two."""
+def number(value: float) -> str:
+    """Three digits or so: 1234, 123, 12.3, 1.23, 0.012."""
     if not math.isfinite(value):
         return "-"
-    decimals = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{decimals}f}" + (f" ± {np.std(spread, ddof=1):.{decimals}f}" if len(spread) > 1 else "")
+    return f"{value:.{2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 
-def estimate(function, scores: np.ndarray | list[np.ndarray], args: Args) -> tuple[str, str]:
-    """A number, and its interval."""
+def spread(of_seeds=(), low: float = math.nan, high: float = math.nan) -> str:
+    """What stands in brackets behind a mean."""
+    if math.isfinite(low) and math.isfinite(high):
+        return f" ({number(low)} to {number(high)})"
+    return f" ({', '.join(map(number, of_seeds))})" if len(of_seeds) > 1 else ""
+
+
+def estimate(function, scores: np.ndarray | list[np.ndarray], args: Args, of_seeds=()) -> str:
     point, interval = bootstrap(function, scores, args)
-    return f"{point[0]:.3f}", "-" if np.isnan(interval).any() else "{:.3f} to {:.3f}".format(*interval.ravel())
+    return number(point[0]) + spread(of_seeds, *interval.ravel())
 
 
-GAME = "game | replay ratio | method"
+def mean_over_seeds(values: pd.Series, args: Args) -> str:
+    values = values.dropna().to_numpy(dtype=float)
+    return estimate(lambda scores: scores.mean(axis=0), values[:, np.newaxis], args, values) if len(values) else "-"
+
+
+BRACKETS = "In brackets the 95 % interval by the bootstrap, or, of fewer than five seeds, these."
 SECTIONS = {  # title: columns, text
-    "Scores": (f"{GAME} | seeds | final score | best score | training games | final, human-normalized", """\
-Mean ± standard deviation over seeds, each seed the mean of its evaluation's games. Final is the evaluation at the end; best is
-the highest one, picked afterwards, and so biased upwards. Training games: those that ended in the last fifth, with exploration;
-where they differ much from the evaluations, a single evaluation says little."""),
-    "Over games": ("scale | replay ratio | method | games | seeds | IQM | 95 % interval", """\
-Interquartile mean of the final scores over all games and seeds, with its 95 % interval by the bootstrap stratified over games
-({args.bootstrap_samples} samples). An interval needs 2 seeds."""),
-    "Probability of improvement": ("replay ratio | method | over | games | probability | 95 % interval", """\
-How probably a run of the reset ensemble ends with a better evaluation than one of the other method (a tie is half of it), mean
-over the games that both have, with its interval by the same bootstrap."""),
-    "Collapse of a reset": (f"{GAME} | of | resets | before | after | after / before | 95 % interval", """\
-Mean score right before and right after the resets of all seeds, and after / before (± standard deviation over seeds; 1 is no
-collapse) with its interval by the bootstrap over seeds; without a number where a score before is not positive. Equal scores in
-an evaluation count once (without exploration they are one game, played again), except where success is logged. Training games:
-those that ended in the {args.reset_window:,} steps before and after; resets without some on both sides do not count."""),
-    "Success": (f"{GAME} | seeds | final success | 95 % interval | reached 90 % | steps to 90 %", """\
-Rate of success in the final evaluation, mean over seeds; steps to the first one with 90 %, median (inf: not reached)."""),
-    "Cost": (f"{GAME} | seeds | limit | total cost | episodes | above the limit", """\
-Mean ± standard deviation over seeds: the cost of the whole training, its episodes, and those with a cost above the limit."""),
-    "Cost around a reset": (f"{GAME} | of | resets | cost before | cost after", "Means, as in the section on collapse."),
+    "Scores": ("game | replay ratio | method | seeds | measure | final | whole run | training games | human-normalized", f"""\
+Means over seeds. Final: the evaluation at the end. Whole run: the area under the curve of all evaluations, those right after
+resets among them, by its length. Training games: those that ended in the last fifth of the run, with exploration.
+Human-normalized: the final score. {BRACKETS}"""),
+    "Collapse of a reset": ("game | replay ratio | method | of | resets | before | after | change | each reset | cost", f"""\
+Means right before and right after the resets of all seeds. The change is after / before (1: nothing is lost), or, in games with
+scores below zero, after − before (0: nothing is lost). {BRACKETS}
+In an emulator without chance equal scores of an evaluation are one game and count once. Training games: those that ended in the
+{{args.reset_window:,}} steps before and after; resets without some on both sides do not count."""),
+    "Probability of improvement": ("at | method | over | games | final | whole run", """\
+How probably a run of the one method has a higher value than one of the other (a tie is half of it), mean over the games that
+both have: by the final evaluation, and by the mean over the whole run. In brackets the 95 % interval, from five seeds on."""),
+    "Over games": ("scale | at | method | games | seeds | IQM", """\
+Interquartile mean of the final scores over all games and seeds. In brackets the 95 % interval of the bootstrap stratified over
+games ({args.bootstrap_samples} samples), from five seeds on (three, of ten games)."""),
+    "Cost": ("game | replay ratio | method | seeds | limit | total cost | episodes | above the limit", f"""\
+The cost of the whole training, its episodes, and those with a cost above the limit, means over seeds. {BRACKETS}"""),
     "Published scores, beside training games": ("game | whose | score | human-normalized", """\
 Published scores stand beside the TRAINING games of this study (the last fifth, with exploration), not beside its evaluations:
 the RDE paper's go on with training games, others explore a little. Over games: the interquartile mean of the games' means."""),
 }  # fmt: skip
 
 
-def table_text(tables: dict[str, list], notes: list[str], num_runs: int, left_out: list[str], args: Args) -> str:
-    """table.md. In a name, | would begin a cell and $ a formula."""
-    text, formats = "", {"game": game_name, "replay ratio": "{:g}".format}
-    as_text = lambda cell: number(cell) if isinstance(cell, float) else re.sub(r"[\\|$]", r"\\\g<0>", str(cell))
+def table_text(tables: dict[str, list], lines: list[str], args: Args) -> str:
+    """table.md."""
+    parts, as_text = [], lambda cell: number(cell) if isinstance(cell, float) else str(cell).replace("|", r"\|")
     for title, (columns, description) in SECTIONS.items():
-        rows = pd.DataFrame(tables[title], columns=columns.split(" | "))
-        rows = rows.apply(lambda column: column.map(formats.get(column.name, lambda cell: cell)).map(as_text))
-        parts = [rows.to_markdown(index=False, disable_numparse=True)] if len(rows) else []
-        parts += ["\n".join(f"- {note}" for note in notes)] if notes and title == "Over games" else []
-        text += "\n\n".join([f"## {title}", description.format(args=args), *parts, ""]) if parts else ""
-    return text + "\n".join([f"{num_runs} runs, {len(left_out)} folders left out.", "", *(f"- {line}" for line in left_out)])
+        if tables[title]:
+            rows = pd.DataFrame(tables[title], columns=columns.split(" | ")).map(as_text)
+            parts += [f"## {title}", description.format(args=args), rows.to_markdown(index=False, disable_numparse=True)]
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)]) + "\n"
+
+
+def short_table(tables: dict[str, list]) -> str:
+    """What the terminal shows, in less than 100 columns: no intervals."""
+    point, short = lambda text: text.split(" (")[0], lambda text: text if len(text) <= 25 else text[:24] + "…"
+    changes = {row[:3]: point(row[7]) for row in tables["Collapse of a reset"] if row[3] == EVALUATIONS}
+    rows = [("game", "ratio", "method", "seeds", "final", "whole run", "at resets")]
+    for game, ratio, method, seeds, _, final, whole_run, *_ in tables["Scores"]:
+        change = changes.get((game, ratio, method), "")
+        rows.append((short(game), ratio, short(method), str(seeds), point(final), point(whole_run), change))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def tables_of(games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame, published: pd.DataFrame, args: Args) -> dict:
     """The rows of every section of table.md."""
-    tables, runs = {title: [] for title in SECTIONS}, runs_of(games)
+    tables, runs, names = {title: [] for title in SECTIONS}, runs_of(games), short_names(games.env_id.unique())
     runs["human"] = runs.normalized.where(runs.env_id.map(suite_of) == ATARI)
-    for group, rows in runs.groupby(GROUP, sort=False):
-        names, mean_and_std = (*group, len(rows)), lambda column: number(rows[column].mean(), rows[column].dropna())
-        tables["Scores"].append((*names, *map(mean_and_std, ("score", "best", "training", "human"))))
-        if rows.success.notna().any():
-            rate = estimate(lambda rates: rates.mean(axis=0), rows.success.to_numpy()[:, np.newaxis], args)
-            reached, steps = rows.steps_to_success.count(), rows.steps_to_success.fillna(math.inf).median()
-            tables["Success"].append((*names, *rate, f"{reached} of {len(rows)}", f"{steps:.0f}"))
+    for (env_id, ratio, method), rows in runs.groupby(GROUP, sort=False):
+        identity = (names[env_id], f"{ratio:g}", method, len(rows))
+        means = lambda *columns: [mean_over_seeds(rows[column], args) for column in columns]
+        tables["Scores"].append((*identity, rows.measure.iloc[0], *means("value", "whole_run", "training"), rows.human.mean()))
         if rows.total_cost.notna().any():
-            costs = map(mean_and_std, ("total_cost", "games", "violations"))
-            tables["Cost"].append((*names, f"{rows.cost_limit.iloc[0]:g}", *costs))
+            tables["Cost"].append((*identity, f"{rows.cost_limit.iloc[0]:g}", *means("total_cost", "games", "violations")))
     for row in collapses.itertuples(index=False):
-        ratio = number(row.ratio, () if any(np.isnan(row.of_seeds)) else row.of_seeds)
-        interval = "-" if math.isnan(row.low) else f"{row.low:.3f} to {row.high:.3f}"
-        tables["Collapse of a reset"].append((*row[:7], ratio, interval))
-        tables["Cost around a reset"] += [(*row[:5], row.cost_before, row.cost_after)] if row.cost_before >= 0 else []  # or NaN
-    for (suite, *group), rows in shared.groupby(["suite", "replay_ratio", "method"], sort=False):
-        scores = final_scores(rows)[..., np.newaxis]
-        tables["Over games"].append((suite, *group, *scores.shape[1::-1], *estimate(interquartile_means, scores, args)))
-    improvement = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
-    for replay_ratio, rows in games.groupby("replay_ratio"):
-        for ensemble, other in itertools.permutations(methods_of(rows), 2):
-            pair = rows[rows.method.isin([ensemble, other])]
+        change = ("+" if row.kind == DIFFERENCE and row.change > 0 else "") + number(row.change)
+        change += spread(row.of_seeds, row.low, row.high)
+        identity = (names[row.env_id], f"{row.replay_ratio:g}", row.method, row.source, row.resets)
+        each, cost = ([f"{number(before)} → {number(after)}" for before, after in pairs] for pairs in (row.each, row.costs))
+        tables["Collapse of a reset"].append((*identity, row.before, row.after, change, ", ".join(each), *cost))
+    for at, rows in runs.groupby("at", sort=False):
+        for other, method in itertools.combinations(in_order(rows.method), 2):
+            pair = rows[rows.method.isin([method, other])]
             pair = pair[pair.groupby("env_id").method.transform("nunique") == 2]
-            scores = [final_scores(pair[pair.method == method], "score") for method in (ensemble, other)]
-            if ensemble.startswith("RDE+") and scores[0].size and scores[1].size:
-                row = (replay_ratio, ensemble, other, pair.env_id.nunique(), *estimate(improvement, scores, args))
-                tables["Probability of improvement"].append(row)
+            own, others = pair[pair.method == method], pair[pair.method == other]
+            if len(scores_of(own, "value")) and len(scores_of(others, "value")):
+                cells = [estimate(probability_of_improvement, [scores_of(own, column), scores_of(others, column)], args)
+                         for column in ("value", "whole_run")]  # fmt: skip
+                tables["Probability of improvement"].append((at, method, other, pair.env_id.nunique(), *cells))
+    for (suite, at, method), rows in shared.groupby(["suite", "at", "method"], sort=False):
+        scores = scores_of(runs_of(rows), "normalized")[..., np.newaxis]
+        tables["Over games"].append((suite, at, method, *scores.shape[1::-1], estimate(interquartile_means, scores, args)))
     title = "Published scores, beside training games"
     means = {"score": ("training", "mean"), "normalized": ("normalized_training", "mean")}
-    own = runs.groupby(GROUP, sort=False, as_index=False).agg(**means)
+    own = runs[runs.env_id.isin(published.env_id)].groupby(GROUP, sort=False, as_index=False).agg(**means)
     own["method"] += own.replay_ratio.map(", replay ratio {:g}".format)
-    for row in pd.concat([own[own.env_id.isin(published.env_id)], published]).sort_values("env_id", kind="stable").itertuples():
-        human = f"{row.normalized:.3f}" if suite_of(row.env_id) == ATARI else "-"
-        tables[title].append((row.env_id, row.method, row.score, human))
-    for panel, rows in shared.groupby("title", sort=False) if len(published) else []:
+    for row in pd.concat([own, published]).sort_values("env_id", kind="stable").itertuples():
+        tables[title].append((names[row.env_id], row.method, row.score, f"{row.normalized:.3f}"))
+    for (_, at), rows in shared.groupby(["suite", "at"], sort=False) if len(published) else []:
         own = runs_of(rows).groupby(["env_id", "method"], sort=False, as_index=False).agg(**means)
         iqms = iqms_over_games(pd.concat([own, published]), rows.env_id.unique())
-        tables[title] += [("IQM, " + panel.replace("\n", ", "), whose, "-", f"{iqm:.3f}") for whose, iqm in iqms.items()]
+        over = f"IQM of {rows.env_id.nunique()} games, {at}"
+        tables[title] += [(over, method, "-", f"{iqm:.3f}") for method, iqm in iqms.items()]
     return tables
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-# Okabe and Ito's colours, which colour-blind people can tell apart: of PREFIXES, and of other methods.
-COLORS = ["#0072B2", "#D55E00", "#A8487F", "#007F5F", "#000000", "#2A8CC0", "#B37400", "#7F4F24", "#6A51A3", "#777777"]
-STYLE = {"text.parse_math": False, "axes.titlelocation": "left", "axes.titlesize": 9, "savefig.dpi": 150}
-LEGEND = """bands: 95 % intervals; thin lines: single seeds; ▼ right after a reset (not over games)
-training games: moving mean over a tenth of the run"""  # narrower than a panel, beside which the other legend stands
-CURVES = {  # picture: what its curves are made of, columns with the names of their axes; the last two are over games
-    "learning_curves": (EVALUATIONS, {"score": "score of the evaluations"}),
-    "training_games": (TRAINING, {"score": "return of the training games"}),
-    "success_curves": (EVALUATIONS, {"success": "success in the evaluations"}),
-    "cost_curves": (TRAINING, {"score": "return of the training games", "cost": "cost of the training games"}),
-    "cost_evaluations": (EVALUATIONS, {"score": "score of the evaluations", "cost": "cost of the evaluations"}),
-    "aggregate_curves": (EVALUATIONS, {"normalized": "IQM of normalized scores"}),
-    "aggregate_training_games": (TRAINING, {"normalized": "IQM of normalized returns"}),
-}
+STYLE = {"text.parse_math": False, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True,
+         "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#E4E4E4", "legend.frameon": False}  # fmt: skip
+CURVES = {  # picture: what its curves are made of, and whether they are over games
+    "learning_curves": (EVALUATIONS, False), "training_games": (TRAINING, False),
+    "aggregate_curves": (EVALUATIONS, True), "aggregate_training_games": (TRAINING, True),
+}  # fmt: skip
+COLLAPSES = {"collapse": EVALUATIONS, "collapse_training_games": TRAINING}
+COLORS_OF_LEVELS = ["#777777", "#B37400", "#6A51A3", "#56B4E9"]
 
 
-def new_curve(panel: tuple[str, str, str], method: str, x, y, interval=math.nan, seeds=(), dips=False) -> pd.DataFrame:
-    """What draw_curve draws: `panel` is its title and the names of its axes; interval (2, points), seeds (seeds, points)."""
-    low, high = np.broadcast_to(interval, (2, len(x)))
-    curve = pd.DataFrame({"panel": "\n\n".join(panel), "method": method, "x": x, "y": y, "low": low, "high": high, "dip": dips})
-    return curve.assign(**{f"seed {i}": scores for i, scores in enumerate(seeds) if len(seeds) > 1})
+@dataclass
+class Curve:
+    method: str
+    steps: np.ndarray  # (points,)
+    values: np.ndarray  # (points,)
+    dips: np.ndarray  # (points,): right after a reset?
+    interval: np.ndarray  # (2, points), or NaN
+    seeds: np.ndarray  # (seeds, points), or none where there is an interval
 
 
-def draw_curve(data: pd.DataFrame, color: str, label: str, style: str) -> None:
-    plt.plot(data.x, data.filter(like="seed "), color=color, alpha=0.35, linewidth=0.7)
-    plt.fill_between(data.x, data.low, data.high, color=color, alpha=0.13, linewidth=0)
-    plt.plot(data.x, data.y, color=color, linewidth=1.8, linestyle=style, label=label)
-    plt.plot(data.x[data.dip], data.y[data.dip], "v", color=color, markersize=7, markeredgecolor="white", zorder=3)
+@dataclass
+class Panel:
+    title: str
+    label: str  # of the y axis
+    axis: tuple  # panels of the same one share it
+    curves: list[Curve]
+    levels: dict[str, float]  # horizontal lines
 
 
-def draw_panels(curves: list[pd.DataFrame], of_study: list[str], width: float = 4.4) -> sns.FacetGrid:
-    """A panel for every value of the column panel, at most 2 in a row; a method of the study looks alike in all pictures."""
-    rows, lines, others = pd.concat(curves), itertools.cycle(["-", "--", "-."]), itertools.cycle(COLORS[len(PREFIXES) :])
-    methods = [*of_study, *(level for level in methods_of(rows) if level not in of_study)]
-    colors = [COLORS[rank] if (rank := rank_of(method)) < len(PREFIXES) else next(others) for method in methods]
-    styles = [":" if re.search(r"^limit |\(published\)$", method) else next(lines) for method in methods]
-    facets = {"col": "panel", "col_wrap": min(2, rows.panel.nunique()), "sharex": False, "sharey": False}
-    facets |= {"hue": "method", "hue_order": methods, "palette": colors, "hue_kws": {"style": styles}}
-    grid = sns.FacetGrid(rows, height=3.4, aspect=width / 3.4, **facets).map_dataframe(draw_curve)
-    for panel, axes in grid.axes_dict.items():
-        axes.set(**dict(zip(("title", "xlabel", "ylabel"), panel.split("\n\n"))))
-    grid.tight_layout().add_legend(title="", label_order=methods_of(rows))
-    grid.figure.text(0.02, 0, LEGEND, verticalalignment="top", fontsize="small")
-    return grid
-
-
-def curves_of(picture: str, games: pd.DataFrame, published: pd.DataFrame, args: Args) -> list[pd.DataFrame]:
-    """A panel for every title and column: means over seeds, or interquartile means over games, at steps that all runs have."""
-    (source, columns), curves = CURVES[picture], []
-    means = lambda scores: scores.mean(axis=(0, 1))
-    # Of training games they are, as the published ones, over the games' means.
-    of_means = lambda scores: interquartile_means(scores.mean(axis=0, keepdims=True))
-    function = {"aggregate_curves": interquartile_means, "aggregate_training_games": of_means}.get(picture, means)
-    for (title, rows), (column, name) in itertools.product(games.groupby("title", sort=False), columns.items()):
-        panel, over_games = (title, "environment steps (thousands)", name), column == "normalized"
-        points = points_of(rows, source)
-        points = points.assign(dip=points.phase == "after_reset").drop_duplicates(["run", "step", "dip"], keep="last")
-        for method, of_method in points[~(points.dip & over_games)].groupby("method"):
-            table = of_method.pivot(index=["step", "dip"], columns=["env_id", "seed"], values=column)
-            table = table.sort_index(axis=1).dropna()
-            scores = table.to_numpy().reshape(len(table), rows.env_id.nunique(), -1).transpose(2, 1, 0)  # (seeds, games, steps)
-            steps, dips = table.index.get_level_values("step") / 1000, table.index.get_level_values("dip")
-            if len(table):
-                seeds = () if over_games else scores[:, 0]
-                curves.append(new_curve(panel, method, steps, *bootstrap(function, scores, args), seeds, dips))
-        levels = {f"limit {limit:g}": limit for limit in rows.cost_limit.unique() if column == "cost" and limit < math.inf}
-        levels |= iqms_over_games(published, rows.env_id.unique()) if picture == "aggregate_training_games" else {}
-        for level_name, level in levels.items():
-            curves.append(new_curve(panel, level_name, [0, rows.step.max() / 1000], [level, level]))
+def curves_of(games: pd.DataFrame, source: str, column: str, args: Args, over_games: bool = False) -> list[Curve]:
+    """Of every method the mean over seeds, or the interquartile mean over games, at the steps that all of its runs have."""
+    function = lambda scores: scores.mean(axis=(0, 1))
+    if over_games:  # of training games, as the published ones, over the games' means
+        of_means = lambda scores: interquartile_means(scores.mean(axis=0, keepdims=True))
+        function = interquartile_means if source == EVALUATIONS else of_means
+    points, curves = points_of(games, source), []
+    points = points.assign(dip=points.phase == "after_reset").drop_duplicates(["run", "step", "dip"], keep="last")
+    for method in in_order(points.method):
+        own = points[(points.method == method) & ~(points.dip & over_games)]
+        table = own.pivot(index=["step", "dip"], columns=["env_id", "seed"], values=column).sort_index(axis=1).dropna()
+        if len(table):
+            scores = table.to_numpy().reshape(len(table), own.env_id.nunique(), -1).transpose(2, 1, 0)  # (seeds, games, steps)
+            values, interval = bootstrap(function, scores, args)
+            seeds = scores[:, 0] if np.isnan(interval).all() and len(scores) > 1 and not over_games else scores[:0, 0]
+            steps, dips = (table.index.get_level_values(name).to_numpy() for name in ("step", "dip"))
+            curves.append(Curve(method, steps, values, dips, interval, seeds))
     return curves
 
 
-def plot_collapse(source: str, collapses: pd.DataFrame, of_study: list[str]) -> plt.Figure:
-    """Games from left to right, in each a short line for every method."""
-    rows = collapses[(collapses.source == source) & collapses.ratio.notna()].sort_values("replay_ratio", kind="stable")
-    names, methods, curves = sorted(map(game_name, rows.env_id.unique())), methods_of(rows), []
-    for row in rows.itertuples():
-        left = names.index(game_name(row.env_id)) + 0.7 * methods.index(row.method) / len(methods) - 0.35
-        ends = [left, left + 0.6 / len(methods), math.nan]
-        panel = (f"{source}, replay ratio {row.replay_ratio:g}", "", "score after / before a reset")
-        curves.append(new_curve(panel, row.method, ends, row.ratio, [[row.low], [row.high]], row.of_seeds))
-    grid = draw_panels(curves, of_study, max(4.4, 0.35 * len(names)))
-    for axes in grid.axes_dict.values():
-        axes.axhline(1, color="grey", linewidth=1, linestyle="--")
-        axes.set_xticks(range(len(names)), [name.replace("-", "-\n") for name in names], rotation=90 if len(names) > 4 else 0)
-        axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(min(-0.05, axes.get_ylim()[0]), None))
-    return grid.tight_layout().figure
+def panels_of(picture: str, games: pd.DataFrame, published: pd.DataFrame, args: Args) -> list[list[Panel]]:
+    """A row of panels for every game, or suite: for each replay ratio (or cost) one, and where costs are logged two."""
+    (source, over_games), names, rows = CURVES[picture], short_names(games.env_id.unique()), []
+    for key, of_key in games.groupby("suite" if over_games else "env_id", sort=False):
+        costs = of_key.cost[(of_key.phase == "training") == (source == TRAINING)]
+        columns = ["normalized"] if over_games else ["value", "cost"] if len(costs) and costs.notna().all() else ["value"]
+        panels = []
+        for (at, own), column in itertools.product(of_key.groupby("at", sort=False), columns):
+            measure = {"value": own.measure.iloc[0], "cost": "cost", "normalized": f"IQM, {key}"}[column]
+            title = f"{own.env_id.nunique()} games" if over_games else names[key] + ": cost" * (column == "cost")
+            title += f", {at}" if games["at"].nunique() > 1 else ""
+            limits = own.cost_limit[(own.cost_limit < math.inf) & (column == "cost")].unique()
+            levels = {"cost limit" + f" {limit:g}" * (len(limits) > 1): limit for limit in limits}
+            levels |= iqms_over_games(published, own.env_id.unique()) if picture == "aggregate_training_games" else {}
+            curves = curves_of(own, source, column, args, over_games)
+            label = measure if over_games else f"{'evaluation' if source == EVALUATIONS else 'training'} {measure}"
+            panels += [Panel(title, label, (key, column), curves, levels)] if curves else []
+        rows += [panels] if panels else []
+    return rows
 
 
-def pictures_of(
-    games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame, published: pd.DataFrame, args: Args
-) -> Iterator[tuple[str, plt.Figure]]:
-    """Name and picture."""
-    plt.switch_backend("agg")
-    sns.set_theme(style="whitegrid", font="DejaVu Sans", font_scale=0.85, rc=STYLE)
-    games = games.assign(title=games.env_id.map(game_name) + games.replay_ratio.map(", replay ratio {:g}".format))
-    by_game = {f"_{urllib.parse.quote(game_name(env_id), safe='')[:200]}": rows for env_id, rows in games.groupby("env_id")}
-    of_study, profiles = methods_of(games), []
-    for picture, (source, columns) in CURVES.items():
-        for name, rows in {"": shared}.items() if "normalized" in columns else by_game.items():
-            logged = rows[(rows.phase == "training") == (source == TRAINING)][list(columns)].notna().any().all()
-            if logged and (curves := curves_of(picture, rows, published, args)):
-                yield picture + name, draw_panels(curves, of_study).figure
-    for title, rows in shared.groupby("title", sort=False):
-        final, panel = runs_of(rows).normalized, (title, "final normalized score", "fraction of runs above")
-        thresholds = np.linspace(final.min() - 0.01, final.max() + 0.01, 401)
-        fractions_above = lambda scores: (scores.reshape(-1, 1) > thresholds).mean(axis=0)
-        for method, of_method in rows.groupby("method"):
-            profiles.append(new_curve(panel, method, thresholds, *bootstrap(fractions_above, final_scores(of_method), args)))
-    if profiles:
-        yield "performance_profiles", draw_panels(profiles, of_study).figure
-    for source, name in ((EVALUATIONS, "collapse"), (TRAINING, "collapse_training_games")):
-        if collapses[collapses.source == source].ratio.notna().any():
-            yield name, plot_collapse(source, collapses, of_study)
+def new_figure(rows: list[list], height: float) -> tuple[Figure, list]:
+    """A figure of 1,800 pixels, of which a page shows every second, and the places in it of all that is in `rows`."""
+    if max(map(len, rows)) == 1:
+        columns = min(len(rows), 2 if len(rows) <= 4 else 3 if len(rows) <= 9 else 4)
+        rows = [sum(rows[first : first + columns], []) for first in range(0, len(rows), columns)]
+    figure = Figure(figsize=(9, 0.6 + height * len(rows)), dpi=200, layout="constrained")
+    grid = figure.add_gridspec(len(rows), max(map(len, rows)))
+    return figure, [(figure.add_subplot(grid[i, j]), one) for i, row in enumerate(rows) for j, one in enumerate(row)]
+
+
+def explain(figure: Figure, looks: dict[str, tuple], notes: dict[str, bool]) -> None:
+    """The legend above; below, what there is in the picture."""
+    handles = [Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=name) for name, (color, dash) in looks.items()]
+    if handles:
+        columns = max(1, min(len(handles), 130 // (max(map(len, looks)) + 12)))
+        figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=3)
+    text = "; ".join(note for note, applies in notes.items() if note and applies)
+    figure.supxlabel(text, x=0.01, horizontalalignment="left", fontsize=8, color="#555555")
+
+
+def draw_curves(rows: list[list[Panel]], source: str, looks: dict[str, tuple], at: str) -> Figure:
+    figure, places = new_figure(rows, 2.9)
+    curves = [curve for _, panel in places for curve in panel.curves]
+    levels = dict.fromkeys(name for _, panel in places for name in panel.levels)
+    levels = dict(zip(levels, zip(itertools.cycle(COLORS_OF_LEVELS), itertools.repeat(":"))))
+    in_thousands, first = bool(max(curve.steps.max() for curve in curves) >= 10_000), {}
+    for axes, panel in places:
+        if first.setdefault(panel.axis, axes) is not axes:
+            axes.sharey(first[panel.axis])
+        faded = 0.5 if sum(len(curve.seeds) for curve in panel.curves) <= 5 else 0.25
+        for curve in panel.curves:
+            (color, dash), steps = looks[curve.method], curve.steps / (1000 if in_thousands else 1)
+            axes.fill_between(steps, *curve.interval, color=color, alpha=0.13, linewidth=0)
+            axes.plot(steps, curve.seeds.T, color=color, alpha=faded, linewidth=0.8)
+            axes.plot(steps, curve.values, color=color, linestyle=dash, linewidth=1.8, label=curve.method)
+            axes.plot(steps[curve.dips], curve.values[curve.dips], "v", color=color, markeredgecolor="white", zorder=3)
+        for name, level in panel.levels.items():
+            axes.axhline(level, color=levels[name][0], linestyle=":", linewidth=1.5, label=name)
+        axes.margins(x=0)
+        axes.set(title=panel.title, ylabel=panel.label, xlabel="environment steps" + " (thousands)" * in_thousands)
+        axes.set_xlim(left=0)
+        if "success" in panel.label:
+            axes.set_ylim(-0.03, 1.03)
+    drawn = {method: look for method, look in looks.items() if any(curve.method == method for curve in curves)}
+    explain(figure, drawn | levels, {
+        at: True,
+        "bands: 95 % intervals over seeds": any(np.isfinite(curve.interval).any() for curve in curves),
+        "thin lines: single seeds": any(len(curve.seeds) for curve in curves),
+        "▼ right after a reset": any(curve.dips.any() for curve in curves),
+        "training games: means over a tenth of the run": source == TRAINING,
+        "published: evaluations": any("(published)" in name for name in levels),
+    })  # fmt: skip
+    return figure
+
+
+def draw_collapses(collapses: pd.DataFrame, looks: dict[str, tuple], at: str) -> Figure:
+    """A panel for every game, in it a row for every method, with its name beside it."""
+    several, names = collapses.replay_ratio.nunique() > 1, short_names(collapses.env_id.unique())
+    at_ratio = collapses.replay_ratio.map(", replay ratio {:g}".format) if several else ""
+    rows = collapses.assign(label=collapses.method + at_ratio, rank=collapses.method.map(rank_of))
+    labels = list(dict.fromkeys(rows.sort_values(["replay_ratio", "rank", "method"]).label))
+    ratios_first = sorted(rows.groupby(["kind", "env_id"]), key=lambda panel: (panel[0][0] == DIFFERENCE, panel[0][1]))
+    figure, places = new_figure([[panel] for panel in ratios_first], 0.65 + 0.24 * len(labels))
+    ratios = rows[rows.kind == RATIO]
+    widest = np.nanmax([1, *ratios.change, *ratios.high, *itertools.chain(*ratios.of_seeds)])
+    for axes, ((kind, env_id), of_game) in places:
+        for row in of_game.itertuples():
+            color, height = looks[row.method][0], len(labels) - labels.index(row.label)
+            axes.plot([row.low, row.high], [height, height], color=color, linewidth=2.5, alpha=0.5)
+            if math.isnan(row.low) and len(row.of_seeds) > 1:
+                axes.plot(row.of_seeds, [height] * len(row.of_seeds), "o", markerfacecolor="none", color=color, markersize=5)
+            axes.plot([row.change], [height], "o", color=color, markersize=7, label=row.label)
+        axes.axvline(1 if kind == RATIO else 0, color="#777777", linewidth=1, linestyle="--")
+        axes.set(title=names[env_id], xlabel=kind, ylim=(0.4, len(labels) + 0.6))
+        axes.set_yticks(range(len(labels), 0, -1), labels if axes.get_subplotspec().is_first_col() else [""] * len(labels))
+        if kind == RATIO:
+            axes.set_xlim(-0.05, 1.05 * min(widest, 3))
+    explain(figure, {}, {
+        at: True, "dots: all resets of all seeds": True, "lines: 95 % intervals over seeds": rows.low.notna().any(),
+        "circles: single seeds": any(rows.low.isna() & (rows.of_seeds.map(len) > 1)), "dashed: nothing is lost": True,
+    })  # fmt: skip
+    return figure
+
+
+def pictures_of(games: pd.DataFrame, shared: pd.DataFrame, collapses: pd.DataFrame, published: pd.DataFrame, args: Args):
+    """Name and picture, one after the other."""
+    matplotlib.rcParams.update(STYLE)
+    looks, at = looks_of(games.method), games["at"].iloc[0] if games["at"].nunique() == 1 else ""
+    for picture in args.pictures or [*CURVES, *COLLAPSES]:
+        if picture in COLLAPSES:
+            rows = collapses[(collapses.source == COLLAPSES[picture]) & collapses.change.notna()]
+            if len(rows):
+                yield picture, draw_collapses(rows, looks, at)
+        elif rows := panels_of(picture, shared if CURVES[picture][1] else games, published, args):
+            yield picture, draw_curves(rows, CURVES[picture][0], looks, at)
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may know less than UTF-8
     args = tyro.cli(Args, description=__doc__)
-    if not os.path.isdir(args.runs_dir):
-        fail(f"--runs-dir {args.runs_dir} is not a folder")
-    for name, low, high in (("bootstrap_samples", 1, 100_000), ("seed", 0, 2**32 - 1), ("reset_window", 1, 10**15)):
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from {low:,} to {high:,}")
-    kinds = {"game": str, "method": str, "score": float}
-    parse = lambda text: pd.read_csv(io.StringIO(text), comment="#", usecols=[*kinds], dtype=kinds)
+    paths = [pathlib.Path(path).expanduser() for path in args.runs or [args.runs_dir]]
+    for path in paths:
+        if not (path.is_dir() or path.is_file() and (path.suffix == ".csv" or tarfile.is_tarfile(path))):
+            fail(f"{path} is not a folder, an archive or a results.csv")
+    if min(args.bootstrap_samples, args.reset_window) < 1:
+        fail("--bootstrap-samples and --reset-window must be at least 1")
+    if unknown := set(args.pictures) - {*CURVES, *COLLAPSES}:
+        fail(f"--pictures {unknown.pop()}: there are {', '.join([*CURVES, *COLLAPSES])}")
+    references = pd.DataFrame(columns=["game", "method", "score"])
     try:
-        references = read(*os.path.split(args.references), parse) if args.references else pd.DataFrame(columns=[*kinds])
-    except ValueError as error:
+        if args.references:
+            file = pathlib.Path(args.references).expanduser()
+            references = pd.read_csv(file, comment="#", usecols=[*references], dtype={"score": float})
+    except (OSError, ValueError) as error:
         fail(f"--references {args.references}: {error}")
-    games, left_out, notes = read_games(args.runs_dir, args.merge_versions)
-    for line in [f"left out: {line}" for line in left_out] + notes:
-        print(line, file=sys.stderr)
+    games, left_out, notes = read_games(paths, args.merge_versions)
+    left_out = [f"left out: {line}" for line in left_out]
+    print(*left_out, *notes, sep="\n", end="\n" if left_out + notes else "", file=sys.stderr)
     if games.empty:
-        fail(f"there is no finished run in {args.runs_dir}")
+        fail(f"there is no finished run in {', '.join(map(str, paths))}")
     published = pd.DataFrame({"env_id": games.env_id.unique(), "game": [*map(game_name, games.env_id.unique())]})
     published = published.merge(references.drop_duplicates(["game", "method"]))
     published["normalized"] = [normalized_score(env_id, score) for env_id, score in zip(published.env_id, published.score)]
-    published["method"] = published.method.map(clean) + " (published)"
-    (shared, more), collapses = comparable(games), collapses_of(resets_of(games, args.reset_window), args)
-    table = table_text(tables_of(games, shared, collapses, published, args), notes + more, games.run.nunique(), left_out, args)
-    folder = pathlib.Path(args.out_dir or os.path.join(args.runs_dir, "results"))
+    published["method"] = published.method + " (published)"
+    (shared, more), collapses = comparable(games), collapses_of(games, args)
+    tables = tables_of(games, shared, collapses, published, args)
+    files = {"table.md": table_text(tables, [f"{games.run.nunique()} runs", *notes, *more, *left_out], args)}
+    if all(path.is_dir() for path in paths):  # an archive holds them
+        files |= {name: rows.to_csv(index=False, float_format="%.10g") for name, rows in csv_tables(games).items()}
+    folder = pathlib.Path(args.out_dir or (paths[0] / "results" if paths[0].is_dir() else paths[0].parent)).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(table, encoding="utf-8")
-        for name, rows in csv_tables(games).items():
-            (folder / name).write_text(rows.to_csv(index=False, float_format="%.10g", lineterminator="\n"), encoding="utf-8")
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         for name, figure in pictures_of(games, shared, collapses, published, args):
-            figure.savefig(folder / f"{name}.png", bbox_inches="tight", metadata={"Software": None})  # matplotlib's version
-            plt.close(figure)
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})  # matplotlib's version
     except OSError as error:
-        fail(f"--out-dir {folder} cannot be written: {error.strerror}: {error.filename}")
-    print(f"{table}\nwritten to {folder}")
+        fail(f"{folder} cannot be written: {error.strerror}: {error.filename}")
+    print(f"{short_table(tables)}\n\nwritten to {folder}; with intervals: {folder / 'table.md'}")
 
 
 if __name__ == "__main__":

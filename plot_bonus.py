@@ -1,7 +1,7 @@
 """How new the screens of a game are to Random Network Distillation, over a run of rnd_dqn_atari.py.
 
     python rnd_dqn_atari.py --env-id MontezumaRevengeNoFrameskip-v4 --total-timesteps 100000 --keep-models 20
-    python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__20260101-120000
+    python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__*
 
 The trained agent plays on, with some random actions, and those screens of its games are taken that differ most from each other. For
 every model that the run has kept, the predictor's error on them is computed, and the bonus, which is the error divided by the running
@@ -9,16 +9,24 @@ deviation: high until training has seen a screen, falling as it is seen again. T
 ever shows, say how high it is for a new one. Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
 """
 
+import dataclasses
+import json
+import os
 import pathlib
+import sys
 from dataclasses import dataclass
 
 import rnd_dqn_atari as rnd  # isort: skip  (first: it says how threads wait, before PyTorch is imported)
 
-import matplotlib.pyplot as plt
+os.environ["MPLBACKEND"] = "agg"  # only files are written, and a notebook hands on a backend of its own
+
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COLORS = ["#0072B2", "#D55E00", "#007F5F", "#A8487F", "#B37400", "#000000", "#6A51A3", "#777777"]
@@ -38,12 +46,22 @@ class Args:
     """where the files are written; by default the run folder"""
 
 
+def fail(message: str) -> None:
+    """Ends the program because of a wrong argument: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load(folder: pathlib.Path) -> tuple[rnd.Args, dict[int, dict]]:
     """The arguments of a run, and its models by the steps at which they were kept, the final one among them."""
     try:
-        args = rnd.read_args(str(folder), allow_changed_script=True)
-    except rnd.RunError as error:
-        rnd.fail(str(error))
+        values = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
+        names = {field.name for field in dataclasses.fields(rnd.Args)}
+        args = rnd.Args(**{name: value for name, value in values.items() if name in names})  # an older run may have others
+        if "intrinsic_coef" not in values:
+            raise ValueError("it is not one of rnd_dqn_atari.py")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{folder} is not the folder of a run: {error}")
     files = {int(file.stem[5:]): file for file in (folder / "models").glob("step_*.pt") if file.stem[5:].isdigit()}
     files[args.total_timesteps] = folder / "model.pt"
     # Before learning starts there is no bonus yet, but only what it is made of.
@@ -52,11 +70,11 @@ def load(folder: pathlib.Path) -> tuple[rnd.Args, dict[int, dict]]:
         try:
             models[step] = torch.load(file, weights_only=True)
         except FileNotFoundError:
-            rnd.fail(f"{folder} is not the folder of a finished run: {file.name} is not there")
+            fail(f"{folder} is not the folder of a finished run: {file.name} is not there")
         except Exception:  # damaged, a file can have any consequence
-            rnd.fail(f"{file} is damaged, cut off, or holds more than weights")
+            fail(f"{file} is damaged, cut off, or holds more than weights")
     if not args.intrinsic_coef or len(models) < 2:
-        rnd.fail(f"the run in {folder} had no bonus, or kept no models on its way (--keep-models 20)")
+        fail(f"the run in {folder} had no bonus, or kept no models on its way (--keep-models 20)")
     return args, models
 
 
@@ -101,37 +119,40 @@ def logged(folder: pathlib.Path, tag: str) -> tuple[list[int], list[float]]:
     return [event.step for event in events], [event.value for event in events]
 
 
-def picture(args: rnd.Args, screens: np.ndarray, table: pd.DataFrame, folder: pathlib.Path) -> plt.Figure:
-    """Above the screens; below, over the run, the predictor's error on them, and their bonus beside that of the mini-batches."""
-    figure = plt.figure(figsize=(10, 6.2), layout="constrained")
+def picture(args: rnd.Args, screens: np.ndarray, table: pd.DataFrame, folder: pathlib.Path) -> Figure:
+    """Above the screens, framed in their colours; below, over the run, the predictor's error on them, and their bonus."""
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    figure = Figure(figsize=(9, 6), dpi=200, layout="constrained")
+    figure.suptitle(f"{args.env_id.removesuffix('NoFrameskip-v4')}, seed {args.seed}", fontsize=10, x=0.01, ha="left")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 2.2])
     for i, axes in enumerate(above.subplots(1, len(screens), squeeze=False)[0]):
         axes.imshow(screens[i], cmap="gray")
         axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(color=COLORS[i], linewidth=4)
+        axes.spines[:].set(color=COLORS[i], linewidth=4, visible=True)
+    unit, thousands = (1000, " (thousands)") if args.total_timesteps >= 10_000 else (1, "")
+    steps, values = logged(folder, "rnd/bonus")
     for axes, column in zip(below.subplots(1, 2), ("error", "bonus")):
         for (i, kind), rows in table.groupby(["screen", "kind"]):
-            style = {"linestyle": "-"} if kind == "screen" else {"linestyle": "--", "alpha": 0.6}
-            axes.plot(rows.step / 1000, rows[column], color=COLORS[i], **style)
+            axes.plot(rows.step / unit, rows[column], color=COLORS[i], linestyle="-" if kind == "screen" else "--")
         for step, room in zip(*logged(folder, "charts/new_room")):
-            axes.axvline(step / 1000, color="grey", linewidth=0.8, linestyle=":")
-            axes.annotate(
-                f"room {room:.0f}", (step / 1000, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7
-            )
-        axes.set(yscale="log", xlabel="environment steps (thousands)")
-        axes.set_title(f"{column} (dashed: upside down, never seen)", fontsize=9, loc="left")
-    steps, values = logged(folder, "rnd/bonus")
-    axes.plot(np.array(steps) / 1000, values, color="grey", linewidth=0.7, alpha=0.6, zorder=0, label="mini-batches")
-    axes.legend(fontsize=8)
-    figure.suptitle(f"{args.env_id.removesuffix('NoFrameskip-v4')}, seed {args.seed}", fontsize=10)
+            axes.axvline(step / unit, color="grey", linewidth=0.8, linestyle=":")
+            place = {"xy": (step / unit, 1), "xycoords": ("data", "axes fraction")}
+            axes.annotate(f"room {room:.0f}", **place, rotation=90, verticalalignment="top", fontsize=7)
+        names = {"error": "error of the predictor", "bonus": "bonus: error / deviation of the returns"}
+        axes.set(yscale="log", xlabel=f"environment steps{thousands}", ylabel=names[column])
+    axes.plot(np.array(steps) / unit, values, color="grey", linewidth=0.7, alpha=0.6, zorder=0)
+    styles = {"a screen, in the colour of its frame": ("black", "-"), "the same upside down, never seen": ("black", "--")}
+    styles |= {"the bonus in the mini-batches": ("grey", "-")} if steps else {}
+    handles = [Line2D([], [], color=color, linestyle=dash, label=name) for name, (color, dash) in styles.items()]
+    below.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if not (1 <= args.screens <= len(COLORS) and args.steps >= args.screens and 0 <= args.epsilon <= 1):
-        rnd.fail(f"--screens must be 1 to {len(COLORS)}, --steps at least as many, --epsilon in [0, 1]")
-    folder = pathlib.Path(args.run_folder)
+        fail(f"--screens must be 1 to {len(COLORS)}, --steps at least as many, --epsilon in [0, 1]")
+    folder = pathlib.Path(args.run_folder).expanduser()
     run_args, models = load(folder)
     env = rnd.make_env(run_args)
     agent = rnd.Agent(run_args, env.observation_space, env.action_space, None, torch.device("cpu"))
@@ -144,13 +165,13 @@ def main() -> None:
         for kind, shown in (("screen", screens), ("upside down", screens[:, ::-1].copy())):
             rows += [(step, i, kind, *values) for i, values in enumerate(errors_and_bonus(agent, shown))]
     table = pd.DataFrame(rows, columns=["step", "screen", "kind", "error", "bonus"])
-    out = pathlib.Path(args.out_dir or folder)
+    out = pathlib.Path(args.out_dir or folder).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "bonus.csv", index=False, float_format="%.5g")
-        picture(run_args, screens, table, folder).savefig(out / "bonus.png", dpi=130, metadata={"Software": None})
+        picture(run_args, screens, table, folder).savefig(out / "bonus.png", metadata={"Software": None})
     except OSError as error:
-        rnd.fail(f"--out-dir {out} cannot be written: {error.strerror}")
+        fail(f"--out-dir {out} cannot be written: {error.strerror}")
     print(f"written to {out}: bonus.png, bonus.csv")
 
 

@@ -46,12 +46,12 @@ import difflib
 import enum
 import fcntl
 import functools
-import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import signal
@@ -229,9 +229,11 @@ def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> to
     """The scale of `--selection advantage`: what is at stake, max q - mean q of random actions: (batch, ...) to (batch, 1).
 
     A proposal as bad as a random action is exp(beta) times less likely than the best, wherever the zero of the values lies
-    and whatever their unit. The scale is not less than a millionth of the largest |q|: below that float32 has only noise.
+    and whatever their unit. The best may be one of the random actions, so that the stake is never negative. The scale is not
+    less than a millionth of the largest |q|: below that float32 has only noise.
     """
-    stake = q_values.amax(dim=1, keepdim=True) - random_q_values.mean(dim=1, keepdim=True)
+    best = torch.cat([q_values, random_q_values], dim=1).amax(dim=1, keepdim=True)
+    stake = best - random_q_values.mean(dim=1, keepdim=True)
     return torch.maximum(stake, 1e-6 * value_scale(q_values))
 
 
@@ -241,7 +243,7 @@ def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> to
 class Agent:
     """The reset deep ensemble: N DQN agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
-    KEPT = ("q_networks", "target_networks", "optimizer", "num_resets", "metrics", "acting_counts", "choices")
+    KEPT = ("q_networks", "target_networks", "optimizer", "resets", "metrics", "acting_counts", "choices")
     METRICS = ("td_loss", "q_values", "gradient_norm")
 
     def __init__(
@@ -261,8 +263,8 @@ class Agent:
         )
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
-        self.beta = torch.zeros((), device=device)  # see `num_resets`
-        self.num_resets = 0
+        self.beta = torch.zeros((), device=device)  # see `resets`
+        self.resets = []
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
@@ -279,16 +281,27 @@ class Agent:
         return agents + choice
 
     @property
+    def resets(self) -> list[int]:
+        """The agents that were reset, one after another, whatever the rule is: from it follows who is the oldest."""
+        return self._resets
+
+    @resets.setter
+    def resets(self, resets: list[int]) -> None:
+        self._resets = resets
+        last_resets = {index: number for number, index in enumerate(resets)}
+        self.oldest.fill_(min(range(self.args.num_agents), key=lambda index: last_resets.get(index, -1)))
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = len(resets) > 0 or self.args.selection == "advantage"
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
+
+    @property
     def num_resets(self) -> int:
-        return self._num_resets
+        return len(self.resets)
 
     @num_resets.setter
     def num_resets(self, num_resets: int) -> None:
-        self._num_resets = num_resets
-        self.oldest.fill_(num_resets % self.args.num_agents)
-        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
-        judges = num_resets > 0 or self.args.selection == "advantage"
-        self.beta.fill_(self.chosen_beta if judges else 0.0)
+        """So many, of the oldest agent each time."""
+        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
@@ -336,7 +349,7 @@ class Agent:
 
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
-        index = self.num_resets % self.args.num_agents
+        index = self.oldest.item()
         q_network, target_network = self.q_networks[index], self.target_networks[index]
         fresh_network = QNetwork(self.num_actions)
         for layer in RESET_LAYERS[self.args.reset_depth]:
@@ -345,7 +358,7 @@ class Agent:
         for parameter in q_network.parameters():
             for moment_or_step in self.optimizer.state[parameter].values():
                 moment_or_step.zero_()
-        self.num_resets += 1
+        self.resets = [*self.resets, index]
         return index
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -366,10 +379,10 @@ class Agent:
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
         self.choices.zero_()
-        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars = {"rde/oldest_agent": self.oldest.item()}
         scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
-        if self.num_resets:
-            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        if self.resets:
+            scalars["rde/youngest_fraction"] = fractions[self.resets[-1]]
         return scalars | {"rde/choice_entropy": entropy / max(1, num_choices)}
 
     def weights(self) -> dict:
@@ -994,7 +1007,7 @@ KINDS = {
 CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.FunctionType, types.MethodType, type)
 
 
-def state_of(part, where: str = "a part of the run"):
+def state_of(part, where: str = "parts"):
     """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
 
     A class names in KEPT, in the order in which they are restored, the attributes that have to be kept. Of an object without
@@ -1009,14 +1022,14 @@ def state_of(part, where: str = "a part of the run"):
         return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         return torch.from_numpy(part)
-    if type(part) in (list, tuple):
+    if type(part) in (list, tuple, set):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
-        return {state_of(name, where): state_of(value, where) for name, value in part.items()}
+        return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
     if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
-        fail(f"{where} is of the class {type(part).__name__}, which no checkpoint can keep; what has to be kept of its owner "
-             "can be named in a list KEPT, as in the classes here", code=1)  # fmt: skip
-    names = getattr(part, "KEPT", None) or [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
+        fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
+             "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
+    names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
     return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
 
 
@@ -1024,7 +1037,7 @@ def value_of(state):
     """A plain value as it was: in a checkpoint its arrays are tensors."""
     if isinstance(state, torch.Tensor):
         return state.numpy().copy()
-    if isinstance(state, (list, tuple)):
+    if isinstance(state, (list, tuple, set)):
         return type(state)(map(value_of, state))
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
@@ -1052,7 +1065,7 @@ def restored(part, state):
 
 # ------------------------------------------------------------------------------------------------- what a run consists of
 
-SCRIPT, SCRIPT_TEXT = os.path.basename(__file__), open(__file__, "rb").read()
+SCRIPT, SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
 LOG_INTERVAL = 100  # environment steps between two points of the training curves
 CHANGE_NO_RESULT = ("runs_dir", "checkpoint_interval", "track", "wandb_project_name", "wandb_entity")
 CSV_FILES = ("episodes.csv", "evaluations.csv")
@@ -1099,22 +1112,19 @@ class Run:
         self.wall_seconds, self.turn_started = 0.0, time.perf_counter()
         self.num_threads, self.csv_sizes = 0, {}  # at the checkpoint
 
-        self.path = os.path.join(os.path.expanduser(args.runs_dir), run_name(args))
-        os.makedirs(self.path, exist_ok=True)
-        self.lock = open(self.file("lock"), "w")  # a file: of a folder's lock other nodes know nothing on NFS
+        self.path = pathlib.Path(args.runs_dir).expanduser() / run_name(args)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / "lock", "w")  # a file: of a folder's lock other nodes know nothing on NFS
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another process is at work in {self.path}", code=75)  # EX_TEMPFAIL of sysexits.h
         except OSError as error:
             print(f"warning: {self.path} knows no locks ({error.strerror}); let only one process work there", file=sys.stderr)
-        if os.path.exists(self.file("model.pt")):
+        if (self.path / "model.pt").exists():
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    def file(self, name: str) -> str:
-        return os.path.join(self.path, name)
 
     @property
     def last_loop_step(self) -> int:
@@ -1125,40 +1135,39 @@ class Run:
 
     def restore(self, parts: dict) -> bool:
         """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as at it."""
-        args, resumed = self.args, os.path.exists(self.file("checkpoint.pt"))
+        args, resumed = self.args, (self.path / "checkpoint.pt").exists()
         self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(args.eval_episodes)]
         self.parts = {"run": self, "initialisation": torch.default_generator} | parts
         if resumed:
             self.load()
             print(f"continuing {self.path} at step {self.global_step}, with {self.num_threads} thread(s) as before")
-        for path in map(os.path.dirname, glob.glob(f"{glob.escape(self.path[:-8])}*/checkpoint.pt") if not resumed else ()):
-            print(f"note: {path} is unfinished, and not continued: its script or arguments are others. To go on with it in place "
-                  f"of this run, stop and: rm -r {self.path} && mv {path} {self.path}")  # fmt: skip
-        with open(self.file(SCRIPT), "wb") as file:
-            file.write(SCRIPT_TEXT)
-        with open(self.file("args.json"), "w") as file:  # for people and tools
-            json.dump({"script": SCRIPT, "script_sha256": hashlib.sha256(SCRIPT_TEXT).hexdigest(), "args": vars(args),
-                       "versions": self.versions, "device": self.device_name}, file, indent=2)  # fmt: skip
+        for file in () if resumed else self.path.parent.glob(f"{self.path.name[:-8]}*/checkpoint.pt"):
+            print(f"note: {file.parent} is not finished, and not continued: its script or arguments are others. To go on with it "
+                  f"in place of this run, stop and: rm -r {self.path} && mv {file.parent} {self.path}")  # fmt: skip
+        (self.path / SCRIPT).write_bytes(SCRIPT_TEXT)
+        content = {"script": SCRIPT, "script_sha256": hashlib.sha256(SCRIPT_TEXT).hexdigest(), "args": vars(args),
+                   "versions": self.versions, "device": self.device_name}  # fmt: skip
+        (self.path / "args.json").write_text(json.dumps(content, indent=2))  # for people and tools
         if args.track:
             import wandb  # late: only --track needs the package
 
-            name = os.path.basename(self.path)
             try:
-                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                           config=vars(args), sync_tensorboard=True)  # fmt: skip
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, id=self.path.name,
+                           resume="allow", config=vars(args), sync_tensorboard=True)  # fmt: skip
             except wandb.errors.Error as error:
                 fail(f"Weights & Biases: {' '.join(str(error).split())}", code=1)
         # TensorBoard leaves out what was logged after the checkpoint. Rows are written as they end.
-        self.writer = SummaryWriter(self.path, purge_step=self.global_step + 1 if resumed else 0)
-        files = [open(self.file(name), "a" if resumed else "w", newline="", buffering=1) for name in CSV_FILES]
+        self.writer = SummaryWriter(str(self.path), purge_step=self.global_step + 1 if resumed else 0)
+        files = [open(self.path / name, "a" if resumed else "w", newline="", buffering=1) for name in CSV_FILES]
         self.episodes, self.evaluations = (csv.writer(file, lineterminator="\n") for file in files)
         if not resumed:
             rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
             self.episodes.writerow(("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns))
             self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
-        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, mininterval=0.5 if sys.stderr.isatty() else 60,
-                            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")  # fmt: skip
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        seconds = 0.5 if sys.stderr.isatty() else 60
+        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
         return resumed
 
     def announce(self, agents: str, num_resets: int) -> None:
@@ -1224,7 +1233,7 @@ class Run:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
         args, step = self.args, self.global_step
         if args.keep_models and interval_has_passed(Fraction(args.total_timesteps, args.keep_models), step, args.num_envs):
-            os.makedirs(self.file("models"), exist_ok=True)
+            (self.path / "models").mkdir(exist_ok=True)
             self.write(f"models/step_{step:08d}.pt", agent.weights())
         # At the end, too: a full disk or a kill before model.pt is written then loses nothing.
         if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
@@ -1233,11 +1242,11 @@ class Run:
     def evaluate(self, agent: "Agent") -> None:
         """Does the evaluation that the agenda begins with."""
         self.finite_metrics()
-        phase, frames = self.agenda[0], []
+        phase, frames, recorded = self.agenda[0], [], self.eval_envs[0] if self.args.capture_video else None
 
         def watch(env: gym.Env) -> None:
             self.stop_if_asked()
-            if env.render_mode:  # the first one has it, for --capture-video
+            if env is recorded:
                 frames.append(env.render())
 
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
@@ -1246,9 +1255,9 @@ class Run:
         if frames:
             from moviepy import ImageSequenceClip  # late: only --capture-video needs the package
 
-            os.makedirs(self.file("videos"), exist_ok=True)
-            clip = ImageSequenceClip(frames, fps=self.eval_envs[0].metadata.get("render_fps", 30))
-            clip.write_videofile(self.file(f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
+            (self.path / "videos").mkdir(exist_ok=True)
+            clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
+            clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
         self.log_evaluation(phase, episodes)
         if phase != "after_reset":  # a curve has one point at a step
             self.log_scalars(evaluation_scalars(agent))
@@ -1272,8 +1281,9 @@ class Run:
                     scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
         self.log_scalars(scalars)
         mean_return = f"{np.mean(self.last_returns):g}" if self.last_returns else "-"
-        shown = "".join(f", {name}={scalars[f'charts/{name}']:.3g}" for name in ("epsilon", "SPS") if f"charts/{name}" in scalars)
-        self.progress.set_postfix_str(f"{self.time_left()}, return={mean_return}{shown}", refresh=False)
+        epsilon = f", epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
+        speed = f", SPS={scalars['charts/SPS']:.0f}" if "charts/SPS" in scalars else ""
+        self.progress.set_postfix_str(f"{self.time_left()}, return={mean_return}{epsilon}{speed}", refresh=False)
 
     def finite_metrics(self) -> np.ndarray:
         """The agent's metrics, on the host. Nothing is evaluated or saved once one of them is not finite."""
@@ -1315,34 +1325,37 @@ class Run:
         self.finite_metrics()
         self.wait_for_disk()
         self.num_threads = torch.get_num_threads()  # with another number sums are rounded in another order
-        self.csv_sizes = {name: os.path.getsize(self.file(name)) for name in CSV_FILES}
+        self.csv_sizes = {name: (self.path / name).stat().st_size for name in CSV_FILES}
         self.write("checkpoint.pt", {"versions": self.versions, "parts": state_of(self.parts)})
 
     def load(self) -> None:
         """Brings all parts to where they were at the checkpoint. Nothing in the file is executed."""
-        path = self.file("checkpoint.pt")
+        path = self.path / "checkpoint.pt"
         try:
             with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum is wrong")
             content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             if content["versions"] != self.versions:
-                raise ValueError(f"written with {content['versions']}, but here is {self.versions}")
+                written, here = content["versions"].items(), self.versions.items()
+                raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
+            for env in self.parts["envs"]:
+                env.reset()  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")
             for name, size in self.csv_sizes.items():
-                if os.path.getsize(self.file(name)) < size:
+                if (self.path / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
         except Exception as error:  # a flipped bit can have any consequence
-            fail(f"the run cannot go on from {path}: {type(error).__name__}: {' '.join(str(error).split())}", code=1)
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {str(error).partition('. ')[0]}", code=1)
         torch.set_num_threads(self.num_threads)
         for name, size in self.csv_sizes.items():
-            os.truncate(self.file(name), size)
+            os.truncate(self.path / name, size)
 
     def write(self, name: str, content: dict) -> None:
         """Replaces a file of numbers and tensors; until the new one is wholly on the disk the old one stays."""
-        path = self.file(name)
+        path = self.path / name
         try:
             with open(f"{path}.tmp", "wb") as file:
                 torch.save(content, file)
@@ -1351,20 +1364,20 @@ class Run:
         except RuntimeError as error:  # PyTorch's, when the disk is full, does not say so
             raise OSError(f"{path} was not written. Is the disk full?") from error
         os.replace(f"{path}.tmp", path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name, too
         os.close(folder)
 
     def wait_for_disk(self) -> None:
         """Until all that was logged is written."""
         self.writer.flush()
-        for path in (*glob.glob(f"{glob.escape(self.path)}/events.out.tfevents.*"), *map(self.file, CSV_FILES)):
+        for path in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("*.csv")):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def remove_checkpoint(self) -> None:
-        for path in glob.glob(f"{glob.escape(self.path)}/checkpoint.pt*"):  # .tmp, too, which a kill has left
-            os.remove(path)
+        for path in self.path.glob("checkpoint.pt*"):  # .tmp, too, which a kill has left
+            path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------- arguments, and the start

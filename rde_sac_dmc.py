@@ -1,11 +1,13 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "dm_control==1.0.50", "gymnasium==1.4.0", "mujoco==3.17.0", "numpy>=2.0,<3", "pydantic>=2.10,<3",
+#     "box2d==2.3.10; python_version < '3.14'", "dm_control==1.0.50; python_version < '3.13'",
+#     "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.17.0", "numpy>=2.0,<3", "pydantic>=2.10,<3",
 #     "tensorboard>=2.20,<3", "torch==2.13.0", "tqdm>=4.67", "tyro>=1.0,<2",
 # ]
 # ///
-r"""Reset deep ensemble of SAC agents (RDE+SAC) on the DeepMind Control Suite.
+r"""Reset deep ensemble of SAC agents (RDE+SAC) on the DeepMind Control Suite, and on any Gymnasium task with
+continuous actions.
 
 N agents learn from one replay buffer. They are reset one after another against primacy bias, and
 act as one: every agent proposes an action of its policy, and the oldest agent, whose last reset
@@ -13,6 +15,7 @@ is longest ago, judges the proposals with the smaller of its two critics. The ba
 script, too: SR+SAC is `--num-agents 1`, SAC `--num-agents 1 --reset-interval 0`.
 
     python rde_sac_dmc.py --env-id hopper-hop
+    python rde_sac_dmc.py --env-id HalfCheetah-v5
 
 The paper's sizes are made for a GPU; without one, `--hidden-dim 256 --batch-size 256` are sizes
 to wait for. In two minutes, to see everything happen once (with two resets):
@@ -33,7 +36,7 @@ Where is what:
     gradient_steps_due, ...       when there is a gradient step, a reset, an evaluation
     train                         the training loop
     -- the line --                below it nothing is of the algorithm
-    DeepMindControl               the environment
+    DeepMindControl, ...          the environments
     ReplayBuffer                  transitions
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
@@ -47,13 +50,13 @@ import csv
 import difflib
 import enum
 import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import signal
@@ -117,7 +120,10 @@ class Args:
 
     # ------------------------------------------------------------ the environment
     env_id: str = "hopper-hop"
-    """the task of the DeepMind Control Suite, as domain-task"""
+    """the task of the DeepMind Control Suite, as domain-task; or one of Gymnasium's with continuous actions, as HalfCheetah-v5,
+    or module:MyTask-v0, registered by a module of yours"""
+    max_episode_steps: NonNegativeInt = 0
+    """Gymnasium's tasks: steps after which an episode is cut off; 0 = the task's own limit"""
     total_timesteps: PositiveInt = 1_000_000
     """environment steps (actions, none is repeated) of the whole run"""
     num_envs: PositiveInt = 1
@@ -254,9 +260,11 @@ def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> to
     """The scale of `--selection advantage`: what is at stake, max q - mean q of random actions: (batch, ...) to (batch, 1).
 
     A proposal as bad as a random action is exp(beta) times less likely than the best, wherever the zero of the values lies
-    and whatever their unit. The scale is not less than a millionth of the largest |q|: below that float32 has only noise.
+    and whatever their unit. The best may be one of the random actions, so that the stake is never negative. The scale is not
+    less than a millionth of the largest |q|: below that float32 has only noise.
     """
-    stake = q_values.amax(dim=1, keepdim=True) - random_q_values.mean(dim=1, keepdim=True)
+    best = torch.cat([q_values, random_q_values], dim=1).amax(dim=1, keepdim=True)
+    stake = best - random_q_values.mean(dim=1, keepdim=True)
     return torch.maximum(stake, 1e-6 * value_scale(q_values))
 
 
@@ -270,7 +278,7 @@ class Agent:
     """
 
     KEPT = ("actors", "critics", "target_critics", "log_alphas", "actor_optimizer", "critic_optimizer", "alpha_optimizer",
-            "num_resets", "metrics", "acting_counts", "choices")  # fmt: skip
+            "resets", "metrics", "acting_counts", "choices")  # fmt: skip
     METRICS = ("critic_loss", "q_values", "actor_loss", "alpha")
 
     def __init__(
@@ -297,8 +305,8 @@ class Agent:
         self.alpha_optimizer = self.make_optimizer([self.log_alphas])
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
-        self.beta = torch.zeros((), device=device)  # see `num_resets`
-        self.num_resets = 0
+        self.beta = torch.zeros((), device=device)  # see `resets`
+        self.resets = []
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
@@ -316,16 +324,27 @@ class Agent:
         return agents + choice
 
     @property
+    def resets(self) -> list[int]:
+        """The agents that were reset, one after another, whatever the rule is: from it follows who is the oldest."""
+        return self._resets
+
+    @resets.setter
+    def resets(self, resets: list[int]) -> None:
+        self._resets = resets
+        last_resets = {index: number for number, index in enumerate(resets)}
+        self.oldest.fill_(min(range(self.args.num_agents), key=lambda index: last_resets.get(index, -1)))
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = len(resets) > 0 or self.args.selection == "advantage"
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
+
+    @property
     def num_resets(self) -> int:
-        return self._num_resets
+        return len(self.resets)
 
     @num_resets.setter
     def num_resets(self, num_resets: int) -> None:
-        self._num_resets = num_resets
-        self.oldest.fill_(num_resets % self.args.num_agents)
-        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
-        judges = num_resets > 0 or self.args.selection == "advantage"
-        self.beta.fill_(self.chosen_beta if judges else 0.0)
+        """So many, of the oldest agent each time."""
+        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -453,13 +472,13 @@ class Agent:
 
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
-        index = self.num_resets % self.args.num_agents
+        index = self.oldest.item()
         self.initialise(index)
         for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
             for parameter in optimizer.param_groups[index]["params"]:
                 for moment_or_step in optimizer.state[parameter].values():
                     moment_or_step.zero_()
-        self.num_resets += 1
+        self.resets = [*self.resets, index]
         return index
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -479,10 +498,10 @@ class Agent:
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
         self.choices.zero_()
-        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars = {"rde/oldest_agent": self.oldest.item()}
         scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
-        if self.num_resets:
-            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        if self.resets:
+            scalars["rde/youngest_fraction"] = fractions[self.resets[-1]]
         return scalars | {"rde/choice_entropy": entropy / max(1, num_choices)}
 
     def weights(self) -> dict:
@@ -624,7 +643,17 @@ def train(args: Args) -> None:
 
 
 def environment_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("dm-control", "mujoco")}
+    """Of the packages that environments come from, where they are installed."""
+    versions = {}
+    for name in ("dm-control", "mujoco", "box2d"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def is_gymnasium(env_id: str) -> bool:
+    """Whether the name is one of Gymnasium's (Pendulum-v1, module:MyTask-v0), and not the suite's (hopper-hop)."""
+    return ":" in env_id or re.search(r"-v\d+$", env_id) is not None
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
@@ -739,15 +768,139 @@ class DeepMindControl(gym.Env):
         control._step_count, control._reset_next_step = state["step_count"], state["reset_next_step"]
 
 
+class FreshWorld(gym.Wrapper):
+    """BipedalWalker, with a new world in every episode, as LunarLander has it: an old one remembers earlier contacts."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        walker = self.unwrapped
+        walker._destroy()  # the bodies in the old world
+        walker.world = type(walker.world)()
+        return self.env.reset(seed=seed, options=options)
+
+
+class GymnasiumTask(gym.Wrapper):
+    """A task of Gymnasium's: vectors of float32 as observations, actions in [-1, 1] whatever the task's own bounds are.
+
+    At the end of an episode `info["episode"]` holds the return "r" and the length "l". A time limit truncates, and so bootstraps.
+
+    Every episode begins from a seed of its own. So a checkpoint keeps nothing of the world (Box2D's cannot be saved), but that
+    seed and the actions since; played again, they bring the environment exactly to where it was, whatever it is made of.
+    """
+
+    KEPT = ("seeds", "episode")
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        observation_dim = gym.spaces.flatdim(env.observation_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
+        self.low, self.high = (bound.astype(np.float64) for bound in (env.action_space.low, env.action_space.high))
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
+        self.seeds = np.random.default_rng(0)  # of the episodes after the first
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.seeds = np.random.default_rng(seed)
+        self.begin(int(self.seeds.integers(2**31)) if seed is None else seed)
+        return self.observation, {}
+
+    def begin(self, seed: int) -> None:
+        """A new episode."""
+        self.episode_seed, self.actions, self.episodic_return = seed, [], 0.0
+        observation, _ = self.env.reset(seed=seed)
+        self.observation = self.encode(observation)
+
+    def step(self, action: np.ndarray):
+        self.actions.append(np.array(action, np.float32))
+        action = self.low + (action.reshape(self.low.shape).astype(np.float64) + 1) / 2 * (self.high - self.low)
+        observation, reward, terminated, truncated, _ = self.env.step(action.astype(self.env.action_space.dtype))
+        self.observation, reward = self.encode(observation), np.asarray(reward).item()  # some are arrays of one number
+        self.episodic_return += reward
+        ended = {"episode": {"r": self.episodic_return, "l": len(self.actions)}}
+        return self.observation, reward, terminated, truncated, ended if terminated or truncated else {}
+
+    def encode(self, observation) -> np.ndarray:
+        return gym.spaces.flatten(self.env.observation_space, observation).astype(np.float32)  # (observation_dim,)
+
+    @property
+    def episode(self) -> dict:
+        """What leads to the present moment of the episode."""
+        actions = np.array(self.actions, np.float32).reshape(-1, *self.action_space.shape)
+        return {"seed": self.episode_seed, "actions": actions, "observation": self.observation}
+
+    @episode.setter
+    def episode(self, episode: dict) -> None:
+        self.begin(episode["seed"])
+        for action in episode["actions"]:
+            self.step(action)
+        if not np.array_equal(self.observation, episode["observation"], equal_nan=True):
+            raise ValueError(f"{self.spec.id} does not play the same episode again from its seed")
+
+
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, with actions in [-1, 1]."""
-    return DeepMindControl(args.env_id, render_mode="rgb_array" if render else None)
+    if not is_gymnasium(args.env_id):
+        return DeepMindControl(args.env_id, render_mode="rgb_array" if render else None)
+    return GymnasiumTask(make_bare_env(args, render))
+
+
+def make_bare_env(args: Args, render: bool = False) -> gym.Env:
+    """Gymnasium's environment as it is registered, with the limit of --max-episode-steps."""
+    options = {"max_episode_steps": args.max_episode_steps} if args.max_episode_steps else {}
+    if render:  # else not a word of it: not every environment's constructor takes it
+        options["render_mode"] = "rgb_array"
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # a cluster node has no display
+    env = gym.make(args.env_id, disable_env_checker=True, **options)
+    return FreshWorld(env) if args.env_id.startswith("BipedalWalker") else env
 
 
 def check_environment(args: Args) -> None:
     """Refuses what is no task, or cannot be drawn where that is asked for."""
     if args.buffer_size < args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for one step of {args.num_envs} environments")
+    if is_gymnasium(args.env_id):
+        check_gymnasium(args)
+    else:
+        check_suite(args)
+
+
+def check_gymnasium(args: Args) -> None:
+    given = f"--env-id {args.env_id}"
+    try:
+        env = make_bare_env(args, args.capture_video)
+    except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
+        fail(f"{given} does not work here: {one_line(error)}")
+    space = env.action_space
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+        fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete ones "
+             "there is rde_dqn.py")  # fmt: skip
+    try:
+        env = make_env(args, args.capture_video)
+        observation, _ = env.reset(seed=0)
+        if observation.shape != env.observation_space.shape:
+            raise ValueError(f"its reset returns {observation.shape}, but its observations are {env.observation_space.shape}")
+        env.step(np.zeros(env.action_space.shape, np.float32))
+        frame = np.asarray(env.render() if args.capture_video else None)
+    except Exception as error:
+        fail(f"{given} does not work here: {one_line(error)}")
+    if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
+        fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
+    if env.spec.max_episode_steps is None and not args.max_episode_steps:
+        print(f"warning: {given} has no limit of its own: if an episode never ends, an evaluation does not either; "
+              "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip
+    env.close()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or repr(error)
+
+
+def check_suite(args: Args) -> None:
+    if args.max_episode_steps:
+        fail("--max-episode-steps is for Gymnasium's tasks; an episode of the DeepMind Control Suite has 1,000 steps")
+    if importlib.util.find_spec("dm_control") is None:
+        fail(f"--env-id {args.env_id} needs the package dm_control (pip install dm_control), which takes Python 3.12 at most; "
+             "Gymnasium's tasks do without it, as HalfCheetah-v5")  # fmt: skip
     draws = args.capture_video or args.env_id == "quadruped-escape"  # which shows its terrain to OpenGL
 
     def fail_to_draw(error: Exception) -> None:
@@ -763,7 +916,8 @@ def check_environment(args: Args) -> None:
         stem = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
         near = difflib.get_close_matches(stem, tasks, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "an example is hopper-hop"
-        fail(f"--env-id {args.env_id} is not a task of the DeepMind Control Suite, as domain-task; {hint}")
+        fail(f"--env-id {args.env_id} is not a task of the DeepMind Control Suite, as domain-task, and no environment of "
+             f"Gymnasium, as HalfCheetah-v5; {hint}")  # fmt: skip
     if args.env_id.startswith("lqr-"):
         fail(f"--env-id {args.env_id} has actions without bounds and episodes without end; use one of the other domains")
     if draws:
@@ -946,7 +1100,7 @@ KINDS = {
 CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.FunctionType, types.MethodType, type)
 
 
-def state_of(part, where: str = "a part of the run"):
+def state_of(part, where: str = "parts"):
     """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
 
     A class names in KEPT, in the order in which they are restored, the attributes that have to be kept. Of an object without
@@ -961,14 +1115,14 @@ def state_of(part, where: str = "a part of the run"):
         return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
         return torch.from_numpy(part)
-    if type(part) in (list, tuple):
+    if type(part) in (list, tuple, set):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
-        return {state_of(name, where): state_of(value, where) for name, value in part.items()}
+        return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
     if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
         fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
              "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
-    names = getattr(part, "KEPT", None) or [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
+    names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
     return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
 
 
@@ -976,7 +1130,7 @@ def value_of(state):
     """A plain value as it was: in a checkpoint its arrays are tensors."""
     if isinstance(state, torch.Tensor):
         return state.numpy().copy()
-    if isinstance(state, (list, tuple)):
+    if isinstance(state, (list, tuple, set)):
         return type(state)(map(value_of, state))
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
@@ -1004,7 +1158,7 @@ def restored(part, state):
 
 # ------------------------------------------------------------------------------------------------- what a run consists of
 
-SCRIPT, SCRIPT_TEXT = os.path.basename(__file__), open(__file__, "rb").read()
+SCRIPT, SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
 LOG_INTERVAL = 100  # environment steps between two points of the training curves
 CHANGE_NO_RESULT = ("runs_dir", "checkpoint_interval", "track", "wandb_project_name", "wandb_entity")
 CSV_FILES = ("episodes.csv", "evaluations.csv")
@@ -1051,22 +1205,19 @@ class Run:
         self.wall_seconds, self.turn_started = 0.0, time.perf_counter()
         self.num_threads, self.csv_sizes = 0, {}  # at the checkpoint
 
-        self.path = os.path.join(os.path.expanduser(args.runs_dir), run_name(args))
-        os.makedirs(self.path, exist_ok=True)
-        self.lock = open(self.file("lock"), "w")  # a file: of a folder's lock other nodes know nothing on NFS
+        self.path = pathlib.Path(args.runs_dir).expanduser() / run_name(args)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / "lock", "w")  # a file: of a folder's lock other nodes know nothing on NFS
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another process is at work in {self.path}", code=75)  # EX_TEMPFAIL of sysexits.h
         except OSError as error:
             print(f"warning: {self.path} knows no locks ({error.strerror}); let only one process work there", file=sys.stderr)
-        if os.path.exists(self.file("model.pt")):
+        if (self.path / "model.pt").exists():
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    def file(self, name: str) -> str:
-        return os.path.join(self.path, name)
 
     @property
     def last_loop_step(self) -> int:
@@ -1077,40 +1228,39 @@ class Run:
 
     def restore(self, parts: dict) -> bool:
         """Opens the run's files for all that is to be logged. True if there is a checkpoint; all parts are then as at it."""
-        args, resumed = self.args, os.path.exists(self.file("checkpoint.pt"))
+        args, resumed = self.args, (self.path / "checkpoint.pt").exists()
         self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(args.eval_episodes)]
         self.parts = {"run": self, "initialisation": torch.default_generator} | parts
         if resumed:
             self.load()
             print(f"continuing {self.path} at step {self.global_step}, with {self.num_threads} thread(s) as before")
-        for path in map(os.path.dirname, glob.glob(f"{glob.escape(self.path[:-8])}*/checkpoint.pt") if not resumed else ()):
-            print(f"note: {path} is unfinished, and not continued: its script or arguments are others. To go on with it in place "
-                  f"of this run, stop and: rm -r {self.path} && mv {path} {self.path}")  # fmt: skip
-        with open(self.file(SCRIPT), "wb") as file:
-            file.write(SCRIPT_TEXT)
-        with open(self.file("args.json"), "w") as file:  # for people and tools
-            json.dump({"script": SCRIPT, "script_sha256": hashlib.sha256(SCRIPT_TEXT).hexdigest(), "args": vars(args),
-                       "versions": self.versions, "device": self.device_name}, file, indent=2)  # fmt: skip
+        for file in () if resumed else self.path.parent.glob(f"{self.path.name[:-8]}*/checkpoint.pt"):
+            print(f"note: {file.parent} is not finished, and not continued: its script or arguments are others. To go on with it "
+                  f"in place of this run, stop and: rm -r {self.path} && mv {file.parent} {self.path}")  # fmt: skip
+        (self.path / SCRIPT).write_bytes(SCRIPT_TEXT)
+        content = {"script": SCRIPT, "script_sha256": hashlib.sha256(SCRIPT_TEXT).hexdigest(), "args": vars(args),
+                   "versions": self.versions, "device": self.device_name}  # fmt: skip
+        (self.path / "args.json").write_text(json.dumps(content, indent=2))  # for people and tools
         if args.track:
             import wandb  # late: only --track needs the package
 
-            name = os.path.basename(self.path)
             try:
-                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                           config=vars(args), sync_tensorboard=True)  # fmt: skip
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, id=self.path.name,
+                           resume="allow", config=vars(args), sync_tensorboard=True)  # fmt: skip
             except wandb.errors.Error as error:
                 fail(f"Weights & Biases: {' '.join(str(error).split())}", code=1)
         # TensorBoard leaves out what was logged after the checkpoint. Rows are written as they end.
-        self.writer = SummaryWriter(self.path, purge_step=self.global_step + 1 if resumed else 0)
-        files = [open(self.file(name), "a" if resumed else "w", newline="", buffering=1) for name in CSV_FILES]
+        self.writer = SummaryWriter(str(self.path), purge_step=self.global_step + 1 if resumed else 0)
+        files = [open(self.path / name, "a" if resumed else "w", newline="", buffering=1) for name in CSV_FILES]
         self.episodes, self.evaluations = (csv.writer(file, lineterminator="\n") for file in files)
         if not resumed:
             rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
             self.episodes.writerow(("global_step", "episodic_return", "episodic_length", "wall_seconds", *self.columns))
             self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
-        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, mininterval=0.5 if sys.stderr.isatty() else 60,
-                            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")  # fmt: skip
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        seconds = 0.5 if sys.stderr.isatty() else 60
+        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
         return resumed
 
     def announce(self, agents: str, num_resets: int) -> None:
@@ -1176,7 +1326,7 @@ class Run:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
         args, step = self.args, self.global_step
         if args.keep_models and interval_has_passed(Fraction(args.total_timesteps, args.keep_models), step, args.num_envs):
-            os.makedirs(self.file("models"), exist_ok=True)
+            (self.path / "models").mkdir(exist_ok=True)
             self.write(f"models/step_{step:08d}.pt", agent.weights())
         # At the end, too: a full disk or a kill before model.pt is written then loses nothing.
         if step >= args.total_timesteps or interval_has_passed(args.checkpoint_interval, step, args.num_envs):
@@ -1185,11 +1335,11 @@ class Run:
     def evaluate(self, agent: "Agent") -> None:
         """Does the evaluation that the agenda begins with."""
         self.finite_metrics()
-        phase, frames = self.agenda[0], []
+        phase, frames, recorded = self.agenda[0], [], self.eval_envs[0] if self.args.capture_video else None
 
         def watch(env: gym.Env) -> None:
             self.stop_if_asked()
-            if env.render_mode:  # the first one has it, for --capture-video
+            if env is recorded:
                 frames.append(env.render())
 
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.args.seed, EVALUATION, self.global_step))
@@ -1198,9 +1348,9 @@ class Run:
         if frames:
             from moviepy import ImageSequenceClip  # late: only --capture-video needs the package
 
-            os.makedirs(self.file("videos"), exist_ok=True)
-            clip = ImageSequenceClip(frames, fps=self.eval_envs[0].metadata.get("render_fps", 30))
-            clip.write_videofile(self.file(f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
+            (self.path / "videos").mkdir(exist_ok=True)
+            clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
+            clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
         self.log_evaluation(phase, episodes)
         if phase != "after_reset":  # a curve has one point at a step
             self.log_scalars(evaluation_scalars(agent))
@@ -1224,8 +1374,9 @@ class Run:
                     scalars[f"losses/{name}_{i}" if values.ndim else f"losses/{name}"] = value
         self.log_scalars(scalars)
         mean_return = f"{np.mean(self.last_returns):g}" if self.last_returns else "-"
-        shown = "".join(f", {name}={scalars[f'charts/{name}']:.3g}" for name in ("epsilon", "SPS") if f"charts/{name}" in scalars)
-        self.progress.set_postfix_str(f"{self.time_left()}, return={mean_return}{shown}", refresh=False)
+        epsilon = f", epsilon={scalars['charts/epsilon']:.2f}" if "charts/epsilon" in scalars else ""
+        speed = f", SPS={scalars['charts/SPS']:.0f}" if "charts/SPS" in scalars else ""
+        self.progress.set_postfix_str(f"{self.time_left()}, return={mean_return}{epsilon}{speed}", refresh=False)
 
     def finite_metrics(self) -> np.ndarray:
         """The agent's metrics, on the host. Nothing is evaluated or saved once one of them is not finite."""
@@ -1267,34 +1418,37 @@ class Run:
         self.finite_metrics()
         self.wait_for_disk()
         self.num_threads = torch.get_num_threads()  # with another number sums are rounded in another order
-        self.csv_sizes = {name: os.path.getsize(self.file(name)) for name in CSV_FILES}
+        self.csv_sizes = {name: (self.path / name).stat().st_size for name in CSV_FILES}
         self.write("checkpoint.pt", {"versions": self.versions, "parts": state_of(self.parts)})
 
     def load(self) -> None:
         """Brings all parts to where they were at the checkpoint. Nothing in the file is executed."""
-        path = self.file("checkpoint.pt")
+        path = self.path / "checkpoint.pt"
         try:
             with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum is wrong")
             content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             if content["versions"] != self.versions:
-                raise ValueError(f"written with {content['versions']}, but here is {self.versions}")
+                written, here = content["versions"].items(), self.versions.items()
+                raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
+            for env in self.parts["envs"]:
+                env.reset()  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")
             for name, size in self.csv_sizes.items():
-                if os.path.getsize(self.file(name)) < size:
+                if (self.path / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
         except Exception as error:  # a flipped bit can have any consequence
-            fail(f"the run cannot go on from {path}: {type(error).__name__}: {' '.join(str(error).split())}", code=1)
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {str(error).partition('. ')[0]}", code=1)
         torch.set_num_threads(self.num_threads)
         for name, size in self.csv_sizes.items():
-            os.truncate(self.file(name), size)
+            os.truncate(self.path / name, size)
 
     def write(self, name: str, content: dict) -> None:
         """Replaces a file of numbers and tensors; until the new one is wholly on the disk the old one stays."""
-        path = self.file(name)
+        path = self.path / name
         try:
             with open(f"{path}.tmp", "wb") as file:
                 torch.save(content, file)
@@ -1303,20 +1457,20 @@ class Run:
         except RuntimeError as error:  # PyTorch's, when the disk is full, does not say so
             raise OSError(f"{path} was not written. Is the disk full?") from error
         os.replace(f"{path}.tmp", path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name, too
         os.close(folder)
 
     def wait_for_disk(self) -> None:
         """Until all that was logged is written."""
         self.writer.flush()
-        for path in (*glob.glob(f"{glob.escape(self.path)}/events.out.tfevents.*"), *map(self.file, CSV_FILES)):
+        for path in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("*.csv")):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def remove_checkpoint(self) -> None:
-        for path in glob.glob(f"{glob.escape(self.path)}/checkpoint.pt*"):  # .tmp, too, which a kill has left
-            os.remove(path)
+        for path in self.path.glob("checkpoint.pt*"):  # .tmp, too, which a kill has left
+            path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------- arguments, and the start

@@ -4,13 +4,14 @@
 
 The arguments are those of dqn_atari.py that have an effect, and its evaluations are played at the same steps, from the same
 starts; everything else is stable-baselines3's: wrappers, replay buffer, network, exploration, loop. It trains on the CPU. What
-comes out is a run folder as dqn_atari.py's, without checkpoints: a run that was stopped begins anew.
+comes out is a run folder as dqn_atari.py's, without checkpoints: a run that was stopped cannot be continued.
 """
 
 import dataclasses
 import os
 import pathlib
 import sys
+import types
 
 import torch
 import tyro
@@ -26,7 +27,7 @@ WITHOUT_EFFECT = ("exp_name", "checkpoint_interval", "keep_models", "cuda", "tor
 
 
 class Run(dqn.Run):
-    """A run that cannot be continued: of stable-baselines3's agent no checkpoint is kept that would go on exactly."""
+    """A run folder without checkpoints."""
 
     def stop_if_asked(self) -> None:
         if self.stopped_by:
@@ -36,9 +37,7 @@ class Run(dqn.Run):
 
 
 class Logs(BaseCallback):
-    """Writes what happens at a step into the run's folder, and evaluates when it is due. To the run it is the agent."""
-
-    METRICS, metrics = (), torch.zeros(0)
+    """Writes what happens at a step into the run's folder, and evaluates when it is due."""
 
     def __init__(self, run: Run):
         super().__init__()
@@ -48,12 +47,13 @@ class Logs(BaseCallback):
         run, args = self.run, self.run.args
         run.global_step = self.num_timesteps
         run.progress.update(args.num_envs)
-        run.goes_on()  # which looks at the clock, too
         for info in self.locals["infos"]:
             if "episode" in info:
                 run.log_episode(info["episode"])
-        if run.global_step < args.total_timesteps and dqn.interval_has_passed(args.eval_interval, run.global_step, args.num_envs):
-            self.evaluate("scheduled")
+        if run.global_step < args.total_timesteps:
+            if dqn.interval_has_passed(args.eval_interval, run.global_step, args.num_envs):
+                self.evaluate("scheduled")
+        run.stop_if_asked()
         return True
 
     def evaluate(self, phase: str) -> None:
@@ -61,17 +61,17 @@ class Logs(BaseCallback):
         self.run.evaluate(self)
 
     def evaluation_policy(self, generator: torch.Generator):
+        """What `Run.evaluate` asks an agent for."""
         greedy = lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
         return dqn.epsilon_greedy(greedy, self.run.args.eval_epsilon, int(self.model.action_space.n), generator)
 
 
 def train(args: dqn.Args) -> None:
-    # The folder is of this script.
+    # The folder is of this script: no other one is to go on with it or to load its weights.
     dqn.SCRIPT, dqn.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
-    dqn.evaluation_scalars = lambda agent: {}  # they are of networks of ours
+    dqn.evaluation_scalars = lambda agent: {}  # plasticity is that of our network
     run = Run(args)
-    logs = Logs(run)
-    run.restore({"agent": logs, "envs": []})
+    run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
     envs = VecFrameStack(make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed), n_stack=4)
     model = DQN(
         "CnnPolicy", envs, learning_rate=args.learning_rate, buffer_size=args.buffer_size, batch_size=args.batch_size,
@@ -79,12 +79,14 @@ def train(args: dqn.Args) -> None:
         target_update_interval=1, exploration_fraction=args.exploration_fraction, exploration_initial_eps=args.start_e,
         exploration_final_eps=args.end_e, max_grad_norm=args.max_grad_norm, seed=args.seed, device="cpu",
     )  # fmt: skip
+    logs = Logs(run)
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
     run.finish(model.policy.state_dict())
 
 
 def main() -> None:
+    dqn.show_ranges()
     args = tyro.cli(dqn.Args, description=__doc__)
     for name in WITHOUT_EFFECT:
         if getattr(args, name) != getattr(dqn.Args(), name):

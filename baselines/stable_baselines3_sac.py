@@ -4,13 +4,14 @@
 
 The arguments are those of rde_sac_dmc.py that have an effect; the environment and the evaluations are its own, too, at the
 same steps, from the same starts. It trains on the CPU. What comes out is a run folder as rde_sac_dmc.py's, without checkpoints:
-a run that was stopped begins anew.
+a run that was stopped cannot be continued.
 """
 
 import dataclasses
 import os
 import pathlib
 import sys
+import types
 
 import torch
 import tyro
@@ -22,11 +23,11 @@ import rde_sac_dmc as sac
 
 DEFAULTS = sac.Args(num_agents=1, reset_interval=0)
 WITHOUT_EFFECT = ("exp_name", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic", "cuda_graphs", "bf16",
-                  "selection", "beta", "critic_norm")  # fmt: skip
+                  "critic_norm", "selection", "beta")  # fmt: skip
 
 
 class Run(sac.Run):
-    """A run that cannot be continued: of stable-baselines3's agent no checkpoint is kept that would go on exactly."""
+    """A run folder without checkpoints."""
 
     def stop_if_asked(self) -> None:
         if self.stopped_by:
@@ -36,9 +37,7 @@ class Run(sac.Run):
 
 
 class Logs(BaseCallback):
-    """Writes what happens at a step into the run's folder, and evaluates when it is due. To the run it is the agent."""
-
-    METRICS, metrics = (), torch.zeros(0)
+    """Writes what happens at a step into the run's folder, and evaluates when it is due."""
 
     def __init__(self, run: Run):
         super().__init__()
@@ -48,12 +47,12 @@ class Logs(BaseCallback):
         run, args = self.run, self.run.args
         run.global_step = self.num_timesteps
         run.progress.update(1)
-        run.goes_on()  # which looks at the clock, too
         for info in self.locals["infos"]:
             if "episode" in info:
                 run.log_episode(info["episode"])
         if run.global_step < args.total_timesteps and sac.interval_has_passed(args.eval_interval, run.global_step, 1):
             self.evaluate("scheduled")
+        run.stop_if_asked()
         return True
 
     def evaluate(self, phase: str) -> None:
@@ -61,27 +60,29 @@ class Logs(BaseCallback):
         self.run.evaluate(self)
 
     def evaluation_policy(self, generator: torch.Generator):
+        """What `Run.evaluate` asks an agent for."""
         return lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
 
 
 def train(args: sac.Args) -> None:
-    # The folder is of this script.
+    # The folder is of this script: no other one is to go on with it or to load its weights.
     sac.SCRIPT, sac.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
     run = Run(args)
-    logs = Logs(run)
-    run.restore({"agent": logs, "envs": []})
+    run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
     model = SAC(
         "MlpPolicy", sac.make_env(args), learning_rate=args.learning_rate, buffer_size=args.buffer_size,
         learning_starts=args.learning_starts, batch_size=args.batch_size, tau=args.tau, gamma=args.gamma, train_freq=1,
         gradient_steps=int(args.replay_ratio), policy_kwargs={"net_arch": [args.hidden_dim] * args.num_hidden_layers},
         seed=args.seed, device="cpu",
     )  # fmt: skip
+    logs = Logs(run)
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
     run.finish(model.policy.state_dict())
 
 
 def main() -> None:
+    sac.show_ranges()
     args = tyro.cli(sac.Args, description=__doc__, default=DEFAULTS)
     for name in WITHOUT_EFFECT:
         if getattr(args, name) != getattr(DEFAULTS, name):

@@ -419,8 +419,7 @@ def test_a_mistake_is_noticed(tmp_path, mistake):
 OLD_NUMBERS = {
     "observations in a new tensor": ("upload(observations, device_observations)",
                                      "device_observations = torch.from_numpy(observations).to(run.device)"),
-    "the judge in a new tensor": ("self.oldest.fill_(num_resets % self.args.num_agents)",
-                                  "self.oldest = torch.full((1,), num_resets % self.args.num_agents, device=self.device)"),
+    "the judge in a new tensor": ("self.oldest.fill_(min(", "self.oldest = torch.empty_like(self.oldest).fill_(min("),
     "the buffer's size as a number of Python's": ("(draws * self.size).long()",
                                                   "(draws * min(self.num_added, self.capacity)).long()"),
 }  # fmt: skip

@@ -5,15 +5,18 @@ import csv
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from rliable import library, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -52,30 +55,26 @@ def write_run(parent, evaluations, name="", games=(), extra="", script_sha256=No
         for step, score in games:
             score, *value = score if extra else (score,)
             rows.writerow((step, score, 400, f"{step}.25", *value))
-    (folder / "model.pt").write_bytes(b"weights")
     return folder
 
 
-def read(folder) -> pd.DataFrame:
+def read(*folders) -> pd.DataFrame:
     """The games of a study from which nothing is left out."""
-    games, left_out, notes = plot.read_games(str(folder))
+    games, left_out, notes = plot.read_games([*map(pathlib.Path, folders)])
     assert left_out == [] and notes == []
     return games
 
 
 def tables(games: pd.DataFrame, **args) -> dict:
     args = plot.Args(bootstrap_samples=50, **args)
-    collapses = plot.collapses_of(plot.resets_of(games, args.reset_window), args)
-    return plot.tables_of(games, plot.comparable(games)[0], collapses, NOTHING_PUBLISHED, args)
+    return plot.tables_of(games, plot.comparable(games)[0], plot.collapses_of(games, args), NOTHING_PUBLISHED, args)
 
 
 def pictures(games: pd.DataFrame, published: pd.DataFrame = NOTHING_PUBLISHED, window: int = 2000) -> dict:
-    args = plot.Args(bootstrap_samples=50)
-    collapses = plot.collapses_of(plot.resets_of(games, window), args)
-    figures = dict(plot.pictures_of(games, plot.comparable(games)[0], collapses, published, args))
+    args = plot.Args(bootstrap_samples=50, reset_window=window)
+    figures = dict(plot.pictures_of(games, plot.comparable(games)[0], plot.collapses_of(games, args), published, args))
     for figure in figures.values():
-        figure.canvas.draw()
-        plot.plt.close(figure)
+        FigureCanvasAgg(figure).draw()
     return figures
 
 
@@ -84,14 +83,22 @@ def lines_of(axes) -> dict:
     return {line.get_label(): np.array(line.get_data()) for line in axes.lines if line.get_label()[0] != "_"}
 
 
+def thin_lines(axes) -> list:
+    return [line for line in axes.lines if line.get_linewidth() == 0.8]
+
+
 def band_of(axes, i: int = 0) -> np.ndarray:
     """The corners of a method's band, (corners, 2)."""
     return axes.collections[i].get_paths()[0].vertices
 
 
+def footnote(figure) -> str:
+    return figure.get_supxlabel()
+
+
 def table_of(folder: pathlib.Path) -> str:
     """table.md, its cells without the spaces that line them up."""
-    return re.sub(r" +\|", " |", re.sub(r"\| +", "| ", (folder / "table.md").read_text()))
+    return re.sub(r" +\|", " |", re.sub(r"\| +", "| ", (folder / "table.md").read_text(encoding="utf-8")))
 
 
 def read_csv(path) -> list[dict]:
@@ -103,24 +110,17 @@ def read_csv(path) -> list[dict]:
 def call(monkeypatch):
     """The program, called in this process: importing its packages takes longer than its work."""
 
-    def call(runs_dir: pathlib.Path, out_dir: pathlib.Path, *options: str) -> None:
-        folders = ["--runs-dir", str(runs_dir), "--out-dir", str(out_dir)]
-        monkeypatch.setattr(sys, "argv", ["plot_benchmark.py", *folders, "--bootstrap-samples", "50", *options])
+    def call(*options) -> None:
+        monkeypatch.setattr(sys, "argv", ["plot_benchmark.py", "--bootstrap-samples", "50", *map(str, options)])
         plot.main()
 
     return call
 
 
-@pytest.fixture
-def numbers_only(monkeypatch):
-    """Pictures take most of the time."""
-    monkeypatch.setattr(plot, "pictures_of", lambda *arguments: iter(()))
-
-
 RESET_CURVE = [
     (50, "scheduled", (100.0, 300.0)),
     (60, "before_reset", (400.0, 600.0)),
-    (60, "after_reset", (900.0, 1100.0)),  # higher than anything else, and no part of the learning curve
+    (60, "after_reset", (900.0, 1100.0)),
     (80, "before_reset", (100.0, 300.0)),
     (80, "after_reset", (0.0, 100.0)),
     (100, "final", (300.0, 310.0)),
@@ -134,56 +134,126 @@ def test_run_by_hand(tmp_path):
     write_run(tmp_path, RESET_CURVE, games=[(30, 7.0)], **SR)
     games = read(tmp_path)
     assert len(games) == 13 and set(zip(games.env_id, games.replay_ratio, games.method)) == {(ALIEN, 1.0, "SR+DQN")}
-    assert games[games.phase == "training"][["step", "score"]].values.tolist() == [[30, 7.0]]
-    (run,) = plot.runs_of(games).itertuples()
-    assert run.score == 305.0 and run.best == 500.0  # not the 1,000 right after a reset
+    assert games[games.phase == "training"][["step", "score", "value"]].values.tolist() == [[30, 7.0, 7.0]]
     evaluations = plot.evaluations_of(games)
     assert list(zip(evaluations.step, evaluations.phase, evaluations.score, evaluations.episodes)) == [
         (50, "scheduled", 200.0, 2), (60, "before_reset", 500.0, 2), (60, "after_reset", 1000.0, 2),
         (80, "before_reset", 200.0, 2), (80, "after_reset", 50.0, 2), (100, "final", 305.0, 2),
     ]  # fmt: skip
-    resets = plot.resets_of(games, 10)
-    assert resets[["step", "different_before", "different_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
+    (run,) = plot.runs_of(games).itertuples()
+    # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
+    assert run.value == 305.0 and run.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
+    resets = plot.resets_of(games, 10)[lambda rows: rows.source == "evaluations"]
+    assert resets[["step", "value_before", "value_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
 
 
-def test_arguments_without_an_effect_do_not_tell_runs_apart(tmp_path):
-    """Without resets it says nothing what they do, for one agent nothing is chosen; where they have an effect, they do."""
-    settings = lambda **args: plot.parse_args(json.dumps({"args": args | {"env_id": ALIEN, "seed": 1, "total_timesteps": 9}}))[
-        1
-    ]
-    common = {"exp_name": "rde", "replay_ratio": 1.0, "eval_episodes": 2, "num_agents": 1, "reset_interval": 0}
-    both = lambda name, values, **args: [settings(**common | args | {name: value}) for value in values]
-    for name, values, with_effect in [
-        ("reset_depth", ("last1", "full"), {"reset_interval": 9}), ("shrink", (0.8, 0.5), {"reset_interval": 9}),
-        ("beta", (50.0, 1e9), {"num_agents": 2}), ("beta_cost", (50.0, 1.0), {"num_agents": 2}), ("kappa", (0.5, 1.0), {"num_agents": 2}),
-    ]:  # fmt: skip
-        assert len(set(both(name, values))) == 1 and len(set(both(name, values, **with_effect))) == 2, name
+def test_more_evaluations_at_a_reset_have_no_weight(tmp_path):
+    """Also a run with one evaluation has a mean."""
+    write_run(
+        tmp_path / "a", [(0, "scheduled", (4.0, 4.0)), (50, "before_reset", (4.0, 4.0)), (50, "after_reset", (4.0, 4.0)), FINAL]
+    )
+    write_run(tmp_path / "b", [FINAL], seed=2)
+    assert plot.runs_of(read(tmp_path)).whole_run.tolist() == [(50 * 4 + 50 * 2.75) / 100, 1.5]
+
+
+def test_without_models_from_folders_and_archives(tmp_path, call):
+    """An archive of run folders gives the same files as the folders, but for the CSV files, which it is."""
+    for seed in (1, 2):
+        write_run(tmp_path / "runs", RESET_CURVE, games=[(30, 7.0)], **SR, seed=seed)
+    with tarfile.open(tmp_path / "runs.tar.xz", "w:xz") as archive:
+        for folder in (tmp_path / "runs").iterdir():
+            archive.add(folder, folder.name)
+    call(tmp_path / "runs")
+    call(tmp_path / "runs.tar.xz")
+    results = tmp_path / "runs" / "results"
+    names = {file.name for file in results.iterdir()}
+    assert {"results.csv", "training_games.csv", "table.md", "learning_curves.png", "collapse.png"} <= names
+    assert {file.name for file in tmp_path.iterdir()} == names - {"results.csv", "training_games.csv"} | {"runs", "runs.tar.xz"}
+    for name in names - {"results.csv", "training_games.csv"}:
+        assert (tmp_path / name).read_bytes() == (results / name).read_bytes(), name
+
+
+def test_several_folders_are_one_study(tmp_path):
+    write_run(tmp_path / "a", [FINAL], name="run")
+    write_run(tmp_path / "b" / "deeper", [FINAL], name="run", seed=2)
+    write_run(tmp_path, [FINAL], name="alone", seed=3)
+    games = read(tmp_path / "a", tmp_path / "b", tmp_path / "alone")
+    names = {f"{tmp_path}/a/run": 1, f"{tmp_path}/b/deeper/run": 2, f"{tmp_path}/alone": 3}
+    assert {os.path.normpath(run): seed for run, seed in zip(games.run, games.seed)} == names
+
+
+def test_results_csv_is_read_as_well(tmp_path, call):
+    """What folders and their results.csv say is the same, where nothing depends on single games."""
+    for seed in (1, 2):
+        resets = [(50, "before_reset", (20.0, 20.0)), (50, "after_reset", (3.0 + seed, 3.0 + seed)), (100, "final", (9.0, 9.0))]
+        for env_id in ("cheetah-run", "walker-run"):
+            write_run(tmp_path / "runs", resets, games=[(40, 8.0), (90, 5.0)], **SR, seed=seed, env_id=env_id)
+    call(tmp_path / "runs", "--out-dir", tmp_path / "a")
+    call(tmp_path / "a" / "results.csv", "--out-dir", tmp_path / "b")
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {file.name for file in (tmp_path / "a").glob("*[!v]")}
+    assert (tmp_path / "a" / "table.md").read_bytes() == (tmp_path / "b" / "table.md").read_bytes()
+    for picture in ("learning_curves.png", "training_games.png", "aggregate_curves.png", "collapse.png"):
+        assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
+
+
+def test_a_file_of_a_time_with_one_rule(tmp_path):
+    """Its methods get their names of today, and its rows of training means are passed over."""
+    row = "run,env_id,method,replay_ratio,seed,global_step,phase,episodes,score\n"
+    row += "r,Alien,RDE+DQN,1,1,100,final,5,7\nr,Alien,RDE+DQN,1,1,100,training,5,3\n"
+    (tmp_path / "results.csv").write_text(row)
+    (tmp_path / "training_games.csv").write_text("env_id,method,replay_ratio,seed,global_step,episodic_return\n")
+    games = read(tmp_path / "results.csv")
+    assert games[["method", "phase", "score"]].values.tolist() == [["RDE+DQN value", "final", 7]]
 
 
 LABELS = [
-    (DQN, "DQN"), (SR, "SR+DQN"), (RDE, "RDE+DQN"), (SR | {"reset_interval": 0}, "DQN"), (RDE | {"num_agents": 1}, "SR+DQN"),
-    (RDE | {"reset_interval": 0}, "Ensemble+DQN"), (RDE | {"exp_name": "rde_sac_dmc"}, "RDE+SAC"),
-    (SR | {"exp_name": "rde_sac_dmc"}, "SR+SAC"), (DQN | {"exp_name": "rde_sac_dmc"}, "SAC"),
-    (RDE | {"exp_name": "my idea"}, "my idea"),
-    (DQN | {"exp_name": "dqn"}, "DQN"), (SR | {"exp_name": "sr_dqn"}, "SR+DQN"), (RDE | {"exp_name": "rde_dqn"}, "RDE+DQN"),
-    (DQN | {"exp_name": "rde_dqn"}, "DQN"), (DQN | {"exp_name": "sac_lag"}, "SAC-Lag"),
-    (SR | {"exp_name": "sr_sac_lag"}, "SR+SAC-Lag"), (RDE | {"exp_name": "rde_sac_lag"}, "RDE+SAC-Lag"),
-    (RDE | {"exp_name": "rde_sac_safety"}, "RDE+SAC-Lag"), (DQN | {"exp_name": "dqnx"}, "dqnx"),
-    (RDE | {"exp_name": "rde_sac_lag_kappa_1"}, "RDE+SAC-Lag kappa 1"), (DQN | {"exp_name": "rnd_dqn_atari"}, "RND-DQN"),
-    (RDE | {"exp_name": "rde_drq_atari"}, "RDE+DrQ"), (SR | {"exp_name": "rde_drq_atari"}, "SR+DrQ"),
-    (DQN | {"exp_name": "rde_drq_atari"}, "DrQ"), (DQN | {"exp_name": "drq_num-atoms_1"}, "DrQ num-atoms 1"),
+    (DQN, "DQN"), (SR, "SR+DQN"), (RDE, "RDE+DQN value"), (SR | {"reset_interval": 0}, "DQN"),
+    (RDE | {"num_agents": 1}, "SR+DQN"), (RDE | {"reset_interval": 0}, "Ensemble+DQN"),
+    (RDE | {"exp_name": "rde_sac_dmc"}, "RDE+SAC value"), (SR | {"exp_name": "rde_sac_dmc"}, "SR+SAC"),
+    (DQN | {"exp_name": "rde_sac_dmc"}, "SAC"), (RDE | {"exp_name": "my idea"}, "my idea"), (DQN | {"exp_name": "dqn"}, "DQN"),
+    (DQN | {"exp_name": "rde_dqn"}, "DQN"), (SR | {"exp_name": "sr_sac_lag"}, "SR+SAC-Lag"),
+    (RDE | {"exp_name": "rde_sac_safety"}, "RDE+SAC-Lag value"), (DQN | {"exp_name": "dqnx"}, "dqnx"),
+    (RDE | {"exp_name": "rde_sac_lag_kappa_1"}, "RDE+SAC-Lag value kappa 1"), (DQN | {"exp_name": "rnd_dqn_atari"}, "RND-DQN"),
+    (RDE | {"exp_name": "rde_drq_atari"}, "RDE+DrQ value"), (SR | {"exp_name": "rde_drq_atari"}, "SR+DrQ"),
+    (DQN | {"exp_name": "drq_num-atoms_1"}, "DrQ num-atoms 1"),
+    (RDE | {"exp_name": "rde_dqn_selection_advantage", "selection": "advantage", "beta": None}, "RDE+DQN advantage"),
+    (RDE | {"selection": "advantage", "beta": 5.0}, "RDE+DQN advantage"),
+    (RDE | {"selection": "value", "beta": None}, "RDE+DQN value"), (RDE | {"beta": 3.0}, "RDE+DQN value β = 3"),
+    (RDE | {"exp_name": "rde_dqn_selection_advantage_beta_2", "selection": "advantage", "beta": 2}, "RDE+DQN advantage β = 2"),
+    (RDE | {"exp_name": "rde_dqn_beta_1e9", "beta": 1e9}, "RDE+DQN oldest alone"),
+    (RDE | {"exp_name": "rde_dqn_selection_value_beta_1e9_tau_1", "beta": 1e9}, "RDE+DQN oldest alone tau 1"),
+    (SR | {"exp_name": "rde_dqn_num-agents_1"}, "SR+DQN"), (DQN | {"exp_name": "rde_dqn_num-agents_1_reset-interval_0"}, "DQN"),
+    (RDE | {"exp_name": "rde_dqn_num-agents_3", "num_agents": 3}, "RDE+DQN value num-agents 3"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("args, label", LABELS)
-def test_method_labels(args, label):
-    assert plot.method_label(plot.OPTIONAL | args) == label
+def test_method_names(args, label, tmp_path):
+    write_run(tmp_path, [FINAL], **args)
+    assert read(tmp_path).method.unique().tolist() == [label]
+
+
+IN_ORDER = ["DQN", "SR+DQN", "RDE+DQN value@a", "RDE+DQN value@b", "RDE+DQN value β = 3", "RDE+DQN advantage"]
+IN_ORDER += ["RDE+DQN oldest alone", "Ensemble+DQN", "my idea"]
 
 
 def test_methods_in_their_order():
-    methods = ["my idea", "RDE+DQN@b", "DQN", "SR+DQN", "RDE+DQN kappa 1", "RDE+DQN@a", "Ensemble+DQN"]
-    ordered = ["DQN", "SR+DQN", "Ensemble+DQN", "RDE+DQN@a", "RDE+DQN@b", "RDE+DQN kappa 1", "my idea"]
-    assert plot.methods_of(pd.DataFrame({"method": methods})) == ordered
+    assert plot.in_order(reversed(IN_ORDER)) == IN_ORDER
+
+
+def test_a_method_looks_alike_in_every_study():
+    """Whatever else is there, and in every family; variants beside the plain one look otherwise, alone they look like it."""
+    roles = [("", ""), ("SR+", ""), ("RDE+", " value"), ("RDE+", " advantage"), ("RDE+", " oldest alone")]
+    names = lambda family: [f"{prefix}{family}{rule}" for prefix, rule in roles]
+    whole = [*plot.looks_of(names("DQN")).values()]
+    assert len({color for color, _ in whole}) == 5 and len(set(map(str, whole))) == 5
+    for family in ("DQN", "SAC", "SAC-Lag", "DrQ", "RND-DQN"):
+        for method, look in zip(names(family), whole):
+            assert plot.looks_of([method]) == {method: look}
+            assert plot.looks_of([method, *names(family)[3:], "my idea"])[method] == look
+            assert plot.looks_of([f"{method} tau 0.1"]) == {f"{method} tau 0.1": look}
+            both = plot.looks_of([method, f"{method} tau 0.1"])
+            assert both[method] == look and both[f"{method} tau 0.1"] not in whole
 
 
 def test_scores_are_those_of_the_scripts():
@@ -203,55 +273,149 @@ def test_scores_are_those_of_the_scripts():
         assert of_script is None or of_script == plot.normalized_score(f"{game}NoFrameskip-v4", 12.5)
 
 
-def test_scales():
+def test_scales_and_names():
     assert plot.normalized_score(ALIEN, 227.8 + 0.25 * (7127.7 - 227.8)) == pytest.approx(0.25)
     assert plot.normalized_score("hopper-hop", 250.0) == 0.25
     env_ids = (ALIEN, "finger-turn_hard", "lander-v13", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
     assert [plot.suite_of(env_id) for env_id in env_ids] == [plot.ATARI, plot.DMC, None, None, None]
+    short = lambda *env_ids: [*plot.short_names(env_ids).values()]
+    assert short("MiniGrid-LavaGapS5-v0", "MiniGrid-GoToDoor-5x5-v0") == ["LavaGapS5", "GoToDoor-5x5"]
+    assert short("MiniGrid-LavaGapS5-v0", "LunarLander-v3") == ["MiniGrid-LavaGapS5", "LunarLander"]
+    assert short(ALIEN, "cheetah-run") == ["Alien", "cheetah-run"] and short("MinAtar/Asterix-v1") == ["Asterix"]
+    assert short("Pendulum-v0", "Pendulum-v1") == ["Pendulum-v0", "Pendulum-v1"]  # not one name for two
+
+
+# ------------------------------------------------------------------------------------------------------ what counts as one
 
 
 def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
-    write_run(tmp_path, [FINAL], **SR, seed=1, cuda=True, runs_dir="a")
-    write_run(tmp_path, [FINAL], **RDE | {"num_agents": 1}, seed=2, cuda=False, runs_dir="b")  # the same method
-    assert read(tmp_path).run.nunique() == 2
+    """Where runs are kept, what has no effect, what an older script did not know, and null for a default."""
+    write_run(tmp_path, [FINAL], **SR, seed=1, cuda=True, runs_dir="a", beta=50.0)
+    write_run(
+        tmp_path / "b", [FINAL], **RDE | {"num_agents": 1, "beta": 7.0}, seed=2, cuda=False, runs_dir="b", selection="advantage"
+    )
+    write_run(tmp_path, [FINAL], seed=1, reset_depth="last1", reset_interval=0)
+    write_run(tmp_path, [FINAL], seed=2, reset_depth="full", reset_interval=0, critic_norm="none")
+    write_run(tmp_path, [FINAL], **RDE, seed=1)
+    write_run(tmp_path, [FINAL], **RDE | {"beta": None}, seed=2, selection="value")
+    assert read(tmp_path).drop_duplicates("run").method.value_counts().to_dict() == {"DQN": 2, "SR+DQN": 2, "RDE+DQN value": 2}
 
 
-def test_most_runs_decide_which_arguments_count(tmp_path):
-    for seed, tau in ((1, 0.1), (2, 0.2), (3, 0.2)):
-        write_run(tmp_path, [FINAL], seed=seed, tau=tau)
-    games, left_out, _ = plot.read_games(str(tmp_path))
-    assert list(games.seed.unique()) == [2, 3] and len(left_out) == 1 and "tau 0.1 instead of 0.2" in left_out[0]
+@pytest.mark.parametrize(
+    "name, values", [("tau", (0.1, 0.2)), ("kappa", (0.5, 1.0)), ("beta_cost", (50.0, 1.0)), ("reset_depth", ("last1", "full"))]
+)
+def test_most_runs_decide_which_arguments_count(tmp_path, name, values):
+    for seed, value in ((1, values[0]), (2, values[1]), (3, values[1])):
+        write_run(tmp_path, [FINAL], **RDE | {"seed": seed, name: value})
+    games, left_out, _ = plot.read_games([tmp_path])
+    assert (
+        list(games.seed.unique()) == [2, 3]
+        and len(left_out) == 1
+        and f"{name} {values[0]} instead of {values[1]}" in left_out[0]
+    )
 
 
 @pytest.fixture
 def two_versions(tmp_path):
+    """By the hash that older runs have, and by the script's text, which newer runs have."""
     write_run(tmp_path, [FINAL], seed=1, script_sha256="0123456789")
-    write_run(tmp_path, [FINAL], seed=2, script_sha256="abcdefabcd")
-    write_run(tmp_path, [FINAL], seed=3)  # made before hashes were written
-    for seed, sha256 in ((1, "1" * 64), (2, "1" * 64)):
-        write_run(tmp_path, [FINAL], **SR, seed=seed, script_sha256=sha256)
+    write_run(tmp_path, [FINAL], seed=2)  # of neither
+    for seed, text in ((3, "one"), (4, "one"), (5, "other")):
+        folder = write_run(tmp_path, [FINAL], seed=seed, name=f"Alien__dqn__{seed}__0123abcd")
+        content = json.loads((folder / "args.json").read_text()) | {"script": "dqn.py"}
+        (folder / "args.json").write_text(json.dumps(content))
+        (folder / "dqn.py").write_text(text)
+    write_run(tmp_path, [FINAL], **SR, script_sha256="1" * 64)
     return tmp_path
 
 
-def test_versions_of_a_script_are_methods_of_their_own(two_versions, capsys, call, numbers_only):
-    games, left_out, notes = plot.read_games(str(two_versions))
-    assert plot.methods_of(games) == ["DQN@0123456", "DQN@abcdefa", "DQN@unknown", "SR+DQN"] and left_out == []
+def test_versions_of_a_script_are_methods_of_their_own(two_versions, capsys, call):
+    games, left_out, notes = plot.read_games([two_versions])
+    assert games.drop_duplicates("run").groupby("method").seed.apply(list).sort_values().tolist() == [
+        [1],
+        [1],
+        [2],
+        [3, 4],
+        [5],
+    ]
+    assert [name.split("@")[0] for name in plot.in_order(games.method)] == ["DQN"] * 4 + ["SR+DQN"] and left_out == []
     (note,) = notes
-    assert note == "DQN is of different versions of the script: @0123456, @abcdefa, @unknown"
-    call(two_versions, two_versions / "out")
-    assert capsys.readouterr().err == f"{note}\n" and f"- {note}\n" in (two_versions / "out" / "table.md").read_text()
+    assert re.fullmatch(r"DQN is of different versions of the script: @0123456, @\w{7}, @\w{7}, @unknown", note)
+    call(two_versions, "--pictures", "learning_curves")
+    assert capsys.readouterr().err == f"{note}\n" and f"- {note}\n" in (two_versions / "results" / "table.md").read_text()
+    games, left_out, notes = plot.read_games([two_versions], merge_versions=True)
+    assert plot.in_order(games.method) == ["DQN", "SR+DQN"] and left_out == notes == []
 
 
-def test_merged_versions(two_versions):
-    games, left_out, notes = plot.read_games(str(two_versions), merge_versions=True)
-    assert plot.methods_of(games) == ["DQN", "SR+DQN"] and left_out == notes == []
+# ------------------------------------------------------------------------------------------------------- what is left out
+
+LINE = "line 2 is cut off, or lacks one of global_step, phase, episodic_return"
+swap = str.replace
+SPOILED = {
+    "cut args": ("args.json", lambda text: text[:20], "Expecting"),
+    "args without args": ("args.json", lambda text: "{}", "args.json has no 'args'"),
+    "no seed": ("args.json", lambda text: swap(text, '"seed"', '"root"'), "args.json has no 'seed'"),
+    "no number": ("args.json", lambda text: swap(text, "100", '"many"'), "invalid literal for int()"),
+    "no evaluations": ("evaluations.csv", lambda text: None, "evaluations.csv is missing"),
+    "no games": ("episodes.csv", lambda text: None, "episodes.csv is missing"),
+    "empty": ("evaluations.csv", lambda text: "", "No columns to parse"),
+    "heading alone": ("evaluations.csv", lambda text: text.split("\n")[0] + "\n", "not finished"),
+    "other columns": ("evaluations.csv", lambda text: swap(text, "episodic_return", "score"), LINE),
+    "cut row": ("evaluations.csv", lambda text: text[:-2], "evaluations.csv: line 5 is cut off"),
+    "text score": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,many"), "could not convert string to float: 'many'"),
+    "score that is no number": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,nan", 1), LINE),
+    "endless score": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,inf", 1), LINE),
+    "episode lost": ("evaluations.csv", lambda text: swap(text, "50,scheduled,1,2.0\n", ""), "does not have 2 episodes"),
+    "episode doubled": ("evaluations.csv", lambda text: text + "100,final,1,2.0\n", "does not have 2 episodes"),
+    "final cut off": ("evaluations.csv", lambda text: text.split("100,final,1")[0], "there is no complete final evaluation"),
+    "no final": ("evaluations.csv", lambda text: swap(text, "final", "scheduled"), "there is no complete final evaluation"),
+    "final too early": ("args.json", lambda text: swap(text, "100", "200"), "there is no complete final evaluation"),
+    "cut game": ("episodes.csv", lambda text: text + "90,1.0", "episodes.csv: line 2 is cut off"),
+    "nan game": ("episodes.csv", lambda text: text + "90,nan,4,3.5\n", "episodes.csv: line 2 is cut off, or lacks"),
+    "other arguments": ("args.json", lambda text: swap(text, ": 2,", ': 2, "tau": 2,', 1), "runs of DQN: tau 2 instead of 1"),
+    "same seed": ("args.json", lambda text: swap(text, '"seed": 2', '"seed": 1'), "another run of the same seed counts"),
+}  # fmt: skip
 
 
-def test_the_same_method_by_another_script_is_another_version(tmp_path):
-    write_run(tmp_path, [FINAL], **SR, seed=1, script_sha256="1" * 64)
-    write_run(tmp_path, [FINAL], **RDE | {"num_agents": 1}, seed=2, script_sha256="2" * 64)
-    assert plot.methods_of(plot.read_games(str(tmp_path))[0]) == ["SR+DQN@1111111", "SR+DQN@2222222"]
-    assert plot.methods_of(plot.read_games(str(tmp_path), merge_versions=True)[0]) == ["SR+DQN"]
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_folder_has_a_named_line(tmp_path, case):
+    name, change, message = SPOILED[case]
+    for seed in (1, 3):
+        write_run(tmp_path, [FINAL], seed=seed, tau=1)
+    file = write_run(tmp_path, [(50, "scheduled", (1.0, 2.0)), FINAL], name="spoiled", seed=2) / name
+    text = change(file.read_text())
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    games, left_out, _ = plot.read_games([tmp_path])
+    assert list(games.seed.unique()) == [1, 3]
+    assert len(left_out) == 1 and left_out[0].startswith("spoiled: ") and message in left_out[0], left_out
+    assert "\n" not in left_out[0]
+
+
+@pytest.mark.parametrize("options, message", [
+    (("nowhere",), "nowhere is not a folder, an archive or a results.csv"), (("empty",), "there is no finished run in empty"),
+    (("file",), "file is not a folder"),
+    (("runs", "--bootstrap-samples", "0"), "--bootstrap-samples and --reset-window must be"),
+    (("runs", "--reset-window", "0"), "--bootstrap-samples and --reset-window must be"),
+    (("runs", "--pictures", "colapse"), "--pictures colapse: there are learning_curves, "),
+    (("runs", "--out-dir", "file"), "file cannot be written: File exists"),
+    (("runs", "--references", "nowhere"), "--references nowhere: [Errno 2] No such file"),
+    (("runs", "--references", "half.csv"), "--references half.csv: could not convert string to float: 'many'"),
+    (("runs", "--references", "other.csv"), "--references other.csv: Usecols do not match columns"),
+])  # fmt: skip
+def test_bad_arguments(tmp_path, monkeypatch, capsys, call, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "half.csv").write_text("game,method,score\nAlien,BBF,3\nAlien,DER,many\n")
+    (tmp_path / "other.csv").write_text("game,who,score\nAlien,BBF,3\n")
+    write_run(tmp_path / "runs", [FINAL])
+    with pytest.raises(SystemExit) as end:
+        call(*options)
+    output = capsys.readouterr()
+    assert end.value.code == 2 and output.out == ""
+    assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
@@ -267,25 +431,12 @@ def test_interquartile_mean_by_hand_and_by_rliable():
         np.testing.assert_allclose(plot.interquartile_means(scores), expected, rtol=1e-12)
 
 
-def test_profiles_are_rliables(tmp_path):
-    random = np.random.default_rng(1)
-    final = {env_id: random.uniform(-20, 30, 3).round(2) for env_id in (FREEWAY, PONG)}
-    for env_id, scores in final.items():
-        for seed, score in enumerate(scores):
-            write_run(tmp_path, [(100, "final", (score, score))], env_id=env_id, seed=seed)
-    figure = pictures(read(tmp_path))["performance_profiles"]
-    thresholds, profile = lines_of(figure.axes[0])["DQN"]
-    scores = np.array([plot.normalized_score(env_id, scores) for env_id, scores in final.items()]).T
-    np.testing.assert_allclose(profile, library.score_distributions(scores, thresholds), atol=1e-15)
-    assert profile[0] == 1 and profile[-1] == 0 and len(set(profile)) == 7
-
-
 def test_interval_is_rliables():
     """The same draws, written out: from the global generator, seeds drawn anew for every game."""
-    args = plot.Args(bootstrap_samples=300, seed=7)
+    args = plot.Args(bootstrap_samples=300)
     scores = np.random.default_rng(2).normal(size=(5, 3))
     point, interval = plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)
-    np.random.seed(7)
+    np.random.seed(0)
     samples = []
     for _ in range(300):
         seeds = np.random.choice(5, (5, 3, 1))
@@ -294,15 +445,20 @@ def test_interval_is_rliables():
     np.testing.assert_allclose(interval[:, 0], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
     again = plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)[1]
     assert (interval == again).all()
-    assert np.isnan(plot.bootstrap(plot.interquartile_means, scores[:1, :, np.newaxis], args)[1]).all()
+
+
+@pytest.mark.parametrize("seeds, games, has_one", [(4, 1, False), (5, 1, True), (4, 9, False), (3, 10, True), (2, 26, False)])
+def test_few_seeds_have_no_interval(seeds, games, has_one):
+    scores = np.random.default_rng(0).normal(size=(seeds, games, 1))
+    point, interval = plot.bootstrap(plot.interquartile_means, scores, plot.Args(bootstrap_samples=50))
+    assert point[0] == pytest.approx(metrics.aggregate_iqm(scores[..., 0])) and np.isfinite(interval).all() == has_one
 
 
 def test_the_interval_covers_the_truth():
     """Of 95 % intervals, about 95 % hold the true value (fewer with few seeds): not 50 %, not 100 %."""
     random, args = np.random.default_rng(3), plot.Args(bootstrap_samples=200)
     hits = 0
-    for i in range(100):
-        args.seed = i
+    for _ in range(100):
         _, (low, high) = plot.bootstrap(plot.interquartile_means, random.normal(size=(10, 4, 1)), args)
         hits += low[0] <= 0 <= high[0]
     assert 85 <= hits <= 99
@@ -311,54 +467,88 @@ def test_the_interval_covers_the_truth():
 @pytest.mark.parametrize(
     "value, text",
     [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.01234, "0.012"), (0.0, "0.00"),
-     (-20.66, "-20.7")],
+     (-20.66, "-20.7"), (math.nan, "-")],
 )  # fmt: skip
 def test_numbers(value, text):
     assert plot.number(value) == text
 
 
-def test_mean_and_std_by_hand():
-    assert plot.number(200.0, [100.0, 200.0, 300.0]) == "200 ± 100" and plot.number(2.0, [2.0]) == "2.00"
-    assert plot.number(1.5, [1.0, 2.0]) == f"1.50 ± {math.sqrt(0.5):.2f}" and plot.number(math.nan) == "-"
+def test_means_with_what_stands_in_brackets():
+    """The seeds' own values, and from five on the percentiles of 50 draws."""
+    args = plot.Args(bootstrap_samples=50)
+    mean = lambda *values: plot.mean_over_seeds(pd.Series(values, dtype=float), args)
+    assert [mean(2.0), mean(1.0, 2.0), mean(1.0, math.nan, 2.0), mean(math.nan)] == [
+        "2.00",
+        "1.50 (1.00, 2.00)",
+        "1.50 (1.00, 2.00)",
+        "-",
+    ]
+    values = np.random.default_rng(6).normal(22, 5, size=5)
+    np.random.seed(0)
+    low, high = np.percentile([values[np.random.choice(5, (5, 1))].mean() for _ in range(50)], [2.5, 97.5])
+    assert mean(*values) == f"{values.mean():.1f} ({low:.1f} to {high:.1f})"
 
 
 # ------------------------------------------------------------------------------------------------------------ over games
 
 
-def test_a_comparison_is_made_of_what_every_method_has(tmp_path):
-    for exp in (DQN, SR):
-        for env_id, seeds in (
-            (ALIEN, (1, 2, 3)),
-            (PONG, (1, 2) if exp is DQN else (2, 3)),
-            (FREEWAY, (1,) if exp is DQN else ()),
-        ):
+def test_a_comparison_is_made_of_what_most_methods_have(tmp_path):
+    seeds_of = {
+        "dqn": {ALIEN: (1, 2, 3), PONG: (1, 2), FREEWAY: (1, 2)},
+        "sr_dqn": {ALIEN: (1, 2, 3), PONG: (2, 3), FREEWAY: (2,)},
+        "dqn_tau_1": {ALIEN: (1,)},
+    }
+    for exp_name, games in seeds_of.items():
+        for env_id, seeds in games.items():
             for seed in seeds:
-                write_run(tmp_path, [(100, "final", (seed, seed))], **exp, env_id=env_id, seed=seed)
-    games, notes = plot.comparable(read(tmp_path))
-    of = {method: games[games.method == method] for method in ("DQN", "SR+DQN")}
-    assert set(zip(of["DQN"].env_id, of["DQN"].seed)) == {(env_id, seed) for env_id in (ALIEN, PONG) for seed in (1, 2)}
-    assert set(zip(of["SR+DQN"].env_id, of["SR+DQN"].seed)) == {(env_id, seed) for env_id in (ALIEN, PONG) for seed in (2, 3)}
-    expected = [[(seed - 227.8) / (7127.7 - 227.8), (seed + 20.7) / 35.3] for seed in (2, 3)]
-    np.testing.assert_allclose(plot.final_scores(of["SR+DQN"]), expected)
-    where = "Atari, human-normalized score, replay ratio 1: "
-    assert [note.removeprefix(where) for note in notes] == [
-        "Freeway is not finished by every method",
-        "DQN, seed 3 is not finished in every game", "SR+DQN, seed 1 is not finished in every game",
-    ]  # fmt: skip
+                run = (SR if "sr" in exp_name else DQN) | {"exp_name": exp_name}
+                write_run(tmp_path, [(100, "final", (seed, seed))], **run, env_id=env_id, seed=seed)
+    shared, notes = plot.comparable(read(tmp_path))
+    of = (
+        shared.drop_duplicates("run")
+        .groupby("method")
+        .apply(lambda rows: set(zip(rows.env_id, rows.seed)), include_groups=False)
+    )
+    # Three games of two methods are more than one game of three.
+    assert of.to_dict() == {
+        "DQN": {(env_id, seed) for env_id in (ALIEN, PONG, FREEWAY) for seed in (1, 2)},
+        "SR+DQN": {(env_id, 2) for env_id in (ALIEN, PONG, FREEWAY)},
+    }
+    runs = plot.runs_of(shared[shared.method == "DQN"])
+    expected = [[(seed - 227.8) / (7127.7 - 227.8), seed / 29.6, (seed + 20.7) / 35.3] for seed in (1, 2)]
+    np.testing.assert_allclose(plot.scores_of(runs, "normalized"), expected)
+    assert all(note.startswith("not among those over games, replay ratio 1: ") for note in notes)
+    left_out = {re.search(r": (\w+)NoFrameskip-v4__(\w+)__(\d)__", note).groups() for note in notes}
+    assert left_out == {
+        ("Alien", "dqn_tau_1", "1"),
+        ("Alien", "dqn", "3"),
+        ("Alien", "sr_dqn", "1"),
+        ("Alien", "sr_dqn", "3"),
+        ("Pong", "sr_dqn", "3"),
+    }
 
 
-def test_suites_and_replay_ratios_are_not_mixed(tmp_path, call, numbers_only):
+def test_a_game_of_one_method_alone_is_not_averaged(tmp_path):
+    for exp, env_ids in ((DQN, (ALIEN, PONG, FREEWAY)), (SR, (ALIEN, PONG)), (RDE, (ALIEN, PONG))):
+        for env_id in env_ids:
+            write_run(tmp_path, [FINAL], **exp, env_id=env_id)
+    shared, notes = plot.comparable(read(tmp_path))
+    assert set(shared.env_id) == {ALIEN, PONG} and shared.method.nunique() == 3
+    assert notes == ["not among those over games, replay ratio 1: FreewayNoFrameskip-v4__dqn_atari__1__20260101-000100"]
+
+
+def test_suites_and_replay_ratios_are_not_mixed(tmp_path):
     sac = {"exp_name": "rde_sac_dmc", "num_agents": 1, "reset_interval": 0}
-    write_run(tmp_path, [(100, "final", (500.0, 500.0))], **sac, env_id="hopper-hop")
-    write_run(tmp_path, [FINAL], env_id=ALIEN)
-    write_run(tmp_path, [FINAL], env_id=ALIEN, replay_ratio=4)
-    write_run(tmp_path, [FINAL], env_id="TennisNoFrameskip-v4")
-    shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "replay_ratio"])
-    assert [(*key, list(rows.env_id.unique())) for key, rows in shared] == [
-        (plot.ATARI, 1.0, [ALIEN]), (plot.ATARI, 4.0, [ALIEN]), (plot.DMC, 1.0, ["hopper-hop"])]  # fmt: skip
-    assert plot.final_scores(shared.get_group((plot.DMC, 1.0))).tolist() == [[0.5]]
-    call(tmp_path, tmp_path / "out")
-    assert "- Tennis: no scale in common with other games" in (tmp_path / "out" / "table.md").read_text()
+    for run in ({"env_id": ALIEN}, {"env_id": PONG}, {"env_id": ALIEN, "replay_ratio": 4}, {"env_id": PONG, "replay_ratio": 4},
+                {"env_id": "TennisNoFrameskip-v4"},
+                sac | {"env_id": "hopper-hop"}, sac | {"env_id": "cheetah-run"}):  # fmt: skip
+        write_run(tmp_path, [(100, "final", (500.0, 500.0))], **run)
+    shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "at"])
+    assert [(*key, set(rows.env_id)) for key, rows in shared] == [
+        (plot.ATARI, "replay ratio 1", {ALIEN, PONG}), (plot.ATARI, "replay ratio 4", {ALIEN, PONG}),
+        (plot.DMC, "replay ratio 1", {"hopper-hop", "cheetah-run"})]  # fmt: skip
+    rows = tables(read(tmp_path))["Over games"]
+    assert rows[-1] == (plot.DMC, "replay ratio 1", "SAC", 2, 1, "0.500")
 
 
 def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
@@ -366,11 +556,10 @@ def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
     freeway = [(50, "scheduled", (0.0, 0.0)), (60, "before_reset", (3.0, 3.0)), (60, "after_reset", (2.0, 2.0)),
                (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))]  # fmt: skip
     write_run(tmp_path, freeway, **SR, env_id=FREEWAY)
-    shared = plot.comparable(read(tmp_path))[0]
-    (curve,) = plot.curves_of("aggregate_curves", shared, NOTHING_PUBLISHED, plot.Args())
-    assert curve.x.tolist() == [0.05, 0.06, 0.1] and not curve.dip.any()
+    (axes,) = pictures(read(tmp_path))["aggregate_curves"].axes
     alien, freeway = (np.array([200, 500, 305]) - 227.8) / 6899.9, np.array([0, 3, 1]) / 29.6
-    np.testing.assert_allclose(curve.y, (alien + freeway) / 2)
+    np.testing.assert_allclose(lines_of(axes)["SR+DQN"], [[50, 60, 100], (alien + freeway) / 2])
+    assert "reset" not in footnote(axes.figure)
 
 
 def test_training_curves_over_games_are_of_the_games_means(tmp_path):
@@ -381,37 +570,48 @@ def test_training_curves_over_games_are_of_the_games_means(tmp_path):
         for seed, score in enumerate(seeds):
             write_run(tmp_path, [FINAL], env_id=env_id, seed=seed, games=[(93, float(score))])
     figure = pictures(read(tmp_path))["aggregate_training_games"]
-    np.testing.assert_allclose(lines_of(figure.axes[0])["DQN"], [[0.095, 0.1], [np.mean(sorted(means)[1:3])] * 2])
+    np.testing.assert_allclose(lines_of(figure.axes[0])["DQN"], [[95, 100], [np.mean(sorted(means)[1:3])] * 2])
 
 
 def test_probability_of_improvement_is_rliables(tmp_path):
-    random, final = np.random.default_rng(4), {}
-    for exp, num_seeds in ((DQN, 3), (SR, 4), (RDE, 5)):
+    """Of every pair once, by the final evaluation and by the mean over the run, over the games that both have."""
+    random, values = np.random.default_rng(4), {}
+    advantage = RDE | {"exp_name": "rde_dqn_selection_advantage", "selection": "advantage", "beta": None}
+    oldest = RDE | {"exp_name": "rde_dqn_beta_1e9", "beta": 1e9}
+    names = {"DQN": DQN, "SR+DQN": SR, "RDE+DQN value": RDE, "RDE+DQN advantage": advantage, "RDE+DQN oldest alone": oldest}
+    for (name, exp), num_seeds in zip(names.items(), (5, 6, 7, 5, 5)):
         for env_id in (ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"):  # no scale is needed
             if exp is SR and env_id == FREEWAY:
                 continue  # then it is compared by the other two
-            scores = random.integers(0, 4, num_seeds).astype(float)  # with ties
-            final[exp["exp_name"], env_id] = scores
-            for seed, score in enumerate(scores):
-                write_run(tmp_path, [(100, "final", (score, score))], **exp, env_id=env_id, seed=seed)
-    rows = tables(read(tmp_path), seed=3)["Probability of improvement"]
-    assert [row[:4] for row in rows] == [(1.0, "RDE+DQN", "DQN", 3), (1.0, "RDE+DQN", "SR+DQN", 2)]
-    for row, (other, env_ids) in zip(rows, (("dqn_atari", (ALIEN, FREEWAY)), ("sr_dqn_atari", (ALIEN,)))):
-        env_ids = sorted([*env_ids, "MiniGrid-LavaGapS5-v0"])
-        pair = [np.array([final[exp, env_id] for env_id in env_ids]).T for exp in ("rde_dqn_atari", other)]
-        by_hand = np.mean([[(x > y) + 0.5 * (x == y) for x in pair[0][:, game] for y in pair[1][:, game]]
-                           for game in range(len(env_ids))])  # fmt: skip
-        np.random.seed(3)
-        function = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
-        _, intervals = library.get_interval_estimates({"pair": pair}, function, reps=50)
-        assert row[4:] == (f"{by_hand:.3f}", "{:.3f} to {:.3f}".format(*intervals["pair"].ravel()))
+            scores = random.integers(0, 4, (num_seeds, 2)).astype(float)  # with ties
+            values["final", name, env_id], values["whole", name, env_id] = scores[:, 1], scores.mean(axis=1)
+            for seed, (first, last) in enumerate(scores):
+                write_run(
+                    tmp_path, [(50, "scheduled", (first, first)), (100, "final", (last, last))], **exp, env_id=env_id, seed=seed
+                )
+    rows = tables(read(tmp_path))["Probability of improvement"]
+    pairs = [(other, name) for name, other in itertools.combinations(names, 2)]
+    assert {row[1:3] for row in rows} == set(pairs) and len(rows) == 10
+    assert {row[3] for row in rows if "SR+DQN" in row} == {2} and {row[3] for row in rows if "SR+DQN" not in row} == {3}
+    for at, name, other, num_games, *cells in rows:
+        assert at == "replay ratio 1"
+        env_ids = [ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"] if num_games == 3 else [ALIEN, "MiniGrid-LavaGapS5-v0"]
+        for cell, kind in zip(cells, ("final", "whole"), strict=True):
+            pair = [np.array([values[kind, method, env_id] for env_id in env_ids]).T for method in (name, other)]
+            by_hand = np.mean([[(x > y) + 0.5 * (x == y) for x in pair[0][:, game] for y in pair[1][:, game]]
+                               for game in range(len(env_ids))])  # fmt: skip
+            np.random.seed(0)
+            function = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
+            _, intervals = library.get_interval_estimates({"pair": pair}, function, reps=50)
+            low, high = map(plot.number, intervals["pair"].ravel())
+            assert cell == f"{plot.number(by_hand)} ({low} to {high})"
 
 
 # -------------------------------------------------------------------------------------------------------------- collapse
 
 
 def collapse_rows(games: pd.DataFrame, window: int = 2000) -> list:
-    return list(plot.collapses_of(plot.resets_of(games, window), plot.Args(bootstrap_samples=50)).itertuples())
+    return list(plot.collapses_of(games, plot.Args(bootstrap_samples=50, reset_window=window)).itertuples())
 
 
 def test_collapse_by_hand(tmp_path):
@@ -419,37 +619,60 @@ def test_collapse_by_hand(tmp_path):
     write_run(tmp_path, [(60, "before_reset", (0.0, 0.0)), (60, "after_reset", (10.0, 10.0)), FINAL], **SR, seed=2)
     games = read(tmp_path)
     (first,), (second,), (both,) = (collapse_rows(games[games.seed.isin(seeds)]) for seeds in ((1,), (2,), (1, 2)))
-    assert (first.before, first.after, first.resets, first.ratio) == (350.0, 525.0, 2, 1.5) and first.source == "evaluations"
-    assert math.isnan(second.ratio)  # 10 over 0
-    assert both.resets == 3 and both.ratio == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
-    cells = [row[4:] for row in tables(games)["Collapse of a reset"]]
-    assert cells == [(3, pytest.approx(700 / 3), pytest.approx(1060 / 3), "1.51", "-")]
-    cells = [row[4:] for row in tables(games[games.seed == 2])["Collapse of a reset"]]
-    assert cells == [(1, 0.0, 10.0, "-", "-")]
-    assert tables(games[games.seed == 1])["Collapse of a reset"][0][7:] == ("1.50", "-")
-    resets = [(60, "before_reset", (-21.0, -19.0)), (60, "after_reset", (-21.0, -21.0)), FINAL]
-    write_run(tmp_path / "pong", resets, **SR, env_id=PONG)
-    assert math.isnan(collapse_rows(read(tmp_path / "pong"))[0].ratio)
+    assert (first.before, first.after, first.resets, first.change) == (350.0, 525.0, 2, 1.5) and first.source == "evaluations"
+    assert math.isnan(second.change)  # 10 over 0
+    assert (
+        both.resets == 3 and both.change == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0)) and both.kind == "after / before"
+    )
+    (row,) = tables(games)["Collapse of a reset"]
+    each = "250 → 505, 200 → 50.0"  # means of the seeds at step 60, and at step 80
+    assert row == (
+        "Alien",
+        "1",
+        "SR+DQN",
+        "evaluations",
+        3,
+        pytest.approx(700 / 3),
+        pytest.approx(1060 / 3),
+        "1.51 (1.50, -)",
+        each,
+        "- → -",
+    )
+    assert tables(games[games.seed == 1])["Collapse of a reset"][0][7] == "1.50"
     assert collapse_rows(games[games.phase == "final"]) == []
 
 
-def test_the_same_game_played_again_counts_once(tmp_path):
-    """Five games, four of them one and the same: the evaluation is two samples, not five."""
+def test_where_scores_lie_below_zero_the_difference_counts(tmp_path):
+    """A score below zero anywhere in the game decides for all methods in it."""
+    resets = [
+        (60, "before_reset", (10.0, 20.0)),
+        (60, "after_reset", (4.0, 6.0)),
+        (80, "before_reset", (-1.0, 2.0)),
+        (80, "after_reset", (9.0, 12.0)),
+        FINAL,
+    ]
+    write_run(tmp_path, resets, **SR, env_id=PONG)
+    write_run(tmp_path, [(60, "before_reset", (9.0, 10.0)), (60, "after_reset", (4.0, 5.0)), FINAL], **RDE, env_id=PONG)
+    write_run(tmp_path, [(60, "before_reset", (9.0, 10.0)), (60, "after_reset", (4.0, 5.0)), FINAL], **RDE, env_id=ALIEN)
+    rows = {(row.env_id, row.method): (row.kind, row.change) for row in collapse_rows(read(tmp_path))}
+    assert rows == {
+        (PONG, "SR+DQN"): ("after − before", 0.0), (PONG, "RDE+DQN value"): ("after − before", -5.0),
+        (ALIEN, "RDE+DQN value"): ("after / before", pytest.approx(4.5 / 9.5)),
+    }  # fmt: skip
+    alien, pong = pictures(read(tmp_path))["collapse"].axes
+    assert (alien.get_xlabel(), pong.get_xlabel()) == ("after / before", "after − before")
+    assert lines_of(pong)["RDE+DQN value"][0].tolist() == [-5.0]
+
+
+def test_the_same_game_played_again_counts_once_in_an_emulator(tmp_path):
+    """Five games, four of them one and the same: on Atari the evaluation is two samples, on CartPole five."""
     before, after = (60, "before_reset", (10.0, 10.0, 10.0, 10.0, 30.0)), (60, "after_reset", (5.0, 5.0, 5.0, 5.0, 5.0))
     final = (100, "final", (1.0, 1.0, 1.0, 1.0, 4.0))
-    write_run(tmp_path, [before, after, final], **SR, eval_episodes=5)
-    (row,) = collapse_rows(read(tmp_path))
-    assert (row.before, row.after) == (20.0, 5.0)
-    assert plot.runs_of(read(tmp_path)).score.tolist() == [1.6]  # scores are means over all games
-
-
-def test_games_with_success_are_all_counted(tmp_path):
-    """Their tasks are drawn anew: two failures are not the same game."""
-    before, after = (60, "before_reset", ((0, 0), (0, 0), (0.9, 1))), (60, "after_reset", ((0, 0), (0, 0), (0, 0)))
-    final = (100, "final", ((0, 0), (0, 0), (0, 0)))
-    write_run(tmp_path, [before, after, final], **SR, eval_episodes=3, extra="success")
-    (row,) = collapse_rows(read(tmp_path))
-    assert row.before == pytest.approx(0.3) and row.after == 0
+    for env_id, mean in ((ALIEN, 20.0), ("CartPole-v1", 14.0), ("Acrobot-v1", 14.0)):
+        write_run(tmp_path / env_id, [before, after, final], **SR, eval_episodes=5, env_id=env_id)
+        (row,) = collapse_rows(read(tmp_path / env_id))
+        assert (row.before, row.after) == (mean, 5.0)
+        assert plot.runs_of(read(tmp_path / env_id)).value.tolist() == [1.6]
 
 
 def test_training_games_around_a_reset_by_hand(tmp_path):
@@ -458,71 +681,63 @@ def test_training_games_around_a_reset_by_hand(tmp_path):
               (9000, "after_reset", (1.0, 3.0)), (10_000, "final", (1.0, 2.0))]  # fmt: skip
     games = [(2999, 1000.0), (3000, 900.0), (3001, 10.0), (5000, 30.0), (5001, 8.0), (7000, 4.0), (7001, 90.0), (9000, 500.0)]
     write_run(tmp_path, resets, games=games, **SR, total_timesteps=10_000)
-    table = plot.resets_of(read(tmp_path), 2000)
-    assert table[["training_score_before", "training_score_after"]].fillna(-1).values.tolist() == [[20.0, 6.0], [295.0, -1]]
-    of_training = [row for row in collapse_rows(read(tmp_path)) if row.source == "training games"]
-    assert [(row.resets, row.before, row.after) for row in of_training] == [(1, 20.0, 6.0)]  # the second has none after it
-    assert plot.resets_of(read(tmp_path), 1).training_score_before.tolist() == [30.0, 500.0]  # another window
+    of_training = lambda window: plot.resets_of(read(tmp_path), window)[lambda rows: rows.source == "training games"]
+    assert of_training(2000)[["value_before", "value_after"]].fillna(-1).values.tolist() == [[20.0, 6.0], [295.0, -1]]
+    rows = [row for row in collapse_rows(read(tmp_path)) if row.source == "training games"]
+    assert [(row.resets, row.before, row.after) for row in rows] == [(1, 20.0, 6.0)]  # the second has none after it
+    assert of_training(1).value_before.tolist() == [30.0, 500.0]  # another window
 
 
-def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path):
-    """Every seed's resets stay together, and ratios are of means."""
+@pytest.mark.parametrize("lowest, kind", [(10, "after / before"), (-100, "after − before")])
+def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path, lowest, kind):
+    """Every seed's resets stay together, and changes are of means."""
     random, sums = np.random.default_rng(5), []
-    for seed in range(4):
-        scores = random.uniform(10, 100, size=(2, 2)).round(1)  # (resets, before and after)
+    for seed in range(6):
+        scores = random.uniform(lowest, 100, size=(2, 2)).round(1)  # (resets, before and after)
         sums.append(scores.sum(axis=0))
         games = [(step + 5 * side, score) for step, row in zip((50, 80), scores) for side, score in enumerate(row)]
         resets = [(step, phase, (1.0, 2.0)) for step in (50, 80) for phase in ("before_reset", "after_reset")]
         write_run(tmp_path, [*resets, FINAL], games=games, **SR, seed=seed)
-    args = plot.Args(bootstrap_samples=200, seed=11)
-    row = plot.collapses_of(plot.resets_of(read(tmp_path), 10), args).iloc[1]
-    np.random.seed(11)
-    samples = []
-    for _ in range(200):
-        before, after = np.array(sums)[np.random.choice(4, (4, 1))[:, 0]].sum(axis=0)
-        samples.append(after / before)
-    assert row.source == "training games" and row.resets == 8
-    assert row.ratio == pytest.approx(np.sum(sums, axis=0)[1] / np.sum(sums, axis=0)[0])
-    np.testing.assert_allclose(row.of_seeds, [after / before for before, after in sums])
+    row = plot.collapses_of(read(tmp_path), plot.Args(bootstrap_samples=200, reset_window=10)).iloc[1]
+    change = lambda sums: sums[1] / sums[0] if kind == "after / before" else (sums[1] - sums[0]) / 2
+    np.random.seed(0)
+    samples = [change(np.array(sums)[np.random.choice(6, (6, 1))[:, 0]].mean(axis=0)) for _ in range(200)]
+    assert row.source == "training games" and row.resets == 12 and row.kind == kind
+    assert row.change == pytest.approx(change(np.mean(sums, axis=0)))
+    np.testing.assert_allclose(row.of_seeds, [change(one) for one in sums])
     np.testing.assert_allclose([row.low, row.high], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
 
 
 def test_picture_of_a_collapse(tmp_path):
-    """Beside every game's name a short line for every method, around it its seeds and its interval, none cut off."""
-    for seed, after in ((1, 0.0), (2, 100.0)):  # ratios 0 and 1, together 0.5
-        for exp in (SR, RDE):
-            resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
-            write_run(tmp_path, resets, **exp, seed=seed)
-    (axes,) = pictures(read(tmp_path))["collapse"].axes
-    means, low = lines_of(axes), axes.get_ylim()[0]
-    assert set(means) == {"SR+DQN", "RDE+DQN"} and [text.get_text() for text in axes.get_xticklabels()] == ["Alien"]
-    assert means["SR+DQN"][0, :2].max() <= 0 <= means["RDE+DQN"][0, :2].min()
-    for i, ((left, right, _), ratios) in enumerate(means.values()):
-        assert ratios.tolist() == [0.5] * 3 and low < 0
-        seeds = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()[:2]) == [left, right]]
-        assert sorted(seeds) == [0.0, 0.5, 1.0]
-        assert sorted(set(band_of(axes, i)[:, 1])) == [0.0, 1.0]
-    assert any(list(line.get_ydata()) == [1, 1] for line in axes.lines)
-
-
-@pytest.mark.parametrize(
-    "env_ids",
-    [
-        ["SafetyHalfCheetahVelocity-v1", "SafetyPointMaze-v0"],
-        [f"MiniGrid-{name}-v0" for name in ("GoToDoor-5x5", "LavaGapS5", "LavaGapS6", "LavaGapS7")],
-        [f"{game}NoFrameskip-v4" for game in ("CrazyClimber", "Freeway", "Gopher", "MsPacman")],
-        [f"{game}NoFrameskip-v4" for game in list(plot.RANDOM_AND_HUMAN_SCORES)[:7]],
-    ],
-)
-def test_names_below_a_collapse_stand_apart(env_ids, tmp_path):
-    for env_id in env_ids:
-        write_run(tmp_path, [(60, "before_reset", (9.0, 9.0)), (60, "after_reset", (4.0, 4.0)), FINAL], **SR, env_id=env_id)
+    """A panel for every game, in it a row for every method with its name; its mean, and circles for seeds or their interval."""
+    for seed, after in enumerate((0.0, 100.0, 50.0, 50.0, 50.0)):
+        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+        write_run(tmp_path, resets, **RDE, seed=seed)
+        if seed < 2:
+            write_run(tmp_path, resets, **SR, seed=seed)
+            write_run(tmp_path, resets, **SR, seed=seed, env_id=FREEWAY)
     figure = pictures(read(tmp_path))["collapse"]
-    (axes,) = figure.axes
-    boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
-    assert len(boxes) == len(env_ids)
-    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
-    assert axes.get_window_extent().height > figure.bbox.height / 3  # and they leave room for the picture
+    alien, freeway = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Alien", "Freeway"]
+    assert [text.get_text() for text in alien.get_yticklabels()] == ["SR+DQN", "RDE+DQN value"]
+    assert not any(text.get_text() for text in freeway.get_yticklabels()) and not figure.legends  # one or the other
+    for axes in (alien, freeway):
+        assert lines_of(axes)["SR+DQN"].tolist() == [[0.5], [2]]  # the upper row
+        assert any(line.get_xdata().tolist() == [0.0, 1.0] and set(line.get_ydata()) == {2} for line in axes.lines)
+        assert any(list(line.get_xdata()) == [1, 1] for line in axes.lines)
+        assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 1
+    assert lines_of(alien)["RDE+DQN value"].tolist() == [[0.5], [1]] and "RDE+DQN value" not in lines_of(freeway)
+    row = collapse_rows(read(tmp_path))[1]
+    assert any(line.get_xdata().tolist() == [row.low, row.high] for line in alien.lines if math.isfinite(row.low))
+    assert "circles: single seeds" in footnote(figure) and "lines: 95 % intervals" in footnote(figure)
+
+
+def test_no_seed_lies_outside_the_picture_of_a_collapse(tmp_path):
+    for seed, after in ((1, 0.0), (2, 200.0)):
+        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+        write_run(tmp_path, resets, **RDE, seed=seed)
+    (axes,) = pictures(read(tmp_path))["collapse"].axes
+    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 2
 
 
 # ------------------------------------------------------------------------------------------------------ success and cost
@@ -530,40 +745,68 @@ def test_names_below_a_collapse_stand_apart(env_ids, tmp_path):
 
 @pytest.fixture
 def minigrid(tmp_path):
-    """Success 0.5, 0.9, 0.95 at 20, 40, 60 steps of a seed; another gets to 0.9 at the end, a third never."""
-    for seed, rates in enumerate(((10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2))):
+    """Success of five seeds at 20, 40, 60, 80 steps, in twentieths, with a return of 0.5 where there is success."""
+    for seed, rates in enumerate(((10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2), (1, 2, 3, 4), (5, 5, 5, 5))):
         evaluations = [(step, "final" if step == 80 else "scheduled", [(0.5, 1)] * rate + [(0, 0)] * (20 - rate))
                        for step, rate in zip((20, 40, 60, 80), rates)]  # fmt: skip
         args = {"env_id": "MiniGrid-LavaGapS5-v0", "exp_name": "rde_dqn", "total_timesteps": 80, "eval_episodes": 20}
-        write_run(tmp_path, evaluations, games=[(10, (0.5, 1))], extra="success", seed=seed, **args)
+        write_run(tmp_path, evaluations, games=[(10, (0.5, 1)), (70, (0.5, 1))], extra="success", seed=seed, **args)
     return tmp_path
 
 
-def test_success_by_hand(minigrid):
-    runs = plot.runs_of(read(minigrid))
-    assert runs.success.tolist() == [0.95, 0.9, 0.1] and runs.steps_to_success.fillna(-1).tolist() == [40, 80, -1]
-    (row,) = tables(read(minigrid))["Success"]
+def test_where_success_is_logged_it_is_what_is_compared(minigrid, call, capsys):
+    (row,) = tables(read(minigrid))["Scores"]
+    final = np.array([0.95, 0.9, 0.1, 0.2, 0.25])
     np.random.seed(0)
-    samples = [np.mean(np.array([0.95, 0.9, 0.1])[np.random.choice(3, (3, 1))]) for _ in range(50)]
-    interval = "{:.3f} to {:.3f}".format(*np.percentile(samples, [2.5, 97.5]))
-    assert row == ("MiniGrid-LavaGapS5-v0", 1.0, "DQN", 3, "0.650", interval, "2 of 3", "80")
-    assert tables(read(minigrid)[lambda games: games.seed > 0])["Success"][0][-2:] == ("1 of 2", "inf")
-
-
-def test_success_curves_have_bands(minigrid, call):
-    (axes,) = pictures(read(minigrid))["success_curves_MiniGrid-LavaGapS5-v0"].axes
-    np.testing.assert_allclose(lines_of(axes)["DQN"], [[0.02, 0.04, 0.06, 0.08], [1 / 6, 1 / 3, 0.4, 0.65]])
-    scores = np.array([[0.5, 0.9, 1.0, 0.95], [0, 0.1, 0.2, 0.9], [0, 0, 0, 0.1]])[:, np.newaxis]
+    low, high = np.percentile([final[np.random.choice(5, (5, 1))].mean() for _ in range(50)], [2.5, 97.5])
+    assert row[:5] == ("LavaGapS5", "1", "DQN", 5, "success")
+    assert row[5] == f"0.480 ({plot.number(low)} to {plot.number(high)})"
+    assert row[6].startswith("0.303 (") and row[7] == "1.00 (1.00 to 1.00)"  # (0.875 + 0.25 + 1 / 60 + 0.125 + 0.25) / 5
+    (axes,) = pictures(read(minigrid))["learning_curves"].axes
+    assert axes.get_ylabel() == "evaluation success" and axes.get_title(loc="left") == "LavaGapS5"
+    scores = np.array([(10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2), (1, 2, 3, 4), (5, 5, 5, 5)])[:, np.newaxis] / 20
+    np.testing.assert_allclose(lines_of(axes)["DQN"], [[20, 40, 60, 80], scores.mean(axis=(0, 1))])
     interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores, plot.Args(bootstrap_samples=50))[1]
-    assert {*zip([0.02, 0.04, 0.06, 0.08] * 2, interval.ravel())} <= {*map(tuple, band_of(axes))}
-    call(minigrid, minigrid / "out")
-    names = {file.name for file in (minigrid / "out").iterdir()}
-    assert "success_curves_MiniGrid-LavaGapS5-v0.png" in names and not any("cost" in name for name in names)
-    table = (minigrid / "out" / "table.md").read_text()
-    assert "## Success" in table and "cost" not in table.lower()
-    rows = read_csv(minigrid / "out" / "results.csv")
+    assert {*zip([20, 40, 60, 80] * 2, interval.ravel())} <= {*map(tuple, band_of(axes))}
+    call(minigrid)
+    rows = read_csv(minigrid / "results" / "results.csv")
     assert [row["success"] for row in rows[:4]] == ["0.5", "0.9", "1", "0.95"] and "cost" not in rows[0]
-    assert read_csv(minigrid / "out" / "training_games.csv")[0]["success"] == "1"
+    assert rows[0]["score"] == "0.25" and read_csv(minigrid / "results" / "training_games.csv")[0]["success"] == "1"
+    assert "## Cost" not in (minigrid / "results" / "table.md").read_text()
+
+
+def test_resets_are_measured_by_success_as_well(tmp_path):
+    """Their tasks are drawn anew: two failures are not the same game."""
+    before, after = (60, "before_reset", ((0, 0), (0, 0), (0.6, 1))), (60, "after_reset", ((0, 0), (0, 0), (0, 0)))
+    final = (100, "final", ((0, 0), (0, 0), (0, 0)))
+    write_run(tmp_path, [before, after, final], **SR, eval_episodes=3, extra="success", env_id="MiniGrid-LavaGapS5-v0")
+    (row,) = collapse_rows(read(tmp_path))
+    assert row.before == pytest.approx(1 / 3) and row.after == 0
+
+
+def test_the_probability_of_improvement_is_that_of_the_measure_in_the_table(tmp_path):
+    """Equal success at another return is a tie."""
+    for exp, value in ((DQN, 0.5), (RDE, 0.9)):
+        write_run(tmp_path, [(100, "final", ((value, 1), (0, 0)))], **exp, extra="success", env_id="MiniGrid-LavaGapS5-v0")
+    assert tables(read(tmp_path))["Probability of improvement"] == [
+        ("replay ratio 1", "RDE+DQN value", "DQN", 1, "0.500", "0.500")
+    ]
+
+
+def test_a_run_without_success_beside_one_with_it(minigrid, call):
+    """Then the score is what both have, in this game."""
+    for env_id in ("MiniGrid-LavaGapS5-v0", "MiniGrid-LavaGapS6-v0"):
+        foreign = {"env_id": env_id, "exp_name": "ppo", "total_timesteps": 80}
+        write_run(minigrid, [(40, "scheduled", (0.1, 0.2)), (80, "final", (0.3, 0.4))], games=[(60, 0.5)], **foreign)
+    (own, foreign, other) = tables(read(minigrid))["Scores"]
+    assert (
+        (own[4], foreign[4], other[4]) == ("score", "score", "score") and own[5].startswith("0.240 (") and foreign[5] == "0.350"
+    )
+    call(minigrid)
+    names = {file.name for file in (minigrid / "results").iterdir()}
+    assert {"learning_curves.png", "training_games.png", "results.csv", "table.md"} <= names
+    rows = [row for row in read_csv(minigrid / "results" / "results.csv") if row["method"] == "ppo"]
+    assert [row["success"] for row in rows] == ["", "", "", ""]
 
 
 @pytest.fixture
@@ -580,37 +823,38 @@ def safety(tmp_path):
 
 
 def test_cost_by_hand(safety):
-    games = read(safety)
-    runs = plot.runs_of(games)
+    runs = plot.runs_of(read(safety))
     assert runs.total_cost.tolist() == [101.0, 127.0] and runs.violations.tolist() == [2, 2] and runs.games.tolist() == [4, 4]
-    names = ("SafetyHopperVelocity-v1", 1.0, "RDE+SAC-Lag")
-    assert tables(games)["Cost"] == [(*names, 2, "25", "114 ± 18", "4.00 ± 0.00", "2.00 ± 0.00")]
-    without_limit = games.assign(cost_limit=math.inf)
-    assert tables(without_limit)["Cost"][0][4:6] == ("inf", "114 ± 18")
+    (row,) = tables(read(safety))["Cost"]
+    assert row == (
+        "HopperVelocity",
+        "1",
+        "RDE+SAC-Lag value",
+        2,
+        "25",
+        "114 (101, 127)",
+        "4.00 (4.00, 4.00)",
+        "2.00 (2.00, 2.00)",
+    )
+    assert tables(read(safety).assign(cost_limit=math.inf))["Cost"][0][4] == "inf"
 
 
 def test_cost_around_a_reset_by_hand(safety):
-    games, names = read(safety), ("SafetyHopperVelocity-v1", 1.0, "RDE+SAC-Lag")
-    expected = [(*names, "evaluations", 2, 20.0, 50.0), (*names, "training games", 2, 37.5, 19.5)]
-    assert tables(games)["Cost around a reset"] == expected
-    assert tables(games, reset_window=10)["Cost around a reset"][1][5:] == (25.0, 39.0)
-    assert tables(games.assign(cost=math.nan))["Cost around a reset"] == []
-    _, costs = pictures(games)["cost_evaluations_SafetyHopperVelocity-v1"].axes
-    assert "cost of the evaluations" in costs.get_ylabel() and 50.0 in lines_of(costs)["RDE+SAC-Lag"][1]
+    costs = lambda **args: [row[-1] for row in tables(read(safety), **args)["Collapse of a reset"]]
+    assert costs() == ["20.0 → 50.0", "37.5 → 19.5"] and costs(reset_window=10)[1] == "25.0 → 39.0"
 
 
-def test_cost_beside_return_with_its_limit(safety, call):
-    returns, costs = pictures(read(safety))["cost_curves_SafetyHopperVelocity-v1"].axes
-    assert "return" in returns.get_ylabel() and "cost" in costs.get_ylabel()
-    assert set(lines_of(returns)) == {"RDE+SAC-Lag"} and set(lines_of(costs)) == {"RDE+SAC-Lag", "limit 25"}
-    assert lines_of(costs)["limit 25"][1].tolist() == [25.0, 25.0] and lines_of(costs)["RDE+SAC-Lag"][1, -1] == 0.0
-    figure = pictures(read(safety).assign(cost_limit=math.inf))["cost_curves_SafetyHopperVelocity-v1"]
-    assert set(lines_of(figure.axes[1])) == {"RDE+SAC-Lag"}
-    call(safety, safety / "out", "--reset-window", "10")
-    names = {file.name for file in (safety / "out").iterdir()}
-    assert "cost_curves_SafetyHopperVelocity-v1.png" in names and not any("success" in name for name in names)
-    assert "uccess |" not in (safety / "out" / "table.md").read_text()
-    assert [row["cost"] for row in read_csv(safety / "out" / "training_games.csv")][:3] == ["50", "25", "26"]
+def test_cost_beside_return_with_its_limit(safety):
+    for name, label, last in (("training_games", "training", 0.0), ("learning_curves", "evaluation", 5.0)):
+        returns, costs = pictures(read(safety))[name].axes
+        assert (returns.get_ylabel(), costs.get_ylabel()) == (f"{label} score", f"{label} cost")
+        assert costs.get_title(loc="left") == "HopperVelocity: cost" and returns.get_xlim() == costs.get_xlim()
+        assert set(lines_of(returns)) == {"RDE+SAC-Lag value"} and set(lines_of(costs)) == {"RDE+SAC-Lag value", "cost limit"}
+        limit = next(line for line in costs.lines if line.get_label() == "cost limit")
+        assert list(limit.get_ydata()) == [25.0, 25.0] and lines_of(costs)["RDE+SAC-Lag value"][1, -1] == last
+    assert 50.0 in lines_of(pictures(read(safety))["learning_curves"].axes[1])["RDE+SAC-Lag value"][1]
+    costs = pictures(read(safety).assign(cost_limit=math.inf))["training_games"].axes[1]
+    assert set(lines_of(costs)) == {"RDE+SAC-Lag value"}
 
 
 def test_a_limit_may_be_infinite_or_absent(tmp_path):
@@ -636,24 +880,21 @@ def published(tmp_path):
 
 
 def test_published_scores_stand_beside_training_games(published, tmp_path, call):
-    call(tmp_path / "runs", tmp_path / "out", "--references", str(published))
-    table = (tmp_path / "out" / "table.md").read_text()
+    call(tmp_path / "runs", "--out-dir", tmp_path / "out", "--references", published)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     part = table[table.index("## Published scores, beside training games") :]
     assert "beside the TRAINING games" in part and "not beside its evaluations" in part
     own, bbf = [(750 - 227.8) / 6899.9, 15 / 29.6], [(1173.2 - 227.8) / 6899.9, 25.5 / 29.6]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
-    over_games = "IQM, Atari, human-normalized score, replay ratio 1, games: 2"
     assert rows[1:] == [
         ["Alien", "DQN, replay ratio 1", "750", f"{own[0]:.3f}"],
         ["Alien", "BBF (published)", "1173", f"{bbf[0]:.3f}"],
         ["Alien", "DER (published)", "802", f"{(802.3 - 227.8) / 6899.9:.3f}"],
         ["Freeway", "DQN, replay ratio 1", "15.0", f"{own[1]:.3f}"],
         ["Freeway", "BBF (published)", "25.5", f"{bbf[1]:.3f}"],
-        [over_games, "DQN", "-", f"{np.mean(own):.3f}"],
-        [over_games, "BBF (published)", "-", f"{np.mean(bbf):.3f}"],  # DER is not known of Freeway
+        ["IQM of 2 games, replay ratio 1", "DQN", "-", f"{np.mean(own):.3f}"],
+        ["IQM of 2 games, replay ratio 1", "BBF (published)", "-", f"{np.mean(bbf):.3f}"],  # DER is not known of Freeway
     ]
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert "aggregate_training_games.png" in names
 
 
 def test_published_scores_are_lines_in_the_picture_over_games(published, tmp_path):
@@ -664,11 +905,13 @@ def test_published_scores_are_lines_in_the_picture_over_games(published, tmp_pat
         (ALIEN, "DER (published)", 8.0, 0.0),
     ]
     published = pd.DataFrame(scores, columns=["env_id", "method", "score", "normalized"])
-    (axes,) = pictures(read(tmp_path / "runs"), published)["aggregate_training_games"].axes
-    assert set(lines_of(axes)) == {"DQN", "DQN (published)"}
-    np.testing.assert_allclose(lines_of(axes)["DQN (published)"], [[0, 0.1], [0.2, 0.2]])
+    figure = pictures(read(tmp_path / "runs"), published)["aggregate_training_games"]
+    (axes,) = figure.axes
+    assert set(lines_of(axes)) == {"DQN", "DQN (published)"} and lines_of(axes)["DQN (published)"][1].tolist() == [0.2, 0.2]
     own, level = (next(line for line in axes.lines if line.get_label() == name) for name in ("DQN", "DQN (published)"))
-    assert own.get_color() != level.get_color() and level.get_linestyle() == ":"
+    assert (
+        own.get_color() != level.get_color() and level.get_linestyle() == ":" and "published: evaluations" in footnote(figure)
+    )
 
 
 def test_the_published_scores_that_come_along(tmp_path, call):
@@ -681,9 +924,8 @@ def test_the_published_scores_that_come_along(tmp_path, call):
     for method, mean in {"DER": 0.350, "DrQ(ε)": 0.465, "SPR": 0.616, "SPR with resets": 0.911}.items():
         assert means["mean"][method] == pytest.approx(mean, abs=0.0006)
     write_run(tmp_path / "runs", [FINAL], games=[(90, 500.0)], env_id=ALIEN)
-    call(tmp_path / "runs", tmp_path / "out", "--references", str(ROOT / "results" / "atari100k_published.csv"))
-    table = re.sub(" +", " ", (tmp_path / "out" / "table.md").read_text(encoding="utf-8"))
-    assert f"| Alien | DrQ(ε) (published) | 865 | {(865.2 - 227.8) / 6899.9:.3f} |" in table
+    call(tmp_path / "runs", "--references", ROOT / "results" / "atari100k_published.csv")
+    assert f"| Alien | DrQ(ε) (published) | 865 | {(865.2 - 227.8) / 6899.9:.3f} |" in table_of(tmp_path / "runs" / "results")
 
 
 # -------------------------------------------------------------------------------------------------------- the whole of it
@@ -691,44 +933,51 @@ def test_the_published_scores_that_come_along(tmp_path, call):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """2 games x 3 methods x 2 replay ratios x 2 seeds, and an unfinished run; and what one call makes of it."""
+    """2 games x 3 methods x 2 replay ratios x 2 seeds, and an unfinished run; and what one call makes of it.
+
+    Called by a notebook, in a terminal that knows ASCII, and with paths in the home folder.
+    """
     path = tmp_path_factory.mktemp("study")
     random = np.random.default_rng(0)
     for env_id in (ALIEN, FREEWAY):
-        for exp in (DQN, SR, RDE):
+        for exp in (DQN, SR, RDE | {"beta": 3.0}):
             for replay_ratio in (1.0, 4.0):
                 for seed in (1, 2):
                     scores = random.uniform(10, 20, size=(6, 2)).round(2)
-                    phases = [phase if exp is not DQN or "reset" not in phase else "scheduled" for _, phase, _ in RESET_CURVE]
-                    steps = [step for step, _, _ in RESET_CURVE]
-                    evaluations = [(s, p, e) for s, p, e in zip(steps, phases, scores, strict=True)]
+                    evaluations = [(step, phase, own) for (step, phase, _), own in zip(RESET_CURVE, scores)]
                     if exp is DQN:
-                        evaluations = [evaluations[0], evaluations[1], evaluations[3], evaluations[5]]
+                        evaluations = [
+                            (step, "final" if step == 100 else "scheduled", own)
+                            for step, phase, own in evaluations
+                            if phase != "after_reset"
+                        ]
                     write_run(path / "runs", evaluations, **exp, env_id=env_id, replay_ratio=replay_ratio, seed=seed)
-    (write_run(path / "runs", [(50, "scheduled", (1.0, 2.0))], name="stopped", seed=3) / "model.pt").unlink()
-    options = ["--runs-dir", "runs", "--out-dir", "out", "--bootstrap-samples", "50"]
+    write_run(path / "runs", [(50, "scheduled", (1.0, 2.0))], name="stopped", seed=3)
+    odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii", "HOME": str(path)}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "plot_benchmark.py"), *options], cwd=path, capture_output=True, text=True
-    )
+        [sys.executable, ROOT / "plot_benchmark.py", "--runs-dir", "~/runs", "--out-dir", "~/out", "--bootstrap-samples", "50"],
+        cwd=path, capture_output=True, text=True, env=os.environ | odd,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return path, result
 
 
-def test_training_games_by_hand(tmp_path, call, numbers_only):
-    write_run(tmp_path / "runs", [FINAL], games=((10, 9.0), (80, 7.0), (81, 1.0), (100, 4.0)), seed=1)  # mean 2.5
-    write_run(tmp_path / "runs", [FINAL], games=((30, 9.0), (99, 8.5)), seed=2)  # 8.5
-    write_run(tmp_path / "runs", [FINAL], games=((80, 9.0),), seed=3)  # none in the last fifth
-    write_run(tmp_path / "runs", [FINAL], seed=1, env_id=FREEWAY)  # none at all
-    call(tmp_path / "runs", tmp_path / "out")
-    rows = [row for row in read_csv(tmp_path / "out" / "results.csv") if row["phase"] == "training"]
-    columns = ("env_id", "seed", "global_step", "episodes", "score")
-    assert [[row[name] for name in columns] for row in rows] == [
-        [ALIEN, "1", "100", "2", "2.5"], [ALIEN, "2", "100", "1", "8.5"],
-    ]  # fmt: skip
-    assert float(rows[0]["human_normalized_score"]) == pytest.approx((2.5 - 227.8) / (7127.7 - 227.8))
-    table = table_of(tmp_path / "out")
-    assert "| Alien | 1 | DQN | 3 | 1.50 ± 0.00 | 1.50 ± 0.00 | 5.50 ± 4.24 |" in table  # (2.5 + 8.5) / 2, 6 / sqrt 2
-    assert "| Freeway | 1 | DQN | 1 | 1.50 | 1.50 | - |" in table
+def test_the_terminal_shows_a_short_table(study):
+    path, result = study
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[:13])) < 100 and len(lines) == 1 + 12 + 2
+    assert lines[0].split() == "game ratio method seeds final whole run at resets".split()
+    assert lines[3].split()[:6] == ["Alien", "1", "RDE+DQN", "value", "?", "="]  # β, in ASCII
+    assert lines[-1] == f"written to {path}/out; with intervals: {path}/out/table.md"
+    assert result.stderr == "left out: stopped: not finished: there is no complete final evaluation\n"
+
+
+def test_the_short_table_fits_with_long_names(tmp_path, call, capsys):
+    for exp in (RDE | {"exp_name": "rde_sac_safety_kappa_1_gains_10_tau_0.1"}, {"exp_name": "x" * 60}):
+        write_run(tmp_path, RESET_CURVE, **exp, env_id="SafetyHalfCheetahVelocityWithWalls" + "y" * 30, replay_ratio=0.0625)
+    call(tmp_path, "--pictures", "collapse")
+    lines = capsys.readouterr().out.splitlines()[:3]
+    assert max(map(len, lines)) < 100 and lines[2].count("…") == 2
 
 
 def test_results_csv(study):
@@ -741,50 +990,45 @@ def test_results_csv(study):
         scores = [float(e["episodic_return"]) for e in read_csv(path / "runs" / row["run"] / "evaluations.csv")
                   if (e["global_step"], e["phase"]) == (row["global_step"], row["phase"])]  # fmt: skip
         low, high = {ALIEN: (227.8, 7127.7), FREEWAY: (0.0, 29.6)}[row["env_id"]]
-        assert float(row["score"]) == pytest.approx(sum(scores) / 2) and int(row["episodes"]) == 2 == len(scores)
-        assert float(row["human_normalized_score"]) == pytest.approx((sum(scores) / 2 - low) / (high - low))
-        assert f"__{row['seed']}__" in row["run"] and row["method"] in ("DQN", "SR+DQN", "RDE+DQN")
+        assert int(row["episodes"]) == 2 == len(scores) and float(row["score"]) == pytest.approx(sum(scores) / 2)
+        assert float(row["human_normalized_score"]) == pytest.approx((float(row["score"]) - low) / (high - low))
+        assert f"__{row['seed']}__" in row["run"] and row["method"] in ("DQN", "SR+DQN", "RDE+DQN value β = 3")
         assert row["replay_ratio"] in ("1", "4")
 
 
 def test_table(study):
-    path, result = study
-    assert (path / "out" / "table.md").read_text() in result.stdout
+    path, _ = study
     table = table_of(path / "out")
     rows = [row for row in read_csv(path / "out" / "results.csv")
-            if (row["env_id"], row["method"], row["replay_ratio"]) == (FREEWAY, "RDE+DQN", "4")]  # fmt: skip
+            if (row["env_id"], row["method"], row["replay_ratio"]) == (FREEWAY, "RDE+DQN value β = 3", "4")]  # fmt: skip
     final = [float(row["score"]) for row in rows if row["phase"] == "final"]
-    best = [max(float(r["score"]) for r in rows if r["seed"] == seed and r["phase"] != "after_reset") for seed in "12"]
     before, after = (
         np.mean([float(r["score"]) for r in rows if r["phase"] == phase]) for phase in ("before_reset", "after_reset")
     )
-
-    def both(values):
-        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-
-    assert f"| Freeway | 4 | RDE+DQN | 2 | {both(final)} | {both(best)} | " in table
-    collapse = f"{before:.1f} | {after:.1f} | {plot.number(after / before)} ± "
-    assert f"| Freeway | 4 | RDE+DQN | evaluations | 4 | {collapse}" in table
-    assert "24 runs, 1 folders left out.\n\n- stopped: not finished: there is no model.pt" in table
-    assert result.stderr == "left out: stopped: not finished: there is no model.pt\n"
-
+    assert (
+        f"| Freeway | 4 | RDE+DQN value β = 3 | 2 | score | {np.mean(final):.1f} ({final[0]:.1f}, {final[1]:.1f}) | " in table
+    )
+    collapse = f"{before:.1f} | {after:.1f} | {plot.number(after / before)} ("
+    assert f"| Freeway | 4 | RDE+DQN value β = 3 | evaluations | 4 | {collapse}" in table
+    assert table.endswith("- 24 runs\n- left out: stopped: not finished: there is no complete final evaluation\n")
     lines = table.splitlines()
     methods = [line.split(" | ")[2] for line in lines if line.startswith("| Alien | 1 | ")]
-    assert methods == ["DQN", "SR+DQN", "RDE+DQN", "SR+DQN", "RDE+DQN"]  # scores, then collapse
+    assert methods == ["DQN", "SR+DQN", "RDE+DQN value β = 3", "SR+DQN", "RDE+DQN value β = 3"]  # scores, then collapse
     scores = [float(row["human_normalized_score"]) for row in read_csv(path / "out" / "results.csv")
               if (row["method"], row["replay_ratio"], row["phase"]) == ("DQN", "1", "final")]  # fmt: skip
     iqm = sum(sorted(scores)[1:3]) / 2  # of 4 scores, the middle two
-    assert any(line.startswith(f"| Atari, human-normalized score | 1 | DQN | 2 | 2 | {iqm:.3f} | ") for line in lines)
-    assert sum(line.startswith(("| 1 | RDE+DQN | ", "| 4 | RDE+DQN | ")) for line in lines) == 4  # over DQN, SR+DQN
-    assert not any(word in table for word in ("## Success", "## Cost", "Return and cost", "Published"))
+    assert f"| human-normalized | replay ratio 1 | DQN | 2 | 2 | {plot.number(iqm)} |" in lines
+    assert sum(line.startswith(("| replay ratio 1 | ", "| replay ratio 4 | ")) for line in lines) == 6  # three pairs each
+    assert not any(word in table for word in ("## Cost", "success", "Published"))
 
 
 def test_the_same_runs_give_the_same_files(study, tmp_path, call):
     path, _ = study
     np.random.seed(99)
-    call(path / "runs", tmp_path / "out")
-    pictures = ["aggregate_curves", "collapse", "learning_curves_Alien", "learning_curves_Freeway", "performance_profiles"]
-    names = sorted([*(f"{name}.png" for name in pictures), "results.csv", "table.md", "training_games.csv"])
+    call(path / "runs", "--out-dir", tmp_path / "out")
+    names = sorted(
+        ["aggregate_curves.png", "collapse.png", "learning_curves.png", "results.csv", "table.md", "training_games.csv"]
+    )
     for folder in (path / "out", tmp_path / "out"):
         assert sorted(file.name for file in folder.iterdir()) == names
     for name in names:
@@ -793,66 +1037,121 @@ def test_the_same_runs_give_the_same_files(study, tmp_path, call):
 
 @pytest.fixture(scope="module")
 def figures(study):
-    games = plot.read_games(str(study[0] / "runs"))[0]
-    training = [run[plot.RUN + ["total_timesteps", "cost_limit"]].to_dict()
+    games = plot.read_games([study[0] / "runs"])[0]
+    training = [run[plot.RUN + ["at", "total_timesteps", "cost_limit", "measure"]].to_dict()
                 | {"phase": "training", "evaluation": -1, "step": step, "score": float(step * len(run.method) + run.seed)}
                 for _, run in games.drop_duplicates("run").iterrows() for step in range(10, 101, 10)]  # fmt: skip
-    return pictures(pd.concat([games, pd.DataFrame(training).assign(normalized=1.0)], ignore_index=True), window=10)
-
-
-NAMES = ["learning_curves_Alien", "training_games_Alien", "aggregate_curves", "performance_profiles", "aggregate_training_games",
-         "collapse", "collapse_training_games"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
-    figure = figures[name]
-    (legend,) = figure.legends
-    methods = ["DQN", "SR+DQN", "RDE+DQN"][name.startswith("collapse") :]
-    assert [text.get_text() for text in legend.get_texts()] == methods and len(figure.axes) == 2
-    for axes, replay_ratio in zip(figure.axes, (1, 4)):
-        assert f"replay ratio {replay_ratio}" in axes.get_title(loc="left") and axes.get_ylabel()
-        assert axes.get_xlabel() or name.startswith("collapse")
-        lines = [line for line in axes.lines if line.get_label() in methods]
-        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(methods)
-    nothing_covers_another(figure)
-
-
-def test_a_method_looks_alike_in_all_pictures(tmp_path):
-    """Also where another method is missing, as DQN's variant is in the picture of the collapse."""
-    for exp in (dict(exp_name="dqn_tau_0.1"), SR | dict(exp_name="sr_dqn_tau_0.1"), RDE | dict(exp_name="rde_dqn_tau_0.1")):
-        write_run(tmp_path, RESET_CURVE if "reset_interval" in exp else [FINAL], **exp, tau=0.1)
-    looks = {name: {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines
-                    if line.get_label()[0] != "_"} for name, figure in pictures(read(tmp_path)).items()}  # fmt: skip
-    variants = {"SR+DQN tau 0.1", "RDE+DQN tau 0.1"}
-    assert set(looks["collapse"]) == variants and set(looks["learning_curves_Alien"]) == variants | {"DQN tau 0.1"}
-    for name, look in looks.items():
-        assert look.items() <= looks["learning_curves_Alien"].items(), name
-    assert len(set(looks["learning_curves_Alien"].values())) == 3
+    training = pd.DataFrame(training).assign(normalized=1.0, value=lambda rows: rows.score)
+    return pictures(pd.concat([games, training], ignore_index=True), window=10)
 
 
 def nothing_covers_another(figure) -> None:
-    """Panels with their names, the legend, and the explanation below."""
+    """Panels with their names, the legend, and the explanation below; all of it is inside the picture."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
-    boxes += [text.get_window_extent(renderer) for text in (*figure.legends, *figure.texts)]
-    whole = figure.get_tightbbox(renderer)  # in inches; all of it is saved
+    texts = [text for text in figure.texts if text.get_text()]
+    boxes += [text.get_window_extent(renderer) for text in (*figure.legends, *texts)]
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
-        assert whole.x0 <= box.x0 / figure.dpi + 0.01 and box.x1 / figure.dpi <= whole.x1 + 0.01
+        assert figure.bbox.x0 <= box.x0 + 1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
 
 
-def test_collapse_of_many_games(tmp_path):
-    for game in ("ChopperCommand", "KungFuMaster", "PrivateEye", "Qbert", "Seaquest"):
-        write_run(tmp_path, RESET_CURVE, **SR, env_id=f"{game}NoFrameskip-v4")
-    nothing_covers_another(pictures(read(tmp_path))["collapse"])
+@pytest.mark.parametrize("name", [*plot.CURVES, *plot.COLLAPSES])
+def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
+    figure, methods = figures[name], ["DQN", "SR+DQN", "RDE+DQN value β = 3"]
+    assert figure.bbox.width == 1800
+    assert all(axes.get_xlabel() and axes.get_title(loc="left") for axes in figure.axes)
+    if name.startswith("collapse"):
+        rows = [f"{method}, replay ratio {ratio}" for ratio in (1, 4) for method in methods[1:]]
+        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == rows and not figure.legends
+    else:
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == methods
+        assert len(figure.axes) == (2 if name.startswith("aggregate") else 4)
+        for axes, replay_ratio in zip(figure.axes, (1, 4, 1, 4)):
+            assert axes.get_title(loc="left").endswith(f", replay ratio {replay_ratio}") and axes.get_ylabel()
+            assert list(lines_of(axes)) == methods
+    nothing_covers_another(figure)
+
+
+def test_footnotes_name_what_is_there(figures, minigrid, tmp_path):
+    """The replay ratio where there is one; thin lines, bands, triangles, windows of training games."""
+    assert footnote(figures["learning_curves"]) == "thin lines: single seeds; ▼ right after a reset"
+    assert footnote(figures["training_games"]) == "thin lines: single seeds; training games: means over a tenth of the run"
+    assert footnote(figures["aggregate_curves"]) == ""
+    assert footnote(figures["collapse"]) == "dots: all resets of all seeds; circles: single seeds; dashed: nothing is lost"
+    assert footnote(pictures(read(minigrid))["learning_curves"]) == "replay ratio 1; bands: 95 % intervals over seeds"
+    write_run(tmp_path / "one", [FINAL], replay_ratio=0.25)
+    assert footnote(pictures(read(tmp_path / "one"))["learning_curves"]) == "replay ratio 0.25"
+
+
+@pytest.mark.parametrize("num_seeds, num_thin, alpha", [(1, 0, None), (2, 4, 0.5), (3, 6, 0.25), (4, 8, 0.25), (5, 0, None)])
+def test_few_seeds_are_lines_and_many_a_band(tmp_path, num_seeds, num_thin, alpha):
+    for exp, seed in itertools.product((DQN, SR), range(num_seeds)):
+        write_run(tmp_path, [(50, "scheduled", (seed, seed)), FINAL], **exp, seed=seed)
+    (axes,) = pictures(read(tmp_path))["learning_curves"].axes
+    assert len(thin_lines(axes)) == num_thin and {line.get_alpha() for line in thin_lines(axes)} == (
+        {alpha} if alpha else set()
+    )
+    assert [len(band.get_paths()) for band in axes.collections] == [num_seeds == 5] * 2
+
+
+def test_panels_that_are_compared_share_their_axis(figures, minigrid):
+    for name in ("learning_curves", "training_games"):
+        one, four, *freeway = (axes.get_ylim() for axes in figures[name].axes)
+        assert one == four and freeway[0] == freeway[1] and (one != freeway[0] or name == "training_games")
+    assert pictures(read(minigrid))["learning_curves"].axes[0].get_ylim() == (-0.03, 1.03)
+
+
+def at_of(games: pd.DataFrame) -> dict:
+    return (
+        games.drop_duplicates("run")
+        .groupby("at")
+        .apply(lambda rows: sorted(zip(rows.method, rows.replay_ratio)), include_groups=False)
+        .to_dict()
+    )
+
+
+def test_methods_of_equal_cost_stand_in_one_panel(tmp_path):
+    """If for every ensemble there are single agents of its cost; else a replay ratio is what is compared."""
+    for exp, replay_ratio in ((DQN, 1), (SR, 1), (SR, 2), (RDE, 1)):
+        write_run(tmp_path, RESET_CURVE, **exp, replay_ratio=replay_ratio, name=f"{exp['exp_name']}{replay_ratio}")
+    assert at_of(read(tmp_path)) == {
+        "replay ratio × agents = 1": [("DQN", 1), ("SR+DQN", 1)],
+        "replay ratio × agents = 2": [("RDE+DQN value", 1), ("SR+DQN", 2)],
+    }  # fmt: skip
+    one, two = pictures(read(tmp_path))["learning_curves"].axes
+    assert set(lines_of(one)) == {"DQN", "SR+DQN"} and set(lines_of(two)) == {"SR+DQN", "RDE+DQN value"}
+    write_run(tmp_path, RESET_CURVE, **RDE, replay_ratio=2, name="rde2")  # nothing costs 4
+    assert at_of(read(tmp_path)) == {
+        "replay ratio 1": [("DQN", 1), ("RDE+DQN value", 1), ("SR+DQN", 1)],
+        "replay ratio 2": [("RDE+DQN value", 2), ("SR+DQN", 2)],
+    }  # fmt: skip
+
+
+def test_short_studies_have_plain_steps(tmp_path):
+    for total, label, last in ((9_999, "environment steps", 9_999), (10_000, "environment steps (thousands)", 10)):
+        write_run(tmp_path / str(total), [(total, "final", (1.0, 2.0))], total_timesteps=total, games=[(total, 1.0)])
+        for figure in pictures(read(tmp_path / str(total))).values():
+            assert figure.axes[0].get_xlabel() == label and figure.axes[0].lines[-2].get_xdata()[-1] == last
+
+
+def test_a_method_looks_alike_in_all_pictures_of_a_study(figures):
+    looks = plot.looks_of(["DQN", "SR+DQN", "RDE+DQN value β = 3"])
+    for name, figure in figures.items():
+        for axes in figure.axes:
+            for line in axes.lines:
+                method = line.get_label().split(", replay ratio")[0]
+                if method[0] != "_":
+                    assert to_hex(line.get_color()).upper() == looks[method][0].upper(), name
 
 
 def test_resets_are_marked(figures):
     """A triangle at the mean over seeds of the score right after each reset, none for DQN."""
-    triangles = [line for line in figures["learning_curves_Alien"].axes[0].lines
-                 if line.get_marker() == "v" and len(line.get_xdata())]  # fmt: skip
-    assert [list(line.get_xdata()) for line in triangles] == [[0.06, 0.08], [0.06, 0.08]]
+    triangles = [
+        line for line in figures["learning_curves"].axes[0].lines if line.get_marker() == "v" and len(line.get_xdata())
+    ]
+    assert [list(line.get_xdata()) for line in triangles] == [[60, 80], [60, 80]]
 
 
 def test_training_curve_by_hand(tmp_path):
@@ -868,34 +1167,96 @@ def test_training_curve_by_hand(tmp_path):
         (1, 5): 2.0, (1, 10): 14 / 3, (1, 15): 8.0, (1, 20): 6.0, (1, 100): 7.0,
         (2, 5): 5.0, (2, 10): 5.0, (2, 15): 20.0, (2, 20): 20.0, (2, 100): 1.0,
     }  # fmt: skip
-    (axes,) = pictures(games[games.seed < 3])["training_games_Alien"].axes
-    steps = [0.005, 0.01, 0.015, 0.02, 0.1]  # only where both seeds have games
+    (axes,) = pictures(games[games.seed < 3])["training_games"].axes
+    steps = [5, 10, 15, 20, 100]  # only where both seeds have games
     np.testing.assert_allclose(lines_of(axes)["DQN"], [steps, [3.5, (14 / 3 + 5) / 2, 14.0, 13.0, 4.0]])
 
 
+def test_training_scores_by_hand(tmp_path):
+    """Of the last fifth: means 2.5 and 8.5; a seed without such games, and a method without any, have none."""
+    write_run(tmp_path, [FINAL], games=((10, 9.0), (80, 7.0), (81, 1.0), (100, 4.0)), seed=1)
+    write_run(tmp_path, [FINAL], games=((30, 9.0), (99, 8.5)), seed=2)
+    write_run(tmp_path, [FINAL], games=((80, 9.0),), seed=3)
+    write_run(tmp_path, [FINAL], seed=1, env_id=FREEWAY)
+    assert [row[7] for row in tables(read(tmp_path))["Scores"]] == ["5.50 (2.50, 8.50)", "-"]
+
+
 def test_learning_curve_is_the_mean_over_seeds(study, figures):
-    games = plot.read_games(str(study[0] / "runs"))[0]
-    rows = plot.evaluations_of(games[(games.env_id == ALIEN) & (games.replay_ratio == 1) & (games.method == "RDE+DQN")])
-    mean = np.mean([of_run.score.to_numpy() for _, of_run in rows.groupby("run")], axis=0)
-    axes = figures["learning_curves_Alien"].axes[0]
-    np.testing.assert_allclose(lines_of(axes)["RDE+DQN"], [[0.05, 0.06, 0.06, 0.08, 0.08, 0.1], mean])
-    curves = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == 6]
-    assert all(any(np.allclose(curve, of_run.score) for curve in curves) for _, of_run in rows.groupby("run"))  # thin ones
+    games = plot.read_games([study[0] / "runs"])[0]
+    rows = plot.evaluations_of(games[(games.env_id == ALIEN) & (games.replay_ratio == 1) & (games.method == "SR+DQN")])
+    scores = [of_run.score.to_numpy() for _, of_run in rows.groupby("run")]
+    axes = figures["learning_curves"].axes[0]
+    np.testing.assert_allclose(lines_of(axes)["SR+DQN"], [[50, 60, 60, 80, 80, 100], np.mean(scores, axis=0)])
+    curves = [line.get_ydata() for line in thin_lines(axes) if len(line.get_ydata()) == 6]
+    assert all(any(np.allclose(curve, own) for curve in curves) for own in scores)
 
 
-def test_files_go_to_the_study_by_default(tmp_path, monkeypatch):
-    write_run(tmp_path, [FINAL], games=[(50, 1.0)])
-    monkeypatch.setattr(sys, "argv", ["plot_benchmark.py", "--runs-dir", str(tmp_path), "--bootstrap-samples", "20"])
-    plot.main()
-    assert {"results.csv", "training_games_Alien.png"} <= {file.name for file in (tmp_path / "results").iterdir()}
-    assert (tmp_path / "results" / "training_games.csv").read_text() == (
-        "env_id,method,replay_ratio,seed,global_step,episodic_return\nAlienNoFrameskip-v4,DQN,1,1,50,1\n"
-    )
+@pytest.mark.parametrize("num_games", [1, 3, 5, 10])
+def test_many_games_and_many_methods_fit(tmp_path, num_games):
+    for game in [*plot.RANDOM_AND_HUMAN_SCORES][:num_games]:
+        for exp in (SR, RDE, RDE | {"exp_name": "rde_dqn_tau_0.00125_reset-interval_80000"}):
+            write_run(tmp_path, RESET_CURVE, **exp, env_id=f"{game}NoFrameskip-v4")
+    figures = pictures(read(tmp_path))
+    assert [len(figures[name].axes) for name in ("learning_curves", "collapse")] == [num_games, num_games]
+    for name in ("learning_curves", "collapse"):
+        nothing_covers_another(figures[name])
+
+
+def test_odd_names_stop_nothing(tmp_path, call):
+    """As the name of an environment and of a method: a formula that is none, a cell's border, a file name."""
+    for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "<b>", "x" * 200]):
+        write_run(tmp_path / "runs", [FINAL], name=f"run{i}", env_id=name if i % 2 else ALIEN, exp_name=name, seed=i)
+    call(tmp_path / "runs")
+    table = table_of(tmp_path / "runs" / "results")
+    assert "| a\\|b |" in table and "| $_$ |" in table
+    assert {"$_$", "a|b"} <= {row["method"] for row in read_csv(tmp_path / "runs" / "results" / "results.csv")}
 
 
 def test_one_run_is_enough(tmp_path, call):
-    """One seed of one game of an unknown scale, with a name that is no file name."""
+    """One seed of one game of an unknown scale."""
     write_run(tmp_path / "runs", [FINAL], env_id="my/odd game-v0", name="one")
-    call(tmp_path / "runs", tmp_path / "out")
+    call(tmp_path / "runs" / "one", "--out-dir", tmp_path / "out")
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["learning_curves_my%2Fodd%20game-v0.png", "results.csv", "table.md", "training_games.csv"]
+    assert names == ["learning_curves.png", "results.csv", "table.md", "training_games.csv"]
+
+
+# ---------------------------------------------------------------------------------------------------- results/redraw.sh
+
+
+def test_a_study_is_drawn_again(tmp_path):
+    """From its archive, or its results.csv, into its folder, with the pictures that it has and nothing else."""
+    (tmp_path / "plot_benchmark.py").symlink_to(ROOT / "plot_benchmark.py")
+    results = tmp_path / "results"
+    for study in ("mine", "cheetah_run_sac", "lunar_lander"):
+        write_run(tmp_path / study, RESET_CURVE, games=[(30, 7.0)], **SR)
+        (results / study).mkdir(parents=True)
+        (results / study / "collapse_training_games.png").write_text("of another time")
+    (results / "redraw.sh").write_text((ROOT / "results" / "redraw.sh").read_text())
+    with tarfile.open(results / "mine" / "runs.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "mine", ".")
+    subprocess.run(
+        [sys.executable, ROOT / "plot_benchmark.py", tmp_path / "cheetah_run_sac", "--out-dir", results / "cheetah_run_sac"],
+        check=True,
+    )
+    subprocess.run(["bash", results / "redraw.sh"], env=os.environ | {"PYTHON": sys.executable}, check=True)
+    names = {
+        study: {file.name for file in (results / study).iterdir()} for study in ("mine", "cheetah_run_sac", "lunar_lander")
+    }
+    assert names["mine"] == {"runs.tar.xz", "table.md", "learning_curves.png", "collapse.png"}
+    assert names["cheetah_run_sac"] == {
+        "results.csv",
+        "training_games.csv",
+        "table.md",
+        "learning_curves.png",
+        "training_games.png",
+        "collapse.png",
+    }
+    assert names["lunar_lander"] == {"collapse_training_games.png"}
+
+
+def test_the_packed_studies_are_read_whole():
+    """What stands in the repository: nothing is left out, and MiniGrid's probability is that of success."""
+    games, left_out, _ = plot.read_games([ROOT / "results" / "minigrid" / "runs.tar.xz"], merge_versions=True)
+    assert left_out == [] and games.run.nunique() >= 120 and set(games.measure) == {"success"}
+    rows = tables(games[games.method.isin(["SR+DQN", "RDE+DQN value"])])["Probability of improvement"]
+    assert rows[0][:4] == ("replay ratio 0.5", "RDE+DQN value", "SR+DQN", 4) and rows[0][4].startswith("0.675 (")

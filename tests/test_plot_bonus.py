@@ -1,12 +1,15 @@
 """plot_bonus.py: which screens it takes, what it says of them, what it refuses."""
 
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from conftest import ROOT, run_script
 
@@ -70,7 +73,7 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["nowhere"], "nowhere is not a run folder: "), (["--screens", "9"], "--screens must be 1 to 8"),
+    (["nowhere"], "nowhere is not the folder of a run: "), (["--screens", "9"], "--screens must be 1 to 8"),
     (["--steps", "2"], "--steps at least as many"), (["--epsilon", "2"], "--epsilon in [0, 1]"),
 ])  # fmt: skip
 def test_wrong_arguments(options, message, run_folder, monkeypatch, capsys):
@@ -100,7 +103,29 @@ def test_a_folder_that_is_damaged_or_of_another_script(name, content, run_folder
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert (
-        "model.pt is damaged, cut off, or holds more" in error
-        if name == "model.pt"
-        else "is not a run folder of rnd" in error or "not of rnd" in error
-    )
+        "model.pt is damaged, cut off, or holds more" if name == "model.pt" else "run is not the folder of a run: "
+    ) in error
+
+
+def test_a_notebooks_backend_and_a_path_in_the_home_folder(run_folder, tmp_path):
+    odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(tmp_path)}
+    (tmp_path / "run").symlink_to(run_folder)
+    command = [sys.executable, ROOT / "plot_bonus.py", "~/run", "--steps", "20", "--out-dir", "~/out"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | odd, check=True)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"bonus.png", "bonus.csv"}
+
+
+def test_the_picture_says_what_is_what(run_folder):
+    """Both axes are named, and every kind of line; the frames have the colours of the lines."""
+    args, models = plot_bonus.load(run_folder)
+    rows = [(step, i, kind, 2.0, 3.0) for step in models for i in range(3) for kind in ("screen", "upside down")]
+    table = pd.DataFrame(rows, columns=["step", "screen", "kind", "error", "bonus"])
+    figure = plot_bonus.picture(args, np.zeros((3, 84, 84), np.uint8), table, run_folder)
+    *screens, error, bonus = figure.axes
+    assert error.get_ylabel() == "error of the predictor" and bonus.get_ylabel() == "bonus: error / deviation of the returns"
+    for i, axes in enumerate(screens):
+        assert to_hex(axes.spines["left"].get_edgecolor()).upper() == plot_bonus.COLORS[i]
+        assert sum(to_hex(line.get_color()).upper() == plot_bonus.COLORS[i] for line in error.lines) == 2
+    (legend,) = figure.subfigs[1].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[:2] == ["a screen, in the colour of its frame", "the same upside down, never seen"]

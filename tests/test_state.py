@@ -160,7 +160,7 @@ def learn(agent):
             yield
 
 
-RESETS = {"_num_resets": "num_resets", "oldest": "num_resets", "beta": "num_resets"}
+RESETS = {"_resets": "resets", "oldest": "resets", "beta": "resets"}
 # The lists hold the very parameters of the networks.
 LISTS = {"actor_parameters": "actors", "critic_parameters": "critics", "target_parameters": "target_critics"}
 
@@ -317,13 +317,13 @@ def all_parameters(optimizer) -> list:
 
 @pytest.mark.parametrize("script", [rde, sac])
 def test_a_number_of_resets_in_a_checkpoint_is_that_of_the_judge(script):
-    """`oldest` and `beta` are not in the state: they follow from `num_resets`, which is restored through its setter."""
+    """`oldest` and `beta` are not in the state: they follow from `resets`, which is restored through its setter."""
     make = (lambda: dqn_agent(rde, num_agents=3, stored=0)) if script is rde else (lambda: sac_agent(sac, 3, stored=0))
     agent, fresh = make(), make()
     for num_resets, oldest in ((1, 1), (5, 2)):
         agent.num_resets = num_resets
         state = through_a_file(script.state_of(agent))
-        assert state["num_resets"] == num_resets and not {"oldest", "beta"} & state.keys()
+        assert state["resets"] == agent.resets and not {"oldest", "beta"} & state.keys()
         addresses = fresh.oldest.data_ptr(), fresh.beta.data_ptr()
         script.restored(fresh, state)
         assert (fresh.num_resets, fresh.oldest.item(), fresh.beta.item()) == (num_resets, oldest, 50.0)
