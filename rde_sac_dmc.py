@@ -1109,19 +1109,19 @@ def state_of(part, where: str = "parts"):
     for kind, (state, _) in KINDS.items():
         if isinstance(part, kind):
             return state(part)
+    if isinstance(part, np.generic):
+        part = part.item()
     if part is None or type(part) in (bool, int, float, str, bytes):
         return part
-    if isinstance(part, np.generic) and part.dtype.kind in "biufSU":
-        return part.item()
     if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-        return torch.from_numpy(part)
+        return torch.from_numpy(np.asarray(part, order="C"))  # a copy only if its memory runs backwards or across
     if type(part) in (list, tuple, set):
         return type(part)(state_of(item, where) for item in part)
     if type(part) is dict:
         return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
     # Of a class that is written in C the attributes are not all: random.Random, OrderedDict, a file.
-    has_more = type(part).__basicsize__ > Run.__basicsize__ and not hasattr(part, "KEPT")
-    if not hasattr(part, "__dict__") or has_more or isinstance(part, enum.Enum):
+    plain = hasattr(part, "__dict__") and type(part).__basicsize__ <= types.SimpleNamespace.__basicsize__
+    if not (plain or hasattr(part, "KEPT")) or isinstance(part, enum.Enum):
         fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
              "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
     names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
@@ -1445,7 +1445,7 @@ class Run:
                 written, here = content["versions"].items(), self.versions.items()
                 raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
             for env in self.parts["envs"]:
-                env.reset()  # what an environment makes only now is restored in place, too
+                env.reset(seed=0)  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")
