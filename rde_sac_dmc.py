@@ -1453,7 +1453,8 @@ class Run:
                 if (self.path / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
         except Exception as error:  # a flipped bit can have any consequence
-            fail(f"the run cannot go on from {path}: {type(error).__name__}: {str(error).partition('. ')[0]}", code=1)
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {reason}", code=1)
         torch.set_num_threads(self.num_threads)
         for name, size in self.csv_sizes.items():
             os.truncate(self.path / name, size)
