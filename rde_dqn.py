@@ -772,10 +772,9 @@ def check_environment(args: Args) -> None:
         fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
     try:
         env = make_env(args, args.capture_video)
-        observation, _ = env.reset(seed=0)
-        if observation.shape != env.observation_space.shape:
-            raise ValueError(f"its reset returns {observation.shape}, but its observations are {env.observation_space.shape}")
-        env.step(0)
+        for observation in (env.reset(seed=0)[0], env.step(0)[0]):
+            if observation.shape != env.observation_space.shape:
+                raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
     except Exception as error:
         fail(f"{given} does not work here: {' '.join(str(error).split()) or repr(error)}")

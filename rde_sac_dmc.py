@@ -876,10 +876,9 @@ def check_gymnasium(args: Args) -> None:
              "there is rde_dqn.py")  # fmt: skip
     try:
         env = make_env(args, args.capture_video)
-        observation, _ = env.reset(seed=0)
-        if observation.shape != env.observation_space.shape:
-            raise ValueError(f"its reset returns {observation.shape}, but its observations are {env.observation_space.shape}")
-        env.step(np.zeros(env.action_space.shape, np.float32))
+        for observation in (env.reset(seed=0)[0], env.step(np.zeros(env.action_space.shape, np.float32))[0]):
+            if observation.shape != env.observation_space.shape:
+                raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
     except Exception as error:
         fail(f"{given} does not work here: {one_line(error)}")

@@ -880,10 +880,11 @@ class HazardMaze(gym.Wrapper):
 
 def make_task(env_id: str, render_mode: str | None) -> gym.Env:
     """The environment with that id, without a time limit of its own, and without what its packages print on the way."""
-    # A cluster node has no display, but it can draw with EGL. MuJoCo reads MUJOCO_GL when it is imported.
-    if render_mode and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    options = {"render_mode": render_mode, "max_episode_steps": -1, "disable_env_checker": True}
+    options = {"max_episode_steps": -1, "disable_env_checker": True}
+    if render_mode:  # else not a word of it: not every environment's constructor takes it
+        options["render_mode"] = render_mode
+        if sys.platform == "linux":  # a cluster node has no display, and MuJoCo reads this when it is imported
+            os.environ.setdefault("MUJOCO_GL", "egl")
     if env_id != MAZE_TASK and env_id not in VELOCITY_TASKS:
         return gym.make(env_id, **options)
     import mujoco
@@ -946,14 +947,15 @@ class ConstrainedTask(gym.Env):
         observation, reward, *costs, terminated, truncated, info = self.env.step(action.astype(self.env.action_space.dtype))
         if not costs and "cost" not in info:
             fail(f'--env-id {self.env_id} reports no cost: its step() gives neither info["cost"] nor six values')
-        cost = float(costs[0] if costs else info["cost"])
-        self.episodic_return += float(reward)
+        # Some are arrays of one number.
+        cost, reward = (float(np.asarray(value).item()) for value in (costs[0] if costs else info["cost"], reward))
+        self.episodic_return += reward
         self.episodic_cost += cost
         terminated, truncated = bool(terminated), bool(truncated) or len(self.actions) >= self.time_limit
         info = {"cost": cost}
         if terminated or truncated:
             info["episode"] = {"r": self.episodic_return, "l": len(self.actions), "cost": self.episodic_cost}
-        return self.observe(observation), float(reward), terminated, truncated, info
+        return self.observe(observation), reward, terminated, truncated, info
 
     def observe(self, observation) -> np.ndarray:
         """The observation as a vector, (observation_dim,) float32."""
@@ -994,8 +996,9 @@ def check_environment(args: Args) -> None:
         fail(f"--env-id {args.env_id} needs the package gymnasium-robotics: pip install gymnasium-robotics")
     try:
         env = ConstrainedTask(args, "rgb_array" if args.capture_video else None)
-        env.reset(seed=args.seed)
-        env.step(np.zeros(env.action_space.shape, np.float32))
+        for observation in (env.reset(seed=args.seed)[0], env.step(np.zeros(env.action_space.shape, np.float32))[0]):
+            if observation.shape != env.observation_space.shape:
+                raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
     except gym.error.UnregisteredEnv:
         tasks = [MAZE_TASK, *VELOCITY_TASKS]
         near = difflib.get_close_matches(args.env_id, tasks, n=1, cutoff=0.5)

@@ -12,17 +12,15 @@ import pytest
 import torch
 
 from conftest import (
-    QUICK, QUICK_CARTPOLE, ROOT, assert_same_end, environment, equal, error_line, load_script, model, only_run, run_main, scalars,
-    stop_when,
+    QUICK, QUICK_CARTPOLE, ROOT, assert_same_end, environment, equal, error_line, load_script, model, only_run, run_main,
+    scalars, stop_when,
 )  # fmt: skip
 
 PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
-DIFFS = {
-    new: (old, diff)
-    for old, new, diff in re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
-}
-# One reset per agent, and two evaluations of one game each in which nothing is measured.
-QUICK_ATARI = [*QUICK, *"--total-timesteps 340 --replay-ratio 0.1 --reset-interval 20 --eval-interval 0 --eval-episodes 1".split()]
+BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
+DIFFS = {new: (old, diff) for old, new, diff in BLOCKS}
+# One reset, after 10 gradient steps, at step 300.
+QUICK_ATARI = [*QUICK, *"--total-timesteps 340 --reset-interval 20 --eval-interval 0 --eval-episodes 1".split()]
 
 
 def changed(text: str, diff: str) -> str:
@@ -158,7 +156,7 @@ def test_rule_of_resets(tmp_path, monkeypatch):
     last = {index: number for number, index in enumerate(order)}
     oldest = min(range(3), key=lambda index: last.get(index, -1))
     assert model(path)["oldest_agent"] == oldest and model(path)["num_resets"] == 9
-    assert scalars(path)["rde/reset_agent"] == [(step, order[i]) for i, (step, _) in enumerate(scalars(path)["rde/reset_agent"])]
+    assert [agent for _, agent in scalars(path)["rde/reset_agent"]] == order
     assert f"; agent {oldest} of 3 judges" in play(tmp_path, path)
 
 
@@ -211,7 +209,7 @@ def test_environments(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     commands = re.findall(r"^    (PYTHONPATH=\. (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
     assert len(commands) == 2
-    less = ("--total-timesteps 1500 --learning-starts 300 --batch-size 32 --eval-episodes 2 --hidden-dim 32 --num-hidden-layers 1",
+    less = ("--total-timesteps 1500 --learning-starts 300 --eval-episodes 2 --hidden-dim 32 --num-hidden-layers 1",
             "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --reset-interval 300")  # fmt: skip
     path = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     for command, arguments in zip(commands, less):
@@ -220,7 +218,6 @@ def test_environments(tmp_path):
         assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
     corridor, slide = sorted((tmp_path / "runs").iterdir())
     assert json.loads((slide / "args.json").read_text())["args"]["env_id"] == "my_envs:Slide-v0"
-    # At most 20 steps of learned play; at least 35 points of random play are lost by the limit of 40 steps.
     command = "PYTHONPATH=. python play.py {} --episodes 5 --epsilon 0"
     result = subprocess.run(["bash", "-c", command.format(corridor)], cwd=tmp_path, env=environment() | path,
                             capture_output=True, text=True, check=False)  # fmt: skip
