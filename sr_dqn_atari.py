@@ -887,11 +887,12 @@ CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.Functi
 def kept_names(part) -> list[str]:
     """The attributes of an object that a checkpoint keeps, in the order in which they are restored: those in its class's KEPT.
 
-    Without KEPT (a wrapper of yours, say) they are all that can change, if pickle would find all of the object there, too.
+    Without KEPT (a wrapper of yours, say) they are all that can change; and none if the object is more than its attributes, as
+    what is written in C: random.Random, a file.
     """
     if hasattr(part, "KEPT"):
         return list(part.KEPT)
-    if not hasattr(part, "__dict__") or type(part).__reduce__ is not object.__reduce__ or isinstance(part, enum.Enum):
+    if not hasattr(part, "__dict__") or type(part).__basicsize__ > Run.__basicsize__ or isinstance(part, enum.Enum):
         return []
     return [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
 
