@@ -16,6 +16,7 @@ from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, 
 from conftest import ROOT, environment, load_script
 
 COLOURS = ["blue", "green", "grey", "purple", "red", "yellow"]  # in the order of the one-hot vector
+KINDS = ["key", "ball", "box", "door"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_every_object_colour_and_state_has_its_number(script):
         image = np.zeros((49, 3), np.uint8)
         image[: len(part)] = part
         encoded = script.MiniGridView.encode({"image": image.reshape(7, 7, 3), "mission": ""})
-        assert encoded.shape == (153,) and encoded.dtype == np.float32
+        assert encoded.shape == (167,) and encoded.dtype == np.float32
         for i, (kind, colour, state) in enumerate(part):
             expected = np.array([kind / 10, colour / 5, state / 2], np.float32)
             assert (encoded[3 * i : 3 * i + 3] == expected).all()
@@ -70,34 +71,47 @@ def test_the_view_of_a_grid_made_by_hand(script):
         expected = np.array([OBJECT_TO_IDX[kind] / 10, COLOR_TO_IDX[colour] / 5, state / 2], np.float32)
         assert (cell == expected).all(), (x, y)
     assert (view[3, 6] == np.array([OBJECT_TO_IDX["ball"] / 10, COLOR_TO_IDX["yellow"] / 5, 0], np.float32)).all()
-    assert (observation[147:] == [0, 1, 0, 0, 0, 0]).all()  # "get to the green goal square"
+    assert (observation[147:] == named("green") + named()).all()  # "get to the green goal square"
 
 
-@pytest.mark.parametrize("index, colour", enumerate(COLOURS))
-def test_the_colour_of_the_mission(script, index, colour):
-    expected = np.eye(6, dtype=np.float32)[index]
-    missions = [f"go to the {colour} door", f"pick up the {colour} ball, now", f"open the {colour} door then the red door",
-                f"{colour}"]  # fmt: skip
-    for mission in missions:
-        encoded = script.MiniGridView.encode({"image": np.zeros((7, 7, 3), np.uint8), "mission": mission})
-        assert not encoded[:147].any() and (encoded[147:] == expected).all(), mission
+def named(*words: str) -> list[float]:
+    """A colour and a kind of object, one-hot each."""
+    return [float(word in words) for word in COLOURS + KINDS]
 
 
-@pytest.mark.parametrize("mission", ["", "reach the goal", "go through the unlocked, numbered doors"])
-def test_a_mission_without_a_colour(script, mission):
-    assert not script.mission_colour(mission).any()
+@pytest.mark.parametrize(
+    "mission, things",
+    [
+        ("", []), ("reach the goal", []), ("go through the unlocked, numbered doors", []), ("keyboard, boxes, reddish", []),
+        *((f"go to the {colour} door", [(colour, "door")]) for colour in COLOURS),
+        *((f"pick up the {kind}, now", [(kind,)]) for kind in KINDS), ("yellow", [("yellow",)]),
+        ("get a green ball", [("green", "ball")]), ("put the blue key near the grey box", [("blue", "key"), ("grey", "box")]),
+        ("put the ball near the purple door", [("ball",), ("purple", "door")]), ("fetch a key", [("key",)]),
+        ("open the red door then the blue door, then the box", [("red", "door"), ("blue", "door")]),
+    ],
+)  # fmt: skip
+def test_what_the_mission_names(script, mission, things):
+    """The first two things, in their order; and what is not named is 0."""
+    expected = [number for words in [*things, (), ()][:2] for number in named(*words)]
+    encoded = script.MiniGridView.encode({"image": np.zeros((7, 7, 3), np.uint8), "mission": mission})
+    assert encoded.dtype == np.float32 and not encoded[:147].any() and encoded[147:].tolist() == expected
 
 
-def test_the_colour_follows_the_mission_from_episode_to_episode(script):
-    env, seen = make(script, "MiniGrid-GoToDoor-5x5-v0"), set()
-    observation, _ = env.reset(seed=0)
-    for _ in range(40):
-        colour = env.unwrapped.mission.split()[3]
-        assert (observation[147:] == np.eye(6)[COLOURS.index(colour)]).all()
-        assert (env.step(0)[0][147:] == observation[147:]).all()
-        seen.add(colour)
-        observation, _ = env.reset()
-    assert len(seen) == 6
+@pytest.mark.parametrize("env_id", [
+    "MiniGrid-Fetch-5x5-N2-v0", "MiniGrid-GoToObject-6x6-N2-v0", "MiniGrid-PutNear-6x6-N2-v0",
+    "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-KeyCorridorS3R1-v0", "MiniGrid-UnlockPickup-v0",
+])  # fmt: skip
+def test_missions_of_an_environment_do_not_look_alike(script, env_id):
+    """Over 300 episodes: as many encodings as different things that are named, and never another one within an episode."""
+    env, encodings = make(script, env_id), {}
+    env.reset(seed=0)
+    for _ in range(300):
+        words = tuple(word for word in env.unwrapped.mission.replace(",", "").split() if word in COLOURS + KINDS)
+        encodings.setdefault(words, set()).add(env.observation[147:].tobytes())
+        encodings[words].add(env.step(0)[0][147:].tobytes())
+        env.reset()
+    assert len(encodings) > 1 and {len(seen) for seen in encodings.values()} == {1}
+    assert len(set.union(*encodings.values())) == len(encodings)
 
 
 # ------------------------------------------------------------------------------------------- rewards, ends, limits, actions
@@ -114,6 +128,7 @@ def test_the_colour_follows_the_mission_from_episode_to_episode(script):
 def test_rewards_and_ends_are_those_of_the_bare_environment(script, env_id, options):
     ours, bare, rng = make(script, env_id), gym.make(env_id, **options), np.random.default_rng(3)
     ours.reset(seed=7), bare.reset(seed=7)
+    assert ours.episode_seed == 7
     episodic_return, length, num_episodes, successes = 0.0, 0, 0, []
     for _ in range(3_000):
         action = rng.integers(bare.action_space.n)
@@ -134,7 +149,7 @@ def test_rewards_and_ends_are_those_of_the_bare_environment(script, env_id, opti
             assert info["episode"] == {"r": episodic_return, "l": length} | success
             successes.append(bare_reward > 0)
             episodic_return, length, num_episodes = 0.0, 0, num_episodes + 1
-            ours.reset(), bare.reset()
+            ours.reset(), bare.reset(seed=ours.episode_seed)  # every episode has a seed of its own
     assert num_episodes > 5 and (env_id != "MiniGrid-GoToDoor-5x5-v0" or 0 < sum(successes) < len(successes))
 
 
@@ -245,7 +260,7 @@ def test_an_episode_goes_on_in_another_process(script, tmp_path):
             while not env.actions:
                 play(env, rng, 1)
             states[env_id, steps] = script.state_of(env)
-            assert isinstance(states[env_id, steps]["episode"]["start"], int) or len(env.actions) < steps
+            assert states[env_id, steps]["episode"]["seed"] == steps or len(env.actions) < steps
             torch.save(states, tmp_path / "states.pt")  # as it is now: the environment plays on
             states = torch.load(tmp_path / "states.pt", weights_only=True)
             expected[env_id, steps] = play(env, np.random.default_rng(steps), 400)
@@ -269,5 +284,5 @@ def test_an_environment_that_does_not_repeat_itself_is_noticed(script):
     state = script.state_of(env)
     fresh = make(script, "CartPole-v1")
     fresh.unwrapped.gravity = 9.9
-    with pytest.raises(ValueError, match="its 3 steps were played again"):
+    with pytest.raises(ValueError, match="CartPole-v1 does not play the same episode again from its seed"):
         script.restored(fresh, state)
