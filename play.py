@@ -116,7 +116,8 @@ def import_script(folder: str, options: Options):
     if missing := [part for part in API if not hasattr(script, part)]:
         fail(f"{path} is not a script that can be played: it has no {', '.join(missing)}")
     if hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() != sha256:
-        hint = "; --run-script plays with the run's own text" if os.path.isfile(os.path.join(folder, name)) else ""
+        has_own = not options.run_script and os.path.isfile(os.path.join(folder, name))
+        hint = "; --run-script plays with the run's own text" if has_own else ""
         print(f"warning: {path} is not the text that made the run, and is played as it is{hint}", file=sys.stderr)
     try:
         return script, script.Args(**saved)
@@ -284,8 +285,10 @@ def play_after_resets(script, policy, generator, agent, file: str, envs: list[gy
         returns = [episode["r"] for episode in play(script, policy, generator, envs, options.seed, 0, lambda env: None)]
         means.append(np.mean(returns))
         fractions.append((composition.counts[fresh] / composition.counts.sum()).item())
-        print(f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}")
-    error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.3g} (standard error)" if len(means) > 1 else ""
+        print(
+            f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}"
+        )
+    error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.2f} (standard error)" if len(means) > 1 else ""
     print(f"{len(means)} fresh network(s), {len(envs)} episode(s) each: return {np.mean(means):.4g}{error}, "
           f"the fresh agent acts in {np.mean(fractions):.0%}")  # fmt: skip
 
@@ -316,7 +319,9 @@ def check_options(options: Options) -> None:
     if options.episodes < 1 or options.seed < 0:
         fail(f"--episodes {options.episodes} --seed {options.seed}: there must be at least 1 episode, and no negative seed")
     if options.fresh_seeds < 1 or (options.beta is not None and not options.beta >= 0):
-        fail(f"--fresh-seeds {options.fresh_seeds} --beta {options.beta}: there must be at least 1 network, and no negative beta")
+        fail(
+            f"--fresh-seeds {options.fresh_seeds} --beta {options.beta}: there must be at least 1 network, and no negative beta"
+        )
     if options.reset != "none" and (options.video or options.window or options.like_evaluation or options.agent != "ensemble"):
         fail("--reset plays the whole ensemble, and scores only; leave out --video, --window, --like-evaluation and --agent")
     if options.epsilon is not None and not 0 <= options.epsilon <= 1:

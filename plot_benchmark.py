@@ -173,9 +173,8 @@ def looks_of(methods) -> dict[str, tuple]:
 GROUP = ["env_id", "replay_ratio", "method"]  # the columns that the seeds of a method share
 RUN = [*GROUP, "seed", "run"]
 # What may differ between the seeds of a method: it does not change what is learned.
-INCIDENTAL = {"seed", "exp_name", "runs_dir", "resume", "allow_changed_script", "check_only", "checkpoint_interval",
-              "keep_models", "cuda", "cuda_graphs", "torch_deterministic", "track", "wandb_project_name", "wandb_entity",
-              "capture_video", "eval_interval"}  # fmt: skip
+INCIDENTAL = {"seed", "exp_name", "runs_dir", "checkpoint_interval", "keep_models", "cuda", "cuda_graphs", "torch_deterministic",
+              "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_interval"}  # fmt: skip
 OPTIONAL = {"reset_interval": 0, "num_agents": 1, "selection": "value", "cost_limit": math.inf}  # not every script has them
 
 
@@ -637,7 +636,8 @@ def panels_of(picture: str, games: pd.DataFrame, published: pd.DataFrame, args: 
             measure = {"value": own.measure.iloc[0], "cost": "cost", "normalized": f"IQM, {key}"}[column]
             title = f"{own.env_id.nunique()} games" if over_games else names[key] + ": cost" * (column == "cost")
             title += f", {at}" if games["at"].nunique() > 1 else ""
-            levels = {f"limit {limit:g}": limit for limit in own.cost_limit.unique() if column == "cost" and limit < math.inf}
+            limits = own.cost_limit[(own.cost_limit < math.inf) & (column == "cost")].unique()
+            levels = {"cost limit" + f" {limit:g}" * (len(limits) > 1): limit for limit in limits}
             levels |= iqms_over_games(published, own.env_id.unique()) if picture == "aggregate_training_games" else {}
             curves = curves_of(own, source, column, args, over_games)
             label = measure if over_games else f"{'evaluation' if source == EVALUATIONS else 'training'} {measure}"

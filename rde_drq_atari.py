@@ -310,7 +310,7 @@ def advantage_scale(q_values: torch.Tensor, random_q_values: torch.Tensor) -> to
 class Agent:
     """The reset deep ensemble: N agents that learn from the same mini-batches, are reset in turn, and act as one."""
 
-    KEPT = ("q_networks", "target_networks", "optimizer", "steps_since_reset", "num_resets", "metrics", "acting_counts",
+    KEPT = ("q_networks", "target_networks", "optimizer", "steps_since_reset", "resets", "metrics", "acting_counts",
             "choices")  # fmt: skip
     METRICS = ("td_loss", "q_values", "gradient_norm")
 
@@ -331,8 +331,8 @@ class Agent:
         self.steps_since_reset = torch.zeros(args.num_agents, dtype=torch.int64, device=device)  # gradient steps
         self.oldest = torch.zeros(1, dtype=torch.int64, device=device)  # the judge, and the next to be reset
         self.chosen_beta = DEFAULT_BETA[args.selection] if args.beta is None else args.beta
-        self.beta = torch.zeros((), device=device)  # see `num_resets`
-        self.num_resets = 0
+        self.beta = torch.zeros((), device=device)  # see `resets`
+        self.resets = []
         self.metrics = torch.zeros((len(self.METRICS), args.num_agents), device=device)  # of the last mini-batch
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(3, device=device)  # since the last log: how many, sum of entropies, of saturated values
@@ -352,16 +352,27 @@ class Agent:
         return agents + choice
 
     @property
+    def resets(self) -> list[int]:
+        """The agents that were reset, one after another, whatever the rule is: from it follows who is the oldest."""
+        return self._resets
+
+    @resets.setter
+    def resets(self, resets: list[int]) -> None:
+        self._resets = resets
+        last_resets = {index: number for number, index in enumerate(resets)}
+        self.oldest.fill_(min(range(self.args.num_agents), key=lambda index: last_resets.get(index, -1)))
+        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
+        judges = len(resets) > 0 or self.args.selection == "advantage"
+        self.beta.fill_(self.chosen_beta if judges else 0.0)
+
+    @property
     def num_resets(self) -> int:
-        return self._num_resets
+        return len(self.resets)
 
     @num_resets.setter
     def num_resets(self, num_resets: int) -> None:
-        self._num_resets = num_resets
-        self.oldest.fill_(num_resets % self.args.num_agents)
-        # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
-        judges = num_resets > 0 or self.args.selection == "advantage"
-        self.beta.fill_(self.chosen_beta if judges else 0.0)
+        """So many, of the oldest agent each time."""
+        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     def q_values(self, logits: torch.Tensor) -> torch.Tensor:
         """What the distributions amount to: (..., num_atoms) to (...), float32."""
@@ -458,7 +469,7 @@ class Agent:
     @torch.no_grad()
     def reset(self) -> int:
         """Resets the oldest agent, in place (captured CUDA graphs hold the addresses), and returns its number."""
-        index = self.num_resets % self.args.num_agents
+        index = self.oldest.item()
         q_network, target_network = self.q_networks[index], self.target_networks[index]
         for name, fresh in self.fresh_network().named_parameters():
             parameter, fresh = q_network.get_parameter(name), fresh.to(self.device)
@@ -470,7 +481,7 @@ class Agent:
             for moment_or_step in self.optimizer.state[parameter].values():
                 moment_or_step.zero_()
         self.steps_since_reset[index] = 0
-        self.num_resets += 1
+        self.resets = [*self.resets, index]
         return index
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -491,10 +502,10 @@ class Agent:
         num_choices, entropy, saturated = self.choices.tolist()
         self.acting_counts[:] = 0
         self.choices.zero_()
-        scalars = {"rde/oldest_agent": self.num_resets % self.args.num_agents}
+        scalars = {"rde/oldest_agent": self.oldest.item()}
         scalars |= {f"rde/acting_fraction_{i}": fraction for i, fraction in enumerate(fractions)}
-        if self.num_resets:
-            scalars["rde/youngest_fraction"] = fractions[(self.num_resets - 1) % self.args.num_agents]
+        if self.resets:
+            scalars["rde/youngest_fraction"] = fractions[self.resets[-1]]
         scalars["rde/choice_entropy"] = entropy / max(1, num_choices)
         return scalars | ({"rde/saturated_values": saturated / max(1, num_choices)} if self.args.num_atoms > 1 else {})
 
@@ -1211,37 +1222,51 @@ KINDS = {
 CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.FunctionType, types.MethodType, type)
 
 
-def state_of(part, where: str = "parts"):
-    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
+def kept_names(part) -> list[str]:
+    """The attributes of an object that a checkpoint keeps, in the order in which they are restored: those in its class's KEPT.
 
-    A class names in KEPT, in the order in which they are restored, the attributes that have to be kept. Of an object without
-    KEPT, a wrapper for example, all are, but for those that do not change, as spaces and functions.
+    Without KEPT (a wrapper of yours, say) they are all that can change, if pickle would find all of the object there, too.
     """
+    if hasattr(part, "KEPT"):
+        return list(part.KEPT)
+    if not hasattr(part, "__dict__") or type(part).__reduce__ is not object.__reduce__ or isinstance(part, enum.Enum):
+        return []
+    return [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
+
+
+def state_of(part, where: str = "a part"):
+    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything."""
     for kind, (state, _) in KINDS.items():
         if isinstance(part, kind):
             return state(part)
-    if part is None or type(part) in (bool, int, float, str, bytes):
-        return part
-    if isinstance(part, np.generic):
-        return part.item()
-    if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-        return torch.from_numpy(part)
-    if type(part) in (list, tuple):
-        return type(part)(state_of(item, where) for item in part)
-    if type(part) is dict:
-        return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
-    if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
-        fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
-             "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
-    names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
-    return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+    if names := kept_names(part):
+        return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+    if isinstance(part, list) and part and kept_names(part[0]):
+        return [state_of(item, where) for item in part]
+    return plain_state(part, where)
+
+
+def plain_state(value, where: str):
+    """A number, a text, an array, or a container of such; arrays become tensors."""
+    if isinstance(value, np.generic) and value.dtype.kind in "biufSU":
+        return value.item()
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    if type(value) in (list, tuple, set):
+        return type(value)(plain_state(item, where) for item in value)
+    if type(value) is dict:
+        return {plain_state(key, where): plain_state(item, f"{where}[{key!r}]") for key, item in value.items()}
+    fail(f"{where} is of the class {type(value).__name__}, which a checkpoint cannot keep: let the class that has it name in "
+         "KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
 
 
 def value_of(state):
-    """A plain value as it was: in a checkpoint its arrays are tensors."""
+    """A plain value as it was."""
     if isinstance(state, torch.Tensor):
         return state.numpy().copy()
-    if isinstance(state, (list, tuple)):
+    if isinstance(state, (list, tuple, set)):
         return type(state)(map(value_of, state))
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
@@ -1252,16 +1277,16 @@ def restored(part, state):
         if isinstance(part, kind):
             restore(part, state)
             return part
-    if isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
-        part[...] = state.numpy()
-    elif isinstance(part, list) and part and hasattr(part[0], "__dict__"):
-        for item, item_state in zip(part, state, strict=True):
-            restored(item, item_state)
-    elif hasattr(part, "__dict__"):
+    if kept_names(part):
         for name in getattr(part, "KEPT", state):
             attribute = getattr(part, name, None)
             if (value := restored(attribute, state[name])) is not attribute:
                 setattr(part, name, value)
+    elif isinstance(part, list) and part and kept_names(part[0]):
+        for item, item_state in zip(part, state, strict=True):
+            restored(item, item_state)
+    elif isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
+        part[...] = state.numpy()
     else:
         return value_of(state)
     return part
@@ -1376,7 +1401,7 @@ class Run:
 
     def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do, once it is sure that a checkpoint can be taken."""
-        state_of(self.parts)
+        self.states()
         args, buffer = self.args, vars(self.parts["buffer"]).values()
         buffer_bytes = sum(part.nbytes for part in buffer if isinstance(part, (torch.Tensor, np.ndarray)))
         threads = f" ({torch.get_num_threads()} thread(s))" if self.device.type == "cpu" else ""
@@ -1530,7 +1555,10 @@ class Run:
         self.wait_for_disk()
         self.num_threads = torch.get_num_threads()  # with another number sums are rounded in another order
         self.csv_sizes = {name: (self.path / name).stat().st_size for name in CSV_FILES}
-        self.write("checkpoint.pt", {"versions": self.versions, "parts": state_of(self.parts)})
+        self.write("checkpoint.pt", {"versions": self.versions, "parts": self.states()})
+
+    def states(self) -> dict:
+        return {name: state_of(part, name) for name, part in self.parts.items()}
 
     def load(self) -> None:
         """Brings all parts to where they were at the checkpoint. Nothing in the file is executed."""
@@ -1543,6 +1571,8 @@ class Run:
             if content["versions"] != self.versions:
                 written, here = content["versions"].items(), self.versions.items()
                 raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
+            for env in self.parts["envs"]:
+                env.reset(seed=0)  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")
@@ -1550,7 +1580,8 @@ class Run:
                 if (self.path / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
         except Exception as error:  # a flipped bit can have any consequence
-            fail(f"the run cannot go on from {path}: {type(error).__name__}: {str(error).partition('. ')[0]}", code=1)
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {reason}", code=1)
         torch.set_num_threads(self.num_threads)
         for name, size in self.csv_sizes.items():
             os.truncate(self.path / name, size)

@@ -8,7 +8,6 @@ comes out is a run folder as dqn_atari.py's, without checkpoints: a run that was
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import sys
@@ -24,14 +23,23 @@ from stable_baselines3.common.vec_env import VecFrameStack
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import dqn_atari as dqn
 
-WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda",
-                  "torch_deterministic", "cuda_graphs", "bf16")  # fmt: skip
+WITHOUT_EFFECT = ("exp_name", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic", "cuda_graphs", "bf16")
+
+
+class Run(dqn.Run):
+    """A run folder without checkpoints."""
+
+    def stop_if_asked(self) -> None:
+        if self.stopped_by:
+            self.progress.close()
+            print(f"stopped at step {self.global_step}, without a final evaluation; it cannot be continued", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)
 
 
 class Logs(BaseCallback):
     """Writes what happens at a step into the run's folder, and evaluates when it is due."""
 
-    def __init__(self, run: dqn.Run):
+    def __init__(self, run: Run):
         super().__init__()
         self.run = run
 
@@ -45,20 +53,24 @@ class Logs(BaseCallback):
         if run.global_step < args.total_timesteps:
             if dqn.interval_has_passed(args.eval_interval, run.global_step, args.num_envs):
                 self.evaluate("scheduled")
-        return not run.stop.received
+        run.stop_if_asked()
+        return True
 
     def evaluate(self, phase: str) -> None:
-        args, step = self.run.args, self.run.global_step
+        self.run.agenda = [phase]
+        self.run.evaluate(self)
+
+    def evaluation_policy(self, generator: torch.Generator):
+        """What `Run.evaluate` asks an agent for."""
         greedy = lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
-        generator = torch.Generator().manual_seed(dqn.derive_seed(args.seed, dqn.EVALUATION, step))
-        self.run.evaluate(phase, dqn.epsilon_greedy(greedy, args.eval_epsilon, int(self.model.action_space.n), generator))
+        return dqn.epsilon_greedy(greedy, self.run.args.eval_epsilon, int(self.model.action_space.n), generator)
 
 
 def train(args: dqn.Args) -> None:
     # The folder is of this script: no other one is to go on with it or to load its weights.
-    dqn.__file__, dqn.SCRIPT = __file__, os.path.basename(__file__)
-    dqn.SCRIPT_SHA256 = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-    run = dqn.Run(args)
+    dqn.SCRIPT, dqn.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
+    dqn.evaluation_scalars = lambda agent: {}  # plasticity is that of our network
+    run = Run(args)
     run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
     envs = VecFrameStack(make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed), n_stack=4)
     model = DQN(
@@ -70,12 +82,11 @@ def train(args: dqn.Args) -> None:
     logs = Logs(run)
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
-    if run.stop.received:
-        run.end(f"stopped at step {run.global_step}, without a final evaluation; it cannot be continued")
     run.finish(model.policy.state_dict())
 
 
 def main() -> None:
+    dqn.show_ranges()
     args = tyro.cli(dqn.Args, description=__doc__)
     for name in WITHOUT_EFFECT:
         if getattr(args, name) != getattr(dqn.Args(), name):
@@ -84,12 +95,7 @@ def main() -> None:
     if args.replay_ratio * args.num_envs != 1:
         dqn.fail("stable-baselines3's DQN moves its target once in a loop step; --replay-ratio must be 1 / --num-envs here")
     dqn.check_args(args)
-    if args.check_only:
-        return
-    try:
-        train(args)
-    except (dqn.RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    train(args)
 
 
 if __name__ == "__main__":

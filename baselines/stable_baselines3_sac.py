@@ -8,7 +8,6 @@ a run that was stopped cannot be continued.
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import sys
@@ -23,14 +22,24 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import rde_sac_dmc as sac
 
 DEFAULTS = sac.Args(num_agents=1, reset_interval=0)
-WITHOUT_EFFECT = ("exp_name", "resume", "allow_changed_script", "checkpoint_interval", "keep_models", "cuda",
-                  "torch_deterministic", "cuda_graphs", "bf16", "beta")  # fmt: skip
+WITHOUT_EFFECT = ("exp_name", "checkpoint_interval", "keep_models", "cuda", "torch_deterministic", "cuda_graphs", "bf16",
+                  "critic_norm", "selection", "beta")  # fmt: skip
+
+
+class Run(sac.Run):
+    """A run folder without checkpoints."""
+
+    def stop_if_asked(self) -> None:
+        if self.stopped_by:
+            self.progress.close()
+            print(f"stopped at step {self.global_step}, without a final evaluation; it cannot be continued", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)
 
 
 class Logs(BaseCallback):
     """Writes what happens at a step into the run's folder, and evaluates when it is due."""
 
-    def __init__(self, run: sac.Run):
+    def __init__(self, run: Run):
         super().__init__()
         self.run = run
 
@@ -43,18 +52,22 @@ class Logs(BaseCallback):
                 run.log_episode(info["episode"])
         if run.global_step < args.total_timesteps and sac.interval_has_passed(args.eval_interval, run.global_step, 1):
             self.evaluate("scheduled")
-        return not run.stop.received
+        run.stop_if_asked()
+        return True
 
     def evaluate(self, phase: str) -> None:
-        modes = lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
-        self.run.evaluate(phase, modes)
+        self.run.agenda = [phase]
+        self.run.evaluate(self)
+
+    def evaluation_policy(self, generator: torch.Generator):
+        """What `Run.evaluate` asks an agent for."""
+        return lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
 
 
 def train(args: sac.Args) -> None:
     # The folder is of this script: no other one is to go on with it or to load its weights.
-    sac.__file__, sac.SCRIPT = __file__, os.path.basename(__file__)
-    sac.SCRIPT_SHA256 = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-    run = sac.Run(args)
+    sac.SCRIPT, sac.SCRIPT_TEXT = os.path.basename(__file__), pathlib.Path(__file__).read_bytes()
+    run = Run(args)
     run.restore({"agent": types.SimpleNamespace(METRICS=(), metrics=torch.zeros(0)), "envs": []})
     model = SAC(
         "MlpPolicy", sac.make_env(args), learning_rate=args.learning_rate, buffer_size=args.buffer_size,
@@ -65,12 +78,11 @@ def train(args: sac.Args) -> None:
     logs = Logs(run)
     model.learn(args.total_timesteps, callback=logs)
     logs.evaluate("final")
-    if run.stop.received:
-        run.end(f"stopped at step {run.global_step}, without a final evaluation; it cannot be continued")
     run.finish(model.policy.state_dict())
 
 
 def main() -> None:
+    sac.show_ranges()
     args = tyro.cli(sac.Args, description=__doc__, default=DEFAULTS)
     for name in WITHOUT_EFFECT:
         if getattr(args, name) != getattr(DEFAULTS, name):
@@ -81,12 +93,7 @@ def main() -> None:
             "stable-baselines3's SAC has one agent, which is never reset, and here one environment and a whole replay ratio"
         )
     sac.check_args(args)
-    if args.check_only:
-        return
-    try:
-        train(args)
-    except (sac.RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    train(args)
 
 
 if __name__ == "__main__":

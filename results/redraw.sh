@@ -11,6 +11,7 @@ cd "$(dirname "$0")"
 draw() { # a study: its pictures, and other options
     local study=$1 data=("$1"/runs.tar.xz)
     [[ -e ${data[0]} ]] || data=("$study/results.csv")
+    [[ -e ${data[0]} ]] || return 0 # a single run, as in lunar_lander
     [[ $study != drq_study ]] || data+=("$study/drq_replay_ratio_2.tar.xz")
     rm -f "$study"/{learning_curves,training_games,aggregate,collapse}*.png
     "${PYTHON:-python}" ../plot_benchmark.py "${data[@]}" --out-dir "$study" --merge-versions --pictures "${@:2}"
@@ -19,11 +20,11 @@ draw() { # a study: its pictures, and other options
 [[ $# -gt 0 ]] || set -- */
 for study in "${@%/}"; do
     case $study in
-    lunar_lander | drq) ;; # one run; single runs of many kinds, compared in docs/rde_drq_atari.md
-    rnd_100k) draw $study training_games ;;
-    alien_default) draw $study learning_curves training_games ;;
-    cheetah_run_sac | freeway_* | mspacman_* | safety) draw $study learning_curves training_games collapse ;;
-    drq_study) draw $study learning_curves aggregate_training_games collapse --references atari100k_published.csv ;;
+    drq) ;; # single runs of many kinds, compared in docs/rde_drq_atari.md
+    rnd_100k) draw "$study" training_games ;;
+    alien_default) draw "$study" learning_curves training_games ;;
+    cheetah_run_sac | freeway_* | mspacman_* | safety) draw "$study" learning_curves training_games collapse ;;
+    drq_study) draw "$study" learning_curves aggregate_training_games collapse --references atari100k_published.csv ;;
     *) draw "$study" learning_curves collapse ;;
     esac
 done

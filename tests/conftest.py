@@ -6,12 +6,14 @@ import fcntl
 import functools
 import importlib.util
 import io
+import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -42,25 +44,30 @@ QUICK_CARTPOLE = (
     "--hidden-dim 8 --num-hidden-layers 2 --buffer-size 200 --eval-interval 160 --eval-episodes 2 --reset-interval 80"
 ).split()
 
-# Whole runs that tests look at, by their names: the script, and its arguments. Gradient steps begin after 200 steps, one
-# every 10 steps: SR is reset at 460, and RDE's two agents at 380 and 560.
+QUICK_SAFETY = (
+    "--env-id SafetyPointMaze-v0 --cost-limit 0 --total-timesteps 420 --learning-starts 60 --replay-ratio 0.25 --num-envs 2 "
+    "--batch-size 16 --hidden-dim 8 --buffer-size 300 --eval-interval 250 --eval-episodes 1 --reset-interval 100"
+).split()
+
+# Whole runs that tests look at, by their names: the script, and its arguments. In Atari gradient steps begin after 200 steps,
+# one every 10 steps: SR is reset at 460, and RDE's two agents at 380 and 560.
 SR, RDE = "--reset-interval 26 --eval-episodes 1", "--reset-interval 36 --num-envs 2 --eval-episodes 1"
+SHORT = "--num-envs 2 --total-timesteps 400 --eval-interval 0 --eval-episodes 1"
 RUNS = {
     "dqn": ("dqn_atari", QUICK),
     "sr": ("sr_dqn_atari", [*QUICK, *f"{SR} --reset-depth last2".split()]),
     "sr never": ("sr_dqn_atari", [*QUICK, "--reset-interval", "0"]),
     "rde": ("rde_dqn_atari", [*QUICK, *RDE.split()]),
-    "rde other seed": ("rde_dqn_atari", [*QUICK, *f"{RDE} --seed 2".split()]),
     "rde of one": ("rde_dqn_atari", [*QUICK, *f"{SR} --num-agents 1 --reset-depth last2".split()]),
     "rde never": ("rde_dqn_atari", [*QUICK, *"--num-agents 1 --reset-interval 0".split()]),
-    "rde qbert": ("rde_dqn_atari", [*QUICK, *f"{RDE} --env-id QbertNoFrameskip-v4".split()]),
+    "drq": ("rde_drq_atari", [*QUICK, *f"{SHORT} --width 0.1 --exploration-steps 50 --reset-interval 20 --anneal".split()]),
+    "rnd": ("rnd_dqn_atari", [*QUICK, *f"{SHORT} --exploration-steps 200".split()]),
     "sac": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600"]),
-    "sac kept": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--keep-models", "4"]),
+    "safety": ("rde_sac_safety", QUICK_SAFETY),
     "cartpole": ("rde_dqn", QUICK_CARTPOLE),
-    "sac other seed": ("rde_sac_dmc", [*QUICK_SAC, "--reset-interval", "600", "--seed", "2"]),
+    "cartpole other seed": ("rde_dqn", [*QUICK_CARTPOLE, "--seed", "2"]),
 }
-# Runs that are stopped on their way keep checkpoints at these steps as well. A checkpoint changes nothing.
-CHECKPOINTS = {"dqn_atari": "90", "sr_dqn_atari": "90", "rde_dqn_atari": "90", "rde_sac_dmc": "250", "rde_dqn": "50"}
+CHECKPOINT_INTERVAL = {"sac": 250, "cartpole": 50}  # of runs that are stopped on their way, else 90. It changes nothing.
 
 
 # ---------------------------------------------------------------------------------------------- scripts, and their commands
@@ -186,13 +193,21 @@ def rows(path: pathlib.Path, name: str) -> list[tuple]:
 
 
 def scalars(path: pathlib.Path, with_speed: bool = False) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard was told, as (step, value); the speed, which no two runs share, is left out."""
+    """What TensorBoard shows, as (step, value); the speed, which no two runs share, is left out.
+
+    A run that went on has several files, in which later points take the place of earlier ones. TensorBoard reads them by their
+    names, in which seconds stand; here by their times, because in tests a run goes on within a second. An evaluation that was
+    played again after a kill stands there twice, with the same value.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # A resumed run has several files. Their names need not sort as they were written, and then points would be thrown away.
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+    files = sorted(path.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(files):
+            shutil.copy(file, f"{folder}/events.out.tfevents.{number:010d}")
+        events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
     return {
-        tag: sorted([(event.step, event.value) for event in events.Scalars(tag)], key=lambda point: point[0])
+        tag: sorted({(event.step, event.value) for event in events.Scalars(tag)})
         for tag in events.Tags()["scalars"]
         if with_speed or tag != "charts/SPS"
     }
@@ -275,21 +290,76 @@ def runs(tmp_path_factory):
     return get
 
 
-def stop_when(condition, script, *arguments, number: int = signal.SIGTERM) -> subprocess.CompletedProcess:
-    """A run in this process that gets a signal before the first turn of its loop at which the condition on the `Run` holds."""
-    goes_on = script.Run.goes_on
+def signal_when(condition, script, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal as soon as the condition on the `Run` holds, between two turns of its loop or in an evaluation."""
+    look = script.Run.stop_if_asked
 
     def signalled(run):
-        if condition(run) and not run.stopped_by:
+        if not run.stopped_by and condition(run):
             os.kill(os.getpid(), number)
-        return goes_on(run)
+        look(run)
 
+    script.Run.stop_if_asked = signalled
+
+
+def stop_when(condition, script, *arguments, number: int = signal.SIGTERM) -> subprocess.CompletedProcess:
+    """A run in this process that gets a signal, see above."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(script.Run, "goes_on", signalled)
+        monkeypatch.setattr(script.Run, "stop_if_asked", script.Run.stop_if_asked)
+        signal_when(condition, script, number)
         return run_main(script, *arguments)
 
 
-STOPS = {"dqn": 250, "sr": 470, "rde": 470, "sac": 1340, "cartpole": 205}  # in the middle of games, between points of the curves
+def kill_when(condition, script, *arguments) -> None:
+    """A run in a process of its own that is killed -9, see above."""
+    kill_by(functools.partial(signal_when, condition, number=signal.SIGKILL), script, *arguments)
+
+
+def kill_by(change, script, *arguments) -> None:
+    """A run in a process of its own, in which the change of the script's module leads to a kill -9."""
+    process = multiprocessing.get_context("spawn").Process(target=changed_main, args=(change, script.__name__, arguments))
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def changed_main(change, name: str, arguments: list) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    script = load_script(name)
+    change(script)
+    sys.argv = [script.__file__, *map(str, arguments)]
+    script.main()
+
+
+class InEvaluation:
+    """For `stop_when` and `kill_when`: that an evaluation has come to its so many-th step."""
+
+    def __init__(self, phase: str, num_steps: int, since: int = 0):
+        self.phase, self.num_steps, self.since, self.count = phase, num_steps, since, -1  # the first look is before it
+
+    def __call__(self, run) -> bool:
+        self.count += run.agenda[:1] == [self.phase] and run.global_step >= self.since
+        return self.count >= self.num_steps
+
+
+class AtStep:
+    """For both: that a run has come to a step, and to no evaluation."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, run) -> bool:
+        return run.global_step >= self.step and not run.agenda
+
+
+STOPS = {
+    "dqn": 250,
+    "sr": 470,
+    "rde": 470,
+    "sac": 1340,
+    "cartpole": 206,
+}  # in the middle of games, between points of the curves
 
 
 @pytest.fixture(scope="session")
@@ -301,7 +371,7 @@ def stopped_runs(tmp_path_factory):
         with made_once(path) as to_be_made:
             if to_be_made:
                 script, step = load_script(RUNS[name][0]), STOPS[name]
-                result = stop_when(lambda run: run.global_step >= step, script, *arguments_of(name), "--runs-dir", path / "runs")
+                result = stop_when(AtStep(step), script, *arguments_of(name), "--runs-dir", path / "runs")
                 assert result.returncode == 143 and f"stopped at step {step};" in result.stderr, result.stderr
         return only_run(path / "runs")
 
@@ -315,10 +385,9 @@ def copy_of_stopped_run(stopped_runs, tmp_path, request):
     return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
 
 
-def arguments_of(name: str) -> list[str]:
-    """Of a run of RUNS that is to be stopped on its way: it keeps checkpoints. They change nothing, not even its folder's name."""
-    script, arguments = RUNS[name]
-    return [*arguments, "--checkpoint-interval", CHECKPOINTS[script]]
+def arguments_of(name: str) -> list:
+    """Of a run of RUNS that is to be stopped on its way: it keeps checkpoints, which do not even change its folder's name."""
+    return [*RUNS[name][1], "--checkpoint-interval", CHECKPOINT_INTERVAL.get(name, 90)]
 
 
 def go_on(name: str, path: pathlib.Path) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""What is measured of a network beside its scores: dormant units, effective rank, norm."""
+"""What is measured of a network beside its scores. Networks that somebody changed: test_changed_copies.py."""
 
 import math
 
@@ -10,7 +10,7 @@ from gymnasium.spaces import Discrete
 from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions, dqn_agent
 from conftest import load_script, scalars
 
-SCRIPTS = ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari", "rde_drq_atari", "rnd_dqn_atari"]
+SCRIPTS = ["dqn_atari", "rde_drq_atari", "rnd_dqn_atari"]  # those whose networks differ
 dqn = load_script("dqn_atari")
 
 
@@ -44,54 +44,47 @@ def test_dormant_units_by_hand():
     assert dqn.dormant_units([torch.zeros(5, 2)]) == 1.0
 
 
-@pytest.mark.parametrize("values, rank", [
-    ([100.0, 1.0, 0.5], 2), ([100.0, 2.0], 2), ([100.0, 0.9], 1), ([1.0] * 50, 50), ([5.0, 0.0, 0.0], 1), ([1.0] * 200, 198),
+@pytest.mark.parametrize("values, effective, stable", [
+    ([100.0, 1.0, 0.5], 2, 1.000125), ([100.0, 2.0], 2, 1.0004), ([100.0, 0.9], 1, 1.000081), ([1.0] * 50, 50, 50.0),
+    ([5.0, 0.0, 0.0], 1, 1.0), ([3.0, 4.0], 2, 25 / 16), ([0.0, 0.0], 1, 0.0), ([1.0] * 210, 208, 210.0),
 ])  # fmt: skip
-def test_effective_rank_of_known_singular_values(values, rank):
-    """The fewest of them that make up 99 % of the sum: of 200 equal ones 198."""
-    rng = np.random.default_rng(1)
-    left, right = (np.linalg.qr(rng.normal(size=(size, size)))[0] for size in (210, len(values)))
-    features = left[:, : len(values)] * np.array(values) @ right
-    if len(set(values)) == 1 and len(values) == 200:  # 198 of them are 99 % but for rounding
-        assert dqn.effective_rank(torch.from_numpy(features)) in (198, 199)
-    else:
-        assert dqn.effective_rank(torch.from_numpy(features)) == rank
+def test_ranks_of_known_singular_values(values, effective, stable):
+    """The fewest of them that make up 99 % of the sum (of 210 equal ones 207.9); the sum of squares over the largest one."""
+    values = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    assert dqn.effective_rank(values) == effective
+    assert dqn.stable_rank(values) == pytest.approx(stable, rel=1e-12)
+
+
+def test_active_units_by_hand():
+    """The mean over all units of how often each is above 0, over the batch and its places."""
+    linear = torch.tensor([[0.0, -1.0, 2.0, 0.5], [0.0, 0.1, 2.0, -0.5]])  # 0, 1/2, 1, 1/2
+    convolution = torch.zeros((2, 3, 2, 2))
+    convolution[0, 1, 0, 0], convolution[:, 2] = 8.0, 9.0  # 0, 1/8, 1
+    assert dqn.active_units([linear]) == pytest.approx(2 / 4)
+    assert dqn.active_units([convolution]) == pytest.approx((1 / 8 + 1) / 3)
+    assert dqn.active_units([linear, convolution]) == pytest.approx((2 + 1 + 1 / 8) / 7)
+    assert dqn.active_units([torch.zeros(5, 2)]) == 0.0
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_plasticity_of_a_network(name, monkeypatch):
+def test_plasticity_of_a_network(name):
     """The layers are those that the network itself computes with; the norm is that of all weights together."""
     script, q_network = network(name)
-    observations, inputs = pictures(8), []
-    heads = [module for module in q_network.modules() if isinstance(module, torch.nn.Linear) and module.in_features == 512]
-    hooks = [head.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])) for head in heads]
-    q_network(script.network_input(observations))
+    observations, seen = pictures(8), []
+    layers = [module for module in q_network.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))][:4]
+    hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clamp(min=0))) for layer in layers]
+    result = script.plasticity(q_network, observations)
     for hook in hooks:
         hook.remove()
-    seen = {}
-    for function in ("dormant_units", "effective_rank"):
-        monkeypatch.setattr(script, function, lambda x, name=function: seen.update({name: x}) or 7)
-    result = script.plasticity(q_network, observations)
-    assert torch.equal(seen["effective_rank"], inputs[0]) and inputs[0].shape == (8, 512)
-    assert [layer.shape[0] for layer in seen["dormant_units"]] == [8] * 4
-    assert [layer.shape[1] for layer in seen["dormant_units"]] == [32, 64, 64, 512]
-    assert all(layer.min() == 0 for layer in seen["dormant_units"])  # after the ReLU
+    assert [layer.shape[:2] for layer in seen] == [(8, count) for count in (32, 64, 64, 512)]
+    assert result["plasticity/dormant_units"] == script.dormant_units(seen)
+    assert result["plasticity/active_units"] == script.active_units(seen)
+    singular_values = np.linalg.svd(seen[-1].double().detach().numpy(), compute_uv=False)
+    assert result["plasticity/stable_rank"] == pytest.approx((singular_values**2).sum() / singular_values[0] ** 2, rel=1e-6)
+    assert result["plasticity/effective_rank"] == 1 + (singular_values.cumsum() < 0.99 * singular_values.sum()).sum()
     squares = [parameter.double().square().sum().item() for parameter in q_network.parameters()]
     assert result["plasticity/weight_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-4)
-
-
-def test_a_layer_that_died_is_counted():
-    """None of the 512 units answers any more; what the 160 channels of the convolutions do is as it was."""
-    q_network, observations = network("dqn_atari")[1], pictures(32)
-    channels, x = [], dqn.network_input(observations)
-    for layer in q_network.convolutions:
-        x = layer(x)
-        channels += [x] if isinstance(layer, torch.nn.ReLU) else []
-    q_network.hidden.weight.data.zero_()
-    q_network.hidden.bias.data.fill_(-1)
-    result = dqn.plasticity(q_network, observations)
-    assert result["plasticity/dormant_units"] == pytest.approx((160 * dqn.dormant_units(channels) + 512) / 672)
-    assert result["plasticity/effective_rank"] == 1
+    assert len(result) == 5
 
 
 class Counter:
@@ -138,7 +131,8 @@ def test_a_run_logs_it_with_its_evaluations(runs, name, suffixes):
     curves = scalars(runs(name).path)
     steps = [step for step, _ in curves["eval/episodic_return"]]
     for suffix in suffixes:
-        for tag, low, high in (("dormant_units", 0, 1), ("effective_rank", 1, 256), ("weight_norm", 1, 1000)):
+        for tag, low, high in (("dormant_units", 0, 1), ("active_units", 0, 1), ("effective_rank", 1, 256),
+                               ("stable_rank", 1, 256), ("weight_norm", 1, 1000)):  # fmt: skip
             points = curves[f"plasticity/{tag}{suffix}"]
             assert [step for step, _ in points] == steps
             assert all(low <= value <= high for _, value in points)

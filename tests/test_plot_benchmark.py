@@ -366,6 +366,7 @@ SPOILED = {
     "score that is no number": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,nan", 1), LINE),
     "endless score": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,inf", 1), LINE),
     "episode lost": ("evaluations.csv", lambda text: swap(text, "50,scheduled,1,2.0\n", ""), "does not have 2 episodes"),
+    "episode doubled": ("evaluations.csv", lambda text: text + "100,final,1,2.0\n", "does not have 2 episodes"),
     "final cut off": ("evaluations.csv", lambda text: text.split("100,final,1")[0], "there is no complete final evaluation"),
     "no final": ("evaluations.csv", lambda text: swap(text, "final", "scheduled"), "there is no complete final evaluation"),
     "final too early": ("args.json", lambda text: swap(text, "100", "200"), "there is no complete final evaluation"),
@@ -525,6 +526,15 @@ def test_a_comparison_is_made_of_what_most_methods_have(tmp_path):
         ("Alien", "sr_dqn", "3"),
         ("Pong", "sr_dqn", "3"),
     }
+
+
+def test_a_game_of_one_method_alone_is_not_averaged(tmp_path):
+    for exp, env_ids in ((DQN, (ALIEN, PONG, FREEWAY)), (SR, (ALIEN, PONG)), (RDE, (ALIEN, PONG))):
+        for env_id in env_ids:
+            write_run(tmp_path, [FINAL], **exp, env_id=env_id)
+    shared, notes = plot.comparable(read(tmp_path))
+    assert set(shared.env_id) == {ALIEN, PONG} and shared.method.nunique() == 3
+    assert notes == ["not among those over games, replay ratio 1: FreewayNoFrameskip-v4__dqn_atari__1__20260101-000100"]
 
 
 def test_suites_and_replay_ratios_are_not_mixed(tmp_path):
@@ -722,6 +732,14 @@ def test_picture_of_a_collapse(tmp_path):
     assert "circles: single seeds" in footnote(figure) and "lines: 95 % intervals" in footnote(figure)
 
 
+def test_no_seed_lies_outside_the_picture_of_a_collapse(tmp_path):
+    for seed, after in ((1, 0.0), (2, 200.0)):
+        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
+        write_run(tmp_path, resets, **RDE, seed=seed)
+    (axes,) = pictures(read(tmp_path))["collapse"].axes
+    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 2
+
+
 # ------------------------------------------------------------------------------------------------------ success and cost
 
 
@@ -831,8 +849,8 @@ def test_cost_beside_return_with_its_limit(safety):
         returns, costs = pictures(read(safety))[name].axes
         assert (returns.get_ylabel(), costs.get_ylabel()) == (f"{label} score", f"{label} cost")
         assert costs.get_title(loc="left") == "HopperVelocity: cost" and returns.get_xlim() == costs.get_xlim()
-        assert set(lines_of(returns)) == {"RDE+SAC-Lag value"} and set(lines_of(costs)) == {"RDE+SAC-Lag value", "limit 25"}
-        limit = next(line for line in costs.lines if line.get_label() == "limit 25")
+        assert set(lines_of(returns)) == {"RDE+SAC-Lag value"} and set(lines_of(costs)) == {"RDE+SAC-Lag value", "cost limit"}
+        limit = next(line for line in costs.lines if line.get_label() == "cost limit")
         assert list(limit.get_ydata()) == [25.0, 25.0] and lines_of(costs)["RDE+SAC-Lag value"][1, -1] == last
     assert 50.0 in lines_of(pictures(read(safety))["learning_curves"].axes[1])["RDE+SAC-Lag value"][1]
     costs = pictures(read(safety).assign(cost_limit=math.inf))["training_games"].axes[1]

@@ -91,9 +91,10 @@ def places(judge: int) -> np.ndarray:
 
 
 def make_agent(name: str, **arguments):
-    """A small one of three, without a replay buffer."""
+    """A small one, of three if nothing else is said, without a replay buffer."""
     small = {"rde_dqn_atari": {}, "rde_drq_atari": {"width": 0.1, "num_atoms": 1}}
-    args = load_script(name).Args(num_agents=3, **small.get(name, {"hidden_dim": 2, "num_hidden_layers": 1}), **arguments)
+    arguments = {"num_agents": 3} | small.get(name, {"hidden_dim": 2, "num_hidden_layers": 1}) | arguments
+    args = load_script(name).Args(**arguments)
     actions = box(ACTION_DIM) if name in CONTINUOUS else gym.spaces.Discrete(NUM_ACTIONS)
     return load_script(name).Agent(args, FRAMES if name in small else box(OBSERVATION_DIM), actions, None, CPU)
 
@@ -118,11 +119,8 @@ def composed(name: str, num_resets: int, offset: float = 0.0, slope: float = 1.0
     else:
         tables = torch.eye(3, NUM_ACTIONS)  # agent i proposes action i
         tables[judge] = offset + slope * torch.tensor([*places(judge), *NOT_PROPOSED])
-        if name == "rde_dqn":
-            agent.q_networks.forward = lambda inputs: tables.unsqueeze(1).expand(-1, inputs.shape[1], -1)
-        else:
-            shape = (-1, NUM_ACTIONS) if name == "rde_dqn_atari" else (-1, NUM_ACTIONS, 1)  # numbers, or logits of one atom
-            agent.q_networks = [lambda frames, q=table: q.view(shape).expand(len(frames), *shape[1:]) for table in tables]
+        shape = (-1, NUM_ACTIONS, 1) if name == "rde_drq_atari" else (-1, NUM_ACTIONS)  # logits of one atom, or numbers
+        agent.q_networks = [lambda inputs, q=table: q.view(shape).expand(len(inputs), *shape[1:]) for table in tables]
     agent.num_resets = num_resets
     return agent
 
@@ -264,8 +262,26 @@ def test_what_a_run_says_and_logs_of_the_choice(name, tmp_path):
     assert logged["rde/youngest_fraction"] == logged["rde/acting_fraction_0"][2:]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_with_one_agent_both_rules_are_one_run_to_the_bit(name, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_with_one_agent_both_rules_are_one_to_the_bit(name):
+    """The same actions, and the same numbers are drawn; nothing is said of a choice."""
+    choices, states = [], []
+    for selection in ("value", "advantage"):
+        agent, generators = make_agent(name, num_agents=1, selection=selection), [torch.Generator().manual_seed(i) for i in (1, 2)]
+        assert agent.summary() == f"1 agent(s) x {agent.num_parameters:,} parameters"
+        agent.num_resets = 1
+        if name in CONTINUOUS or name == "rde_dqn":
+            observations = torch.randn(50, OBSERVATION_DIM, generator=torch.Generator().manual_seed(3))
+        else:
+            pictures = np.random.default_rng(3).integers(0, 256, (10, 4, 84, 84), dtype=np.uint8)
+            observations = torch.from_numpy(pictures)
+        choices.append(agent.act(observations, *generators[: 1 + (name in CONTINUOUS)], counted=True))
+        states.append(torch.cat([generator.get_state() for generator in generators]))
+    assert torch.equal(*choices) and torch.equal(*states) and len(choices[0].unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("name", ["rde_dqn", "rde_sac_dmc"])
+def test_a_run_of_one_agent_is_the_same_by_both_rules(name, tmp_path):
     paths = []
     for selection in ("value", "advantage"):
         arguments = [*RUNS[name].split(), "--num-agents", "1", "--selection", selection, "--runs-dir", tmp_path / selection]
