@@ -838,47 +838,54 @@ KINDS = {
 CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.FunctionType, types.MethodType, type)
 
 
-def state_of(part, where: str = "parts"):
-    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
+def kept_names(part) -> list[str]:
+    """The attributes of an object that a checkpoint keeps, in the order in which they are restored: those in its class's KEPT.
 
-    A class names in KEPT, in the order in which they are restored, the attributes that have to be kept. Of an object without
-    KEPT, a wrapper for example, all are, but for those that do not change, as spaces and functions.
+    Without KEPT (a wrapper of yours, say) they are all that can change; and none if the object is more than its attributes, as
+    what is written in C: random.Random, a file.
     """
+    if hasattr(part, "KEPT"):
+        return list(part.KEPT)
+    if not hasattr(part, "__dict__") or type(part).__basicsize__ > Run.__basicsize__ or isinstance(part, enum.Enum):
+        return []
+    return [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
+
+
+def state_of(part, where: str = "a part"):
+    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything."""
     for kind, (state, _) in KINDS.items():
         if isinstance(part, kind):
             return state(part)
-    if part is None or type(part) in (bool, int, float, str, bytes):
-        return part
-    if isinstance(part, np.generic) and part.dtype.kind in "biufSU":
-        return part.item()
-    if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-        return torch.from_numpy(part)
-    if type(part) in (list, tuple, set):
-        return type(part)(state_of(item, where) for item in part)
-    if type(part) is dict:
-        return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
-    # Of a class that is written in C the attributes are not all: random.Random, OrderedDict, a file.
-    has_more = type(part).__basicsize__ > Run.__basicsize__ and not hasattr(part, "KEPT")
-    if not hasattr(part, "__dict__") or has_more or isinstance(part, enum.Enum):
-        fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
-             "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
-    names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
-    return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+    if names := kept_names(part):
+        return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+    if isinstance(part, list) and part and kept_names(part[0]):
+        return [state_of(item, where) for item in part]
+    return plain_state(part, where)
+
+
+def plain_state(value, where: str):
+    """A number, a text, an array, or a container of such; arrays become tensors."""
+    if isinstance(value, np.generic) and value.dtype.kind in "biufSU":
+        return value.item()
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    if type(value) in (list, tuple, set):
+        return type(value)(plain_state(item, where) for item in value)
+    if type(value) is dict:
+        return {plain_state(key, where): plain_state(item, f"{where}[{key!r}]") for key, item in value.items()}
+    fail(f"{where} is of the class {type(value).__name__}, which a checkpoint cannot keep: let the class that has it name in "
+         "KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
 
 
 def value_of(state):
-    """A plain value as it was: in a checkpoint its arrays are tensors."""
+    """A plain value as it was."""
     if isinstance(state, torch.Tensor):
         return state.numpy().copy()
     if isinstance(state, (list, tuple, set)):
         return type(state)(map(value_of, state))
     return {name: value_of(value) for name, value in state.items()} if isinstance(state, dict) else state
-
-
-def holds_objects(value) -> bool:
-    """Whether there is something in a container that has to be restored in place."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(holds_objects(item) or isinstance(item, tuple(KINDS)) or hasattr(item, "__dict__") for item in items)
 
 
 def restored(part, state):
@@ -887,20 +894,16 @@ def restored(part, state):
         if isinstance(part, kind):
             restore(part, state)
             return part
-    if isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
-        part[...] = state.numpy()
-    elif isinstance(part, tuple) and holds_objects(part):
-        return tuple(restored(list(part), list(state)))
-    elif holds_objects(part):
-        if len(part) != len(state):
-            raise ValueError(f"{len(state)} objects were kept, and {len(part)} are here")
-        for name in part if isinstance(part, dict) else range(len(part)):
-            part[name] = restored(part[name], state[name])
-    elif hasattr(part, "__dict__"):
+    if kept_names(part):
         for name in getattr(part, "KEPT", state):
             attribute = getattr(part, name, None)
             if (value := restored(attribute, state[name])) is not attribute:
                 setattr(part, name, value)
+    elif isinstance(part, list) and part and kept_names(part[0]):
+        for item, item_state in zip(part, state, strict=True):
+            restored(item, item_state)
+    elif isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
+        part[...] = state.numpy()
     else:
         return value_of(state)
     return part
@@ -1015,7 +1018,7 @@ class Run:
 
     def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do, once it is sure that a checkpoint can be taken."""
-        state_of(self.parts)
+        self.states()
         args, buffer = self.args, vars(self.parts["buffer"]).values()
         buffer_bytes = sum(part.nbytes for part in buffer if isinstance(part, (torch.Tensor, np.ndarray)))
         threads = f" ({torch.get_num_threads()} thread(s))" if self.device.type == "cpu" else ""
@@ -1169,7 +1172,10 @@ class Run:
         self.wait_for_disk()
         self.num_threads = torch.get_num_threads()  # with another number sums are rounded in another order
         self.csv_sizes = {name: (self.path / name).stat().st_size for name in CSV_FILES}
-        self.write("checkpoint.pt", {"versions": self.versions, "parts": state_of(self.parts)})
+        self.write("checkpoint.pt", {"versions": self.versions, "parts": self.states()})
+
+    def states(self) -> dict:
+        return {name: state_of(part, name) for name, part in self.parts.items()}
 
     def load(self) -> None:
         """Brings all parts to where they were at the checkpoint. Nothing in the file is executed."""
@@ -1183,7 +1189,7 @@ class Run:
                 written, here = content["versions"].items(), self.versions.items()
                 raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
             for env in self.parts["envs"]:
-                env.reset()  # what an environment makes only now is restored in place, too
+                env.reset(seed=0)  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")

@@ -53,7 +53,7 @@ class Logs(BaseCallback):
         if run.global_step < args.total_timesteps:
             if dqn.interval_has_passed(args.eval_interval, run.global_step, args.num_envs):
                 self.evaluate("scheduled")
-        run.stop_if_asked()
+        run.goes_on()  # looks at the clock, and whether to stop
         return True
 
     def evaluate(self, phase: str) -> None:

@@ -52,7 +52,7 @@ class Logs(BaseCallback):
                 run.log_episode(info["episode"])
         if run.global_step < args.total_timesteps and sac.interval_has_passed(args.eval_interval, run.global_step, 1):
             self.evaluate("scheduled")
-        run.stop_if_asked()
+        run.goes_on()  # looks at the clock, and whether to stop
         return True
 
     def evaluate(self, phase: str) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import CPU, FRAMES, dqn_agent, networks, targets, updated
+from agents import dqn_agent, networks, targets, updated
 from conftest import load_script
 
 rde, sr, dqn = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari"))

@@ -16,7 +16,7 @@ from conftest import QUICK, assert_same_end, command, load_script, only_run, row
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the CUDA path is NOT tested here")
 DEVICE = torch.device("cuda")
 ATARI = [("dqn_atari", {}), ("sr_dqn_atari", {}), *(("rde_dqn_atari", {"num_agents": n}) for n in (1, 2, 3))]
-SAC = [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)]
+SAC = [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)] + [("rde_sac_dmc", {"num_agents": 2, "critic_norm": "layer"})]
 BY_ADVANTAGE = [(name, {"num_agents": 3, "selection": "advantage"}) for name in ("rde_dqn_atari", "rde_sac_dmc")]
 
 
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, script, arguments, game
     stopped.send_signal(signal.SIGTERM)
     _, errors = stopped.communicate(timeout=300)
     assert stopped.returncode == 143, errors
-    resumed = start(folders[1], script, *arguments, "--resume", "auto")
+    resumed = start(folders[1], script, *arguments)
     for process in (resumed, undisturbed):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

@@ -10,7 +10,6 @@ import copy
 import csv
 import functools
 import importlib.util
-import os
 import pathlib
 import signal
 
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from conftest import ROOT, load_script, put_environments
+from conftest import ROOT, load_script, put_environments, restored_signal_handlers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NOT_FROM_CUDA = {"numpy", "__array__"}
@@ -147,6 +146,7 @@ class Calls(TorchFunctionMode):
                 require(not captured, f"{name} leads out of or into a graph")
                 result = result.clone() if result is args[0] else result
             on_gpu.change(result, wanted)
+            operations.under_way.change(result, inputs == [True] and not wanted and bool(kwargs.get("non_blocking")))
         if name == "__deepcopy__":
             on_gpu.change(result, inputs[0])
         return result
@@ -274,10 +274,8 @@ SCRIPTS = {
 
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with restored_signal_handlers():
+        yield
 
 
 def with_short_episodes(script):
@@ -286,8 +284,8 @@ def with_short_episodes(script):
     if hasattr(script, "AtariGame"):
         return functools.partial(make_env, max_num_frames_per_episode=4 * 30 + 30)
 
-    def make_short_env(*args):
-        env = make_env(*args)
+    def make_short_env(*args, **options):
+        env = make_env(*args, **options)
         if hasattr(script, "DeepMindControl"):
             env.unwrapped.env._step_limit = 30
         if hasattr(script, "ConstrainedTask"):
@@ -306,7 +304,7 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
         count_step(run)
         runs.append(run)
         if run.global_step == stop_at:
-            run.stop.received = signal.SIGTERM
+            run.stopped_by = signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         put_environments(monkeypatch, script, with_short_episodes(script))
@@ -316,9 +314,9 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
         else:
             with pytest.raises(SystemExit):
                 script.train(args)
-            os.close(runs[-1].lock)
-            script.train(args, runs[-1].path)
-        os.close(runs[-1].lock)
+            runs[-1].lock.close()
+            script.train(args)
+        runs[-1].lock.close()
     path, tables = pathlib.Path(runs[-1].path), []
     for name in ("episodes.csv", "evaluations.csv"):
         with open(path / name, newline="") as file:
@@ -336,24 +334,20 @@ def assert_equal(ours, theirs) -> None:
 RUNS = {
     "dqn": ("dqn_atari", {"replay_ratio": 0.29}),
     "sr": ("sr_dqn_atari", {"reset_interval": 15, "reset_depth": "last2"}),
-    "rde": ("rde_dqn_atari", {"reset_interval": 30, "num_envs": 2}),
-    "rde of 3, full": ("rde_dqn_atari", {"reset_interval": 30, "reset_depth": "full", "num_agents": 3}),
-    "rde bf16": ("rde_dqn_atari", {"reset_interval": 30, "bf16": True}),
-    "rde not captured": ("rde_dqn_atari", {"reset_interval": 30, "cuda_graphs": False}),
+    "rde of 3, full": ("rde_dqn_atari", {"reset_interval": 30, "reset_depth": "full", "num_agents": 3, "num_envs": 2}),
+    "rde bf16, by advantage": ("rde_dqn_atari", {"reset_interval": 30, "bf16": True, "selection": "advantage"}),
     "rnd": ("rnd_dqn_atari", {"num_envs": 2}),
-    "drq": ("rde_drq_atari", {"reset_interval": 30, "num_envs": 2}),
+    "drq by advantage": ("rde_drq_atari", {"reset_interval": 30, "num_envs": 2, "selection": "advantage"}),
     "drq annealed, of numbers": ("rde_drq_atari", {"reset_interval": 30, "anneal": True, "num_atoms": 1}),
     "rde with mlps": ("rde_dqn", {"reset_interval": 30, "target_update_interval": 7}),
     "rde with mlps, rmsprop": ("rde_dqn", {"optimizer": "rmsprop", "tau": 0.01, "target_update_interval": 0}),
-    "sac safety": ("rde_sac_safety", {"reset_interval": 30}),
-    "sac of 1": ("rde_sac_dmc", {"num_agents": 1, "reset_interval": 15}),
-    "sac": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2}),
-    "sac bf16": ("rde_sac_dmc", {"reset_interval": 30, "bf16": True}),
-    "rde by advantage": ("rde_dqn_atari", {"reset_interval": 30, "selection": "advantage"}),
-    "drq by advantage": ("rde_drq_atari", {"reset_interval": 30, "selection": "advantage"}),
     "rde with mlps, by advantage": ("rde_dqn", {"reset_interval": 30, "selection": "advantage"}),
-    "sac safety by advantage": ("rde_sac_safety", {"reset_interval": 30, "selection": "advantage"}),
+    "sac safety": ("rde_sac_safety", {"reset_interval": 30}),
+    "sac safety by advantage": ("rde_sac_safety", {"reset_interval": 30, "selection": "advantage", "critic_norm": "layer"}),
+    "sac of 1": ("rde_sac_dmc", {"num_agents": 1, "reset_interval": 15}),
+    "sac with norms": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2, "critic_norm": "layer"}),
     "sac by advantage": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2, "selection": "advantage"}),
+    "sac bf16": ("rde_sac_dmc", {"reset_interval": 30, "bf16": True}),
     "sac not captured": ("rde_sac_dmc", {"reset_interval": 30, "cuda_graphs": False}),
 }
 
@@ -459,6 +453,7 @@ ONES, GENERATOR = np.ones(3, np.float32), Generator(CUDA)
         lambda x: torch.rand(3, device=CUDA, generator=torch.Generator()), lambda x: torch.nn.Linear(3, 1)(x),
         lambda x: setattr(torch.ones(3), "grad", x),
         lambda x: torch.ones(3).copy_(x, non_blocking=True).numpy(), lambda x: torch.ones(3).copy_(x, non_blocking=True) + 1,
+        lambda x: x.to("cpu", non_blocking=True).numpy(), lambda x: x.to("cpu", non_blocking=True) + 1,
         lambda x: torch.autocast("cpu", torch.bfloat16),
     ],
 )  # fmt: skip
@@ -506,10 +501,10 @@ def test_what_is_right_is_let_through():
         for tensors, is_cuda, device in ((on_gpu, True, CUDA), (on_host, False, CPU)):
             assert [(x.is_cuda, x.is_cpu, x.device) for x in tensors] == [(is_cuda, not is_cuda, device)] * len(tensors)
 
-        copied, event = torch.ones(3).copy_(x, non_blocking=True), torch.cuda.Event()
+        copies, event = [torch.ones(3).copy_(x, non_blocking=True), x.to("cpu", non_blocking=True)], torch.cuda.Event()
         event.record()
         event.synchronize()
-        assert copied.numpy().tolist() == x.tolist() == [1, 1, 1] and x.sum().item() == 3
+        assert all(copied.numpy().tolist() == x.tolist() == [1, 1, 1] for copied in copies) and x.sum().item() == 3
 
 
 def test_a_graph_is_replayed_with_new_numbers():

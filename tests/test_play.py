@@ -104,16 +104,16 @@ def test_denormal_numbers_are_0_as_in_the_run(play, folder):
 def test_scores_of_the_final_evaluation(play, folder, name):
     """With its seeds and its generator play.py's own functions give the very rows that the run left."""
     path = folder(name)
-    script = play.import_script(str(path), str(ROOT))
-    args = script.read_args(str(path))
+    script, args = play.import_script(str(path), play.Options(str(path)))
     assert play.last_step(str(path)) == args.total_timesteps
     envs = [script.make_env(args) for _ in range(args.eval_episodes)]
     agent = script.Agent(args, envs[0].observation_space, envs[0].action_space, None, torch.device("cpu"))
     play.load_weights(agent, str(path / "model.pt"))
     play.Composition(script, agent)  # which must change nothing as long as the ensemble plays
-    generator, stop = torch.Generator(), types.SimpleNamespace(received=0)
+    generator, watched = torch.Generator(), []
     policy = agent.evaluation_policy(generator)
-    episodes = play.play(script, policy, generator, envs, args.seed, args.total_timesteps, stop)
+    episodes = play.play(script, policy, generator, envs, args.seed, args.total_timesteps, watched.append)
+    assert set(watched) == set(envs)
     final = [row for row in read_csv(path / "evaluations.csv") if row["phase"] == "final"]
     for key, column in {"r": "episodic_return", "success": "success", "cost": "cost"}.items():
         if column in final[0]:
@@ -158,10 +158,10 @@ def test_mean_and_deviation(play):
 def test_epsilon(play, folder):
     """In CartPole one step is one random number: with epsilon 1 the actions are those of the generator alone."""
     path = folder("cartpole")
-    script = play.import_script(str(path), str(ROOT))
+    script, args = play.import_script(str(path), play.Options(str(path)))
     seed = script.derive_seed(0, script.EVALUATION, 0)
     generator = torch.Generator().manual_seed(seed)
-    env = script.make_env(script.read_args(str(path)))
+    env = script.make_env(args)
     env.reset(seed=script.derive_seed(0, script.EVALUATION, 0, 0))
     done, length = False, 0
     while not done:
@@ -180,10 +180,10 @@ def test_epsilon(play, folder):
 def test_a_member_alone(play, folder, name):
     """Its proposals are taken always, and the actions are those of an agent all of whose members are that one."""
     path = folder(name)
-    script = play.import_script(str(path), str(ROOT))
-    args = script.read_args(str(path))
+    script, args = play.import_script(str(path), play.Options(str(path)))
     args = dataclasses.replace(args, **({"eval_epsilon": 0.0} if name == "minigrid" else {}))
-    spaces = script.check_environment(args)
+    env = script.make_env(args)
+    spaces = env.observation_space, env.action_space
     agent, alone = (script.Agent(args, *spaces, None, torch.device("cpu")) for _ in range(2))
     play.load_weights(agent, str(path / "model.pt"))
     observations = torch.from_numpy(np.random.default_rng(0).normal(size=(64, *spaces[0].shape)).astype(np.float32))
@@ -196,7 +196,7 @@ def test_a_member_alone(play, folder, name):
         for key, states in weights.items():  # every member gets this member's network
             if isinstance(states, list):
                 weights[key] = [states[member]] * args.num_agents
-            elif key in ("actors", "critics", "q_networks"):
+            elif key in ("actors", "critics"):
                 for name_of_tensor, tensor in states.items():
                     each = len(tensor) // args.num_agents
                     states[name_of_tensor] = tensor[each * member : each * (member + 1)].repeat(
@@ -284,11 +284,12 @@ def test_closing_the_window_ends_it(play, monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     pygame.display.init()
     try:
-        policy = play.until_window_is_closed(lambda observations: observations + 1)
-        assert policy(1) == 2
+        window, frame = play.Window(fps=1_000), np.full((30, 40, 3), 7, np.uint8)
+        window.show(frame)
+        assert window.screen.get_size() == (40, 30) and window.screen.get_at((5, 5))[:3] == (7, 7, 7)
         pygame.event.post(pygame.event.Event(pygame.QUIT))
         with pytest.raises(SystemExit) as end:
-            policy(1)
+            window.show(frame)
         assert end.value.code == 0
     finally:
         pygame.display.quit()
@@ -364,22 +365,44 @@ def test_wrong_folders(play, folder, tmp_path):
     for text in ("", "[]", "{}"):
         (path / "args.json").write_text(text)
         assert refused(play, path).endswith("its args.json does not fit")
-    (path / "args.json").write_text(json.dumps(content | {"args": {"seed": 1}}))
-    assert "its args.json does not fit" in refused(play, path)
+    for args in ({"sead": 1}, {"seed": -1}, {"seed": "x"}):
+        (path / "args.json").write_text(json.dumps(content | {"args": args}))
+        assert refused(play, path).startswith(f"the arguments in {path}/args.json do not fit {ROOT / 'rde_dqn.py'}: ")
+    (path / "args.json").write_text(json.dumps(content))
+    (path / "rde_dqn.py").unlink()
+    assert refused(play, path, "--run-script") == f"the run's script rde_dqn.py is not in {path}; leave out --run-script"
 
 
 def test_other_scripts(play, folder, tmp_path):
-    """A changed script is warned about and played; what is no script of runs is refused."""
+    """A changed script is warned about and played; with --run-script the text that made the run. What is no script is refused."""
     path, scripts = folder("cartpole"), tmp_path / "scripts"
     scripts.mkdir()
-    source = (ROOT / "rde_dqn.py").read_text()
-    (scripts / "rde_dqn.py").write_text(source + "\n# changed\n")
-    result = run(play, path, "--scripts-dir", scripts)
-    assert result.code == 0 and scores(result.out.splitlines()) == scores(played(play, path))
-    assert result.err == "warning: rde_dqn.py has been changed since it made the run; it is played as it is now\n"
+    source, ours = (ROOT / "rde_dqn.py").read_text(), scores(played(play, path))
+    assert (path / "rde_dqn.py").read_text() == source
+    for changed, expected in ((source + "\n# changed\n", ours), (source.replace("features.float())", "-features.float())"), None)):
+        (scripts / "rde_dqn.py").write_text(changed)
+        result = run(play, path, "--scripts-dir", scripts)
+        assert result.code == 0 and (expected is None or scores(result.out.splitlines()) == expected)
+        assert result.err == (
+            f"warning: {scripts / 'rde_dqn.py'} is not the text that made the run; it is played as it is; "
+            "--run-script plays the run's own\n"
+        )
+        assert scores(played(play, path, "--scripts-dir", scripts, "--run-script")) == ours
     (scripts / "rde_dqn.py").write_text("def evaluate(): pass")
-    assert "it has no Agent, EVALUATION, RunError, SCRIPT, StopSignal, check_environment," in refused(
-        play, path, "--scripts-dir", scripts
-    )
+    assert "it has no Agent, Args, EVALUATION, SCRIPT, check_environment," in refused(play, path, "--scripts-dir", scripts)
     (scripts / "rde_dqn.py").write_text("import no_such_package")
     assert "cannot be imported: No module named" in refused(play, path, "--scripts-dir", scripts)
+    # And a text in the run's folder that is not the one that made it.
+    copied = pathlib.Path(shutil.copytree(path, tmp_path / "copied"))
+    (copied / "rde_dqn.py").write_text(source + "\n# changed\n")
+    result = run(play, copied, "--run-script")
+    assert result.code == 0 and scores(result.out.splitlines()) == ours
+    assert result.err == f"warning: {copied / 'rde_dqn.py'} is not the text that made the run; it is played as it is\n"
+
+
+def test_without_the_flag_nothing_in_a_folder_is_executed(play, folder, tmp_path):
+    path = pathlib.Path(shutil.copytree(folder("cartpole"), tmp_path / "run"))
+    for name in ("rde_dqn.py", "args.py", "torch.py", "sitecustomize.py"):
+        (path / name).write_text("raise SystemExit('executed')")
+    assert scores(played(play, path)) == scores(played(play, folder("cartpole")))
+    assert run(play, path, "--run-script").code == "executed"

@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -447,7 +446,7 @@ def test_what_a_run_counts(safety, tmp_path):
     assert len(costs) == 2 * 15 and set(costs) == {0, 20, 40, 60}, "20 steps at 0, 1, 2 or 3: undiscounted sums"
     assert {row["phase"] for row in evaluations} == {"scheduled", "before_reset", "after_reset", "final"}
     assert {float(row["cost"]) for row in evaluations} <= {0, 20, 40, 60}
-    assert [value for _, value in curves["charts/episodic_cost"]] == costs
+    assert curves["charts/episodic_cost"] == sorted({(int(row["global_step"]), float(row["cost"])) for row in episodes})
     assert "eval/episodic_cost" in curves and "eval_after_reset/episodic_cost" in curves
 
     for step, value in curves["safety/lambda"]:
@@ -551,7 +550,6 @@ def test_a_stopped_run_goes_on(safety, tmp_path, step, more):
     assert run_main(safety, *arguments, tmp_path / "undisturbed").returncode == 0
     result = stop_when(lambda run: run.global_step >= step, safety, *arguments, tmp_path / "stopped")
     assert result.returncode == 143 and f"stopped at step {step}" in result.stderr
-    time.sleep(1)  # two files of events of one process and one second are read in any order
     result = run_main(safety, *arguments, tmp_path / "stopped")
     assert result.returncode == 0 and "continuing" in result.stdout
     path = only_run(tmp_path / "stopped")
@@ -584,7 +582,7 @@ def test_values_out_of_range_are_refused(safety, name, values):
     [
         ("FreeWalk-v0", 'FreeWalk-v0 reports no cost: its step() gives neither info["cost"] nor six values'),
         ("Pendulum-v1", "Pendulum-v1 reports no cost"),
-        ("CartPole-v1", "CartPole-v1 has no continuous actions within bounds"),
+        ("CartPole-v1", "CartPole-v1 has actions in Discrete(2), and this script takes continuous ones within bounds (Box)"),
         ("SafetyHalfCheetahVelocity-v0", "did you mean SafetyHalfCheetahVelocity-v1?"),
         ("hopper-hop", "--env-id hopper-hop is no environment"),
         ("nowhere:Walk-v0", "--env-id nowhere:Walk-v0 does not start: No module named 'nowhere'"),

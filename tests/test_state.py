@@ -134,7 +134,7 @@ class Noise(gym.Wrapper):
     def __init__(self, env):
         super().__init__(env)
         self.generator, self.device = np.random.RandomState(3), torch.device("cpu")
-        self.others = {"old": [np.random.Generator(np.random.MT19937(5))], "pair": (np.random.default_rng(1), 2.5)}
+        self.old_generator, self.new_generator = np.random.Generator(np.random.MT19937(5)), np.random.default_rng(1)
         self.seen: list[float] = []
         self.mean, self.counts = np.zeros(4), {"steps": 0, "by_action": [0, 0], "pair": (np.float32(1), None)}
         self.transform, self.kinds = lambda observation: observation.astype(np.float32), {1}
@@ -147,7 +147,7 @@ class Noise(gym.Wrapper):
         self.mean = 0.9 * self.mean + 0.1 * observation
         self.seen = [*self.seen[-3:], float(observation[0])]
         self.kinds |= {round(5 * float(observation[0]))}
-        noise = self.generator.normal() + self.others["old"][0].normal() + self.others["pair"][0].normal()
+        noise = self.generator.normal() + self.old_generator.normal() + self.new_generator.normal()
         noise += sum(self.seen) + self.mean.sum() + sum(self.kinds) + self.counts["by_action"][1]
         observation = self.transform(observation + 0.01 * noise)
         return observation, reward + 0.001 * self.counts["steps"] + 0.001 * float(self.counts["pair"][0]), *rest
@@ -191,7 +191,7 @@ class Colour(enum.Enum):
 
 
 UNKNOWN = [frozenset({1, 2}), Colour.RED, range(3), np.array([None]), open("/dev/null"), np.datetime64("now"), random.Random(1),
-           collections.OrderedDict(a=1), collections.deque([1])]  # fmt: skip
+           collections.OrderedDict(a=1), collections.deque([1]), np.random.default_rng(1), torch.nn.Linear(1, 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("thing", UNKNOWN, ids=lambda thing: type(thing).__name__)
