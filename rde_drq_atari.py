@@ -580,6 +580,15 @@ def check_schedules(args: Args) -> None:
 # ------------------------------------------------------------------------------------------------------- training loop
 
 
+def keep_freed_memory(num_bytes: int = 30 << 20) -> None:
+    """Frees a block of memory at once, and glibc keeps freed blocks of up to this size for the process from then on.
+
+    It would give those of a mini-batch's frames back to the system, and fetch them anew, page by page, for the next one: with
+    half the width a sixth of an update.
+    """
+    torch.empty(num_bytes, dtype=torch.uint8)
+
+
 def train(args: Args) -> None:
     """A whole run, or the rest of one that was interrupted."""
     run = Run(args)
@@ -954,15 +963,6 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
-
-
-def keep_freed_memory(num_bytes: int = 30 << 20) -> None:
-    """Frees a block of memory at once, and glibc keeps freed blocks of up to this size for the process from then on.
-
-    It would give those of a mini-batch's frames back to the system, and fetch them anew, page by page, for the next one: with
-    half the width a sixth of an update.
-    """
-    torch.empty(num_bytes, dtype=torch.uint8)
 
 
 class NStepReplayBuffer:
