@@ -291,7 +291,7 @@ def runs(tmp_path_factory):
 
 
 def signal_when(condition, script, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal as soon as the condition on the `Run` holds, between two turns of its loop or in an evaluation."""
+    """Sends this process a signal when the condition on the `Run` holds, between two turns of its loop or in an evaluation."""
     look = script.Run.stop_if_asked
 
     def signalled(run):
@@ -353,35 +353,20 @@ class AtStep:
         return run.global_step >= self.step and not run.agenda
 
 
-STOPS = {
-    "dqn": 250,
-    "sr": 470,
-    "rde": 470,
-    "sac": 1340,
-    "cartpole": 206,
-}  # in the middle of games, between points of the curves
-
-
-@pytest.fixture(scope="session")
-def stopped_runs(tmp_path_factory):
-    """Gives the folder of a run of RUNS that was stopped by SIGTERM at the step of STOPS. Made when it is asked for."""
-
-    def get(name: str) -> pathlib.Path:
-        path = shared_folder(tmp_path_factory) / f"{name}-stopped"
-        with made_once(path) as to_be_made:
-            if to_be_made:
-                script, step = load_script(RUNS[name][0]), STOPS[name]
-                result = stop_when(AtStep(step), script, *arguments_of(name), "--runs-dir", path / "runs")
-                assert result.returncode == 143 and f"stopped at step {step};" in result.stderr, result.stderr
-        return only_run(path / "runs")
-
-    return get
+STOPPED_AT = 206  # in the middle of episodes, and between points of the curves
 
 
 @pytest.fixture
-def copy_of_stopped_run(stopped_runs, tmp_path, request):
-    """Of RDE+DQN on CartPole (the cheapest), or of the run that the test's parameter names."""
-    path = stopped_runs(getattr(request, "param", "cartpole"))
+def copy_of_stopped_run(tmp_path_factory, tmp_path):
+    """The folder of RDE+DQN on CartPole (the cheapest run of RUNS) that was stopped by SIGTERM at that step."""
+    path = shared_folder(tmp_path_factory) / "stopped"
+    with made_once(path) as to_be_made:
+        if to_be_made:
+            result = stop_when(
+                AtStep(STOPPED_AT), load_script("rde_dqn"), *arguments_of("cartpole"), "--runs-dir", path / "runs"
+            )
+            assert result.returncode == 143 and f"stopped at step {STOPPED_AT};" in result.stderr, result.stderr
+    path = only_run(path / "runs")
     return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
 
 
@@ -393,14 +378,6 @@ def arguments_of(name: str) -> list:
 def go_on(name: str, path: pathlib.Path) -> subprocess.CompletedProcess:
     """The command of a run of RUNS once more, where its folder lies."""
     return run_main(load_script(RUNS[name][0]), *arguments_of(name), "--runs-dir", path.parent)
-
-
-def refused(name: str, path: pathlib.Path) -> str:
-    """The one line of a run of RUNS that must not go on, and leave all files as they are."""
-    before = snapshot(path)
-    line = error_line(go_on(name, path))
-    assert snapshot(path) == before
-    return line
 
 
 class Started:

@@ -1,4 +1,4 @@
-"""The tables of arguments in docs/ are made from the scripts, with the ranges that --help shows: after a change of an `Args`, run
+"""The tables of arguments in docs/ are made from the scripts, with the ranges of --help: after a change of an `Args`, run
 
     python tests/tables_of_arguments.py
 

@@ -161,11 +161,13 @@ def test_a_script_of_ones_own_is_looked_after_and_disturbs_nothing(tmp_path):
     old = "judged = q_values.index_select(0, self.oldest).squeeze(0)"
     assert text.count(old) == 1
     path.write_text(text.replace(old, "judged = q_values.mean(dim=0)"))
-    check = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_copies.py", "-k", "not drifts and not own"]
-    result = subprocess.run(check, cwd=tmp_path / "tests", capture_output=True, text=True, check=False)
+    check = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_copies.py", "-k"]
+    result = subprocess.run(
+        [*check, "not drifts and not own"], cwd=tmp_path / "tests", capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0 and "my_mean_judge_atari" not in result.stdout, result.stdout
     path.write_text(path.read_text() + "# drifted\n")
-    result = subprocess.run(check, cwd=tmp_path / "tests", capture_output=True, text=True, check=False)
+    result = subprocess.run([*check, "share_is_equal"], cwd=tmp_path / "tests", capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "my_mean_judge_atari.py" in result.stdout
 
 

@@ -20,7 +20,7 @@ import torch
 from conftest import (
     QUICK_CARTPOLE,
     RUNS,
-    STOPS,
+    STOPPED_AT,
     AtStep,
     InEvaluation,
     Started,
@@ -161,7 +161,7 @@ def test_the_same_command_three_times(copy_of_stopped_run, runs):
     result = go_on("cartpole", copy_of_stopped_run)
     assert result.returncode == 0, result.stderr
     first, second, *_, last = result.stdout.splitlines()
-    assert first == f"continuing {copy_of_stopped_run} at step {STOPS['cartpole']}, with 1 thread(s) as before"
+    assert first == f"continuing {copy_of_stopped_run} at step {STOPPED_AT}, with 1 thread(s) as before"
     assert re.search(r"parameters, .*, 00:\d\d left; in ", second) and last == f"the run is in {copy_of_stopped_run}"
     assert_same_end(copy_of_stopped_run, runs("cartpole").path)
     seconds = [float(row["wall_seconds"]) for row in read_csv(copy_of_stopped_run / "episodes.csv")]
@@ -374,8 +374,8 @@ def test_a_changed_script_is_another_run_and_a_note_says_how_to_go_on_with_it(co
     before = snapshot(copy_of_stopped_run)
     result = stop_when(AtStep(20), changed_script, *arguments, "--runs-dir", runs_dir)
     (other,) = set(runs_dir.iterdir()) - {copy_of_stopped_run}
-    line = (f"note: {copy_of_stopped_run} is not finished, and not continued: its script or arguments are others. To go on with it "
-            f"in place of this run, stop and: rm -r {other} && mv {copy_of_stopped_run} {other}")  # fmt: skip
+    line = (f"note: {copy_of_stopped_run} is not finished, and not continued: its script or arguments are others. To go on "
+            f"with it in place of this run, stop and: rm -r {other} && mv {copy_of_stopped_run} {other}")  # fmt: skip
     assert result.returncode == 143 and result.stdout.splitlines()[0] == line and snapshot(copy_of_stopped_run) == before
     assert other.name[:-8] == copy_of_stopped_run.name[:-8] and re.fullmatch("[0-9a-f]{8}", other.name[-8:])
     assert other.joinpath("rde_dqn.py").read_bytes() == copy_of_stopped_run.joinpath("rde_dqn.py").read_bytes() + b"#"

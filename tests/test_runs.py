@@ -220,7 +220,7 @@ def test_the_curves_of_the_ensemble(runs, name):
 
 @pytest.mark.parametrize("name", RESETS)
 def test_what_a_run_says_before_it_starts_is_what_happens(runs, name):
-    """Device, agents x parameters, gradient steps, resets, memory of the buffer; and the folder. Of the time it knows nothing."""
+    """Device, agents x parameters, gradient steps, resets, memory of the buffer; and the folder; of the time nothing."""
     run = runs(name)
     script, content = load_script(run.script), model(run.path)
     line = run.printed.splitlines()[0]
@@ -278,8 +278,8 @@ def test_what_a_person_sees(runs, name, depth, interval):
         played.setdefault((int(step), phase), []).append(float(score))
     for (step, phase), scores in played.items():
         normalized = f", human normalized score {(np.mean(scores) - 1.7) / 28.8:.3f}" if name == "rde" else ""
-        expected.append(f"step {step}: evaluation ({phase.replace('_', ' ')}) mean {np.mean(scores):g} +- {np.std(scores):.4g}, "
-                        f"lowest {min(scores):g}, highest {max(scores):g}{normalized}")  # fmt: skip
+        expected.append(f"step {step}: evaluation ({phase.replace('_', ' ')}) mean {np.mean(scores):g} +- "
+                        f"{np.std(scores):.4g}, lowest {min(scores):g}, highest {max(scores):g}{normalized}")  # fmt: skip
         if phase == "before_reset":
             number = RESETS[name].index(step)
             expected.append(f"step {step}: reset{depth} of agent {number} after {interval * (number + 1)} gradient steps")

@@ -21,7 +21,7 @@ from conftest import (
     put_environments,
     run_main,
     stop_when,
-)
+)  # fmt: skip
 
 rde, sr, dqn, sac, mlp = map(load_script, ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc", "rde_dqn"))
 
@@ -206,8 +206,8 @@ def test_what_cannot_be_kept_is_said_before_the_first_step(thing, tmp_path, monk
 
     put_environments(monkeypatch, mlp, make)
     line = error_line(run_main(mlp, *QUICK_CARTPOLE, "--runs-dir", tmp_path))
-    assert line == (f"error: Noise.counts['thing'] is of the class {type(thing).__name__}, which a checkpoint cannot keep: let the "
-                    "class that has it name in KEPT what has to be kept, as the classes here do")  # fmt: skip
+    assert line == (f"error: Noise.counts['thing'] is of the class {type(thing).__name__}, which a checkpoint cannot keep: let "
+                    "the class that has it name in KEPT what has to be kept, as the classes here do")  # fmt: skip
     assert sum(env.counts["steps"] for env in made) == 1  # of the check of the environment
 
 
