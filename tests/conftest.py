@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: two
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ATARI_SCRIPTS = ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari"]
 
 # Breakout's games are short as long as nobody plays well; the mini-batches are small, and few, for the sake of time.
 QUICK = (

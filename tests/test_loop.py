@@ -1,17 +1,20 @@
-"""The training loop of the Atari scripts: what is played, learned and stored, in which order, looked at from outside."""
+"""The training loop on Atari: what is played, learned and stored, in which order, looked at from outside.
+
+It is RDE+DQN's. Runs of DQN and of SR+DQN equal some of it to the bit (test_runs.py), and so do their loops.
+"""
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from conftest import ATARI_SCRIPTS, load_script, put_environments, run_main
+from conftest import load_script, put_environments, run_main
 
 # The decay of epsilon takes half of the run; a reset is due at gradient step 300 of 360.
 OPTIONS = (
     "--env-id BreakoutNoFrameskip-v4 --num-envs 2 --total-timesteps 640 --learning-starts 160 --replay-ratio 0.75 --batch-size 4 "
-    "--buffer-size 1000 --start-e 0.9 --end-e 0.1 --exploration-fraction 0.5 --eval-interval 0 --eval-episodes 1"
+    "--buffer-size 1000 --start-e 0.9 --end-e 0.1 --exploration-fraction 0.5 --eval-interval 0 --eval-episodes 1 "
+    "--reset-interval 600"
 ).split()
-RESETS = {"dqn_atari": [], "sr_dqn_atari": ["--reset-interval", 300], "rde_dqn_atari": ["--reset-interval", 600]}
 
 
 class Recorder(gym.Wrapper):
@@ -40,8 +43,8 @@ class Recorder(gym.Wrapper):
 class Loop:
     """A run of 320 loop steps of two environments, whose games are cut after 500 frames, and everything that it did."""
 
-    def __init__(self, name: str, runs_dir, monkeypatch):
-        self.script = script = load_script(name)
+    def __init__(self, runs_dir, monkeypatch):
+        self.script = script = load_script("rde_dqn_atari")
         self.envs, self.added, self.starts, self.updates, self.acts, self.epsilons = [], [], [], [], [], []
         self.events, self.counts = [], []  # what is logged of the acting agents, with the step
         self.seeds = {"train": set(), "evaluate": set(), "learn": set()}  # of the generators that are drawn from
@@ -57,17 +60,18 @@ class Loop:
 
             monkeypatch.setattr(owner, method, call)
 
-        real_make_env, real_scalars = script.make_env, getattr(script.Agent, "scalars", None)
+        real_make_env, real_scalars = script.make_env, script.Agent.scalars
 
         def make_env(*args, **kwargs):
             self.envs.append(Recorder(real_make_env(*args, **kwargs, max_num_frames_per_episode=500)))
             return self.envs[-1]
 
-        def acted(result, agent, observations, *generator, counted=True):
+        def acted(result, agent, observations, generator, counted=False):
             training = len(observations) == 2  # an evaluation plays one game
-            self.seeds["train" if training else "evaluate"] |= {one.initial_seed() for one in generator}
+            assert counted == training
+            self.seeds["train" if training else "evaluate"].add(generator.initial_seed())
             if training:
-                greedy_actions, acting_agents = result.numpy().copy() if result.ndim == 2 else (result.numpy().copy(), None)
+                greedy_actions, acting_agents = result.numpy().copy()
                 self.acts.append((len(self.added), greedy_actions, acting_agents))
                 assert np.array_equal(observations.numpy(), np.stack([env.observation for env in self.envs[:2]]))
 
@@ -91,18 +95,16 @@ class Loop:
         spy(script.Agent, "update", updated)
         spy(script, "linear_schedule", lambda epsilon, *_: self.epsilons.append((len(self.added), epsilon)))
         spy(script.Run, "log_evaluation", lambda _, run, phase, episodes: self.events.append((phase, len(self.updates))))
-        if real_scalars:
-            monkeypatch.setattr(script.Agent, "scalars", scalars)
-        if hasattr(script.Agent, "reset"):
-            spy(script.Agent, "reset", lambda *_: self.events.append(("reset", len(self.updates))))
-        result = run_main(script, *OPTIONS, *RESETS[name], "--runs-dir", runs_dir)
+        monkeypatch.setattr(script.Agent, "scalars", scalars)
+        spy(script.Agent, "reset", lambda *_: self.events.append(("reset", len(self.updates))))
+        result = run_main(script, *OPTIONS, "--runs-dir", runs_dir)
         assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture(scope="module", params=ATARI_SCRIPTS)
-def loop(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return Loop(request.param, tmp_path_factory.mktemp("runs"), monkeypatch)
+        return Loop(tmp_path_factory.mktemp("runs"), monkeypatch)
 
 
 def test_every_transition_is_stored_as_it_was_played(loop):
@@ -156,8 +158,7 @@ def test_gradient_steps_come_before_the_step_and_are_as_many_as_the_replay_ratio
 
 
 def test_a_reset_stands_between_two_evaluations(loop):
-    around_the_reset = [("before_reset", 300), ("reset", 300), ("after_reset", 300)]
-    assert loop.events == around_the_reset * (loop.script.SCRIPT != "dqn_atari.py") + [("final", 360)]
+    assert loop.events == [("before_reset", 300), ("reset", 300), ("after_reset", 300), ("final", 360)]
 
 
 def test_every_purpose_has_its_own_random_numbers(loop):
@@ -167,17 +168,13 @@ def test_every_purpose_has_its_own_random_numbers(loop):
         first, *others = loop.envs[i].seeds
         assert first == seed(script.ENVIRONMENT, i) and len(others) > 5 and set(others) == {None}
     assert loop.seeds["learn"] == {seed(script.MINI_BATCHES)}
-    if script.SCRIPT == "rde_dqn_atari.py":  # one greedy agent draws nothing
-        reset_step = loop.updates[299] + 2  # the end of the loop step of gradient step 300
-        assert loop.seeds["train"] == {seed(script.SELECTION)}
-        assert loop.seeds["evaluate"] == {seed(script.EVALUATION, step) for step in (reset_step, 640)}
+    reset_step = loop.updates[299] + 2  # the end of the loop step of gradient step 300
+    assert loop.seeds["train"] == {seed(script.SELECTION)}
+    assert loop.seeds["evaluate"] == {seed(script.EVALUATION, step) for step in (reset_step, 640)}
 
 
 def test_the_acting_agents_are_counted_where_their_actions_are_played(loop):
     """Between two points of the training curves; what chance chose is nobody's."""
-    if not loop.counts:
-        assert loop.script.SCRIPT != "rde_dqn_atari.py"
-        return
     exploration = np.random.default_rng(loop.script.derive_seed(1, loop.script.EXPLORATION))
     acting_of, counts = {number: acting_agents for number, _, acting_agents in loop.acts}, np.zeros(2, int)
     expected = []
