@@ -54,12 +54,15 @@ def test_the_atari_scripts_define_the_same_but_for_the_idea():
     assert above["dqn_atari"] <= above["sr_dqn_atari"] <= above["rde_dqn_atari"]
 
 
-@pytest.mark.parametrize("name", ["selection_probabilities", "value_scale", "advantage_scale", "DEFAULT_BETA", "resets_due",
-                                  "events_due", "linear_schedule", "Agent.summary", "Agent.num_resets",
-                                  "Agent.autocast"])  # fmt: skip
+OF_ENSEMBLES = ["selection_probabilities", "value_scale", "advantage_scale", "DEFAULT_BETA", "resets_due",
+                "events_due", "Agent.summary", "Agent.num_resets"]  # fmt: skip
+OF_ALL = ["UnitInterval", "linear_schedule", "Agent.autocast"]
+
+
+@pytest.mark.parametrize("name", OF_ENSEMBLES + OF_ALL)
 def test_what_scripts_have_in_common_above_the_line_is_one_text(name):
     """The ensembles their choice and their resets; whoever has them, the schedule and the precision."""
-    paths = OURS if name in ("linear_schedule", "Agent.autocast") else ENSEMBLES
+    paths = OURS if name in OF_ALL else ENSEMBLES
     texts = [source_of(text, name) for text in (copies.parts(path)[0] for path in paths) if name in all_definitions(text)]
     assert len(texts) > 3 and len(set(texts)) == 1
 

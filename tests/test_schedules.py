@@ -7,7 +7,7 @@ import pytest
 
 from conftest import load_script
 
-rde, sr, dqn, sac = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc"))
+rde, sr, dqn = map(load_script, ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari"))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,10 @@ def test_epsilon_without_a_decay():
     ],
 )  # fmt: skip
 def test_gradient_steps(replay_ratio, global_step, expected):
-    assert rde.gradient_steps_due(rde.Args(replay_ratio=replay_ratio), global_step) == expected
+    """Also in the text of rde_dqn.py, which remembers the fraction."""
+    for script in (rde, load_script("rde_dqn")):
+        args = script.Args(replay_ratio=replay_ratio, learning_starts=10_000)
+        assert script.gradient_steps_due(args, global_step) == expected
 
 
 def simulate(script, **arguments):
@@ -127,16 +130,6 @@ def test_no_reset_without_an_interval():
     events = simulate(rde, reset_interval=0, **arguments)
     assert events == [(5_000, 0, ["scheduled"]), (10_000, 0, ["scheduled"]), (12_000, 2_000, ["final"])]
     assert simulate(sr, reset_interval=0, **arguments) == simulate(dqn, **arguments) == events
-
-
-def test_the_schedules_of_sac_are_those_of_dqn():
-    """Another text of the same functions."""
-    arguments = dict(
-        total_timesteps=5_000, learning_starts=501, num_agents=3, reset_interval=1_000, eval_interval=499, num_envs=4
-    )
-    for replay_ratio in (0.29, 1.0):
-        events = simulate(rde, replay_ratio=replay_ratio, **arguments)
-        assert events == simulate(sac, replay_ratio=replay_ratio, **arguments) and len(resets(events)) > 2
 
 
 def test_when_checkpoints_and_weights_are_kept(tmp_path):
