@@ -536,7 +536,7 @@ def test_the_metrics_have_a_name_each(arguments):
     intrinsic = {"intrinsic_td_loss", "intrinsic_q_values"} if arguments == {} else set()
     assert values.keys() == {"td_loss", "q_values", "gradient_norm"} | intrinsic
     gradients = torch.cat([parameter.grad.flatten() for parameter in agent.q_network.parameters()]).double()
-    assert values["gradient_norm"] == pytest.approx(gradients.norm().item(), rel=1e-5)  # nothing is clipped here
+    assert values["gradient_norm"] == pytest.approx(gradients.norm().item(), rel=1e-4)  # nothing is clipped here
 
 
 @pytest.mark.parametrize(
