@@ -285,7 +285,9 @@ def play_after_resets(script, policy, generator, agent, file: str, envs: list[gy
         returns = [episode["r"] for episode in play(script, policy, generator, envs, options.seed, 0, lambda env: None)]
         means.append(np.mean(returns))
         fractions.append((composition.counts[fresh] / composition.counts.sum()).item())
-        print(f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}")
+        print(
+            f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}"
+        )
     error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.2f} (standard error)" if len(means) > 1 else ""
     print(f"{len(means)} fresh network(s), {len(envs)} episode(s) each: return {np.mean(means):.4g}{error}, "
           f"the fresh agent acts in {np.mean(fractions):.0%}")  # fmt: skip
@@ -317,7 +319,9 @@ def check_options(options: Options) -> None:
     if options.episodes < 1 or options.seed < 0:
         fail(f"--episodes {options.episodes} --seed {options.seed}: there must be at least 1 episode, and no negative seed")
     if options.fresh_seeds < 1 or (options.beta is not None and not options.beta >= 0):
-        fail(f"--fresh-seeds {options.fresh_seeds} --beta {options.beta}: there must be at least 1 network, and no negative beta")
+        fail(
+            f"--fresh-seeds {options.fresh_seeds} --beta {options.beta}: there must be at least 1 network, and no negative beta"
+        )
     if options.reset != "none" and (options.video or options.window or options.like_evaluation or options.agent != "ensemble"):
         fail("--reset plays the whole ensemble, and scores only; leave out --video, --window, --like-evaluation and --agent")
     if options.epsilon is not None and not 0 <= options.epsilon <= 1:

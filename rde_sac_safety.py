@@ -880,10 +880,11 @@ class HazardMaze(gym.Wrapper):
 
 def make_task(env_id: str, render_mode: str | None) -> gym.Env:
     """The environment with that id, without a time limit of its own, and without what its packages print on the way."""
-    # A cluster node has no display, but it can draw with EGL. MuJoCo reads MUJOCO_GL when it is imported.
-    if render_mode and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    options = {"render_mode": render_mode, "max_episode_steps": -1, "disable_env_checker": True}
+    options = {"max_episode_steps": -1, "disable_env_checker": True}
+    if render_mode:  # else not a word of it: not every environment's constructor takes it
+        options["render_mode"] = render_mode
+        if sys.platform == "linux":  # a cluster node has no display, and MuJoCo reads this when it is imported
+            os.environ.setdefault("MUJOCO_GL", "egl")
     if env_id != MAZE_TASK and env_id not in VELOCITY_TASKS:
         return gym.make(env_id, **options)
     import mujoco
@@ -946,14 +947,15 @@ class ConstrainedTask(gym.Env):
         observation, reward, *costs, terminated, truncated, info = self.env.step(action.astype(self.env.action_space.dtype))
         if not costs and "cost" not in info:
             fail(f'--env-id {self.env_id} reports no cost: its step() gives neither info["cost"] nor six values')
-        cost = float(costs[0] if costs else info["cost"])
-        self.episodic_return += float(reward)
+        # Some are arrays of one number.
+        cost, reward = (float(np.asarray(value).item()) for value in (costs[0] if costs else info["cost"], reward))
+        self.episodic_return += reward
         self.episodic_cost += cost
         terminated, truncated = bool(terminated), bool(truncated) or len(self.actions) >= self.time_limit
         info = {"cost": cost}
         if terminated or truncated:
             info["episode"] = {"r": self.episodic_return, "l": len(self.actions), "cost": self.episodic_cost}
-        return self.observe(observation), float(reward), terminated, truncated, info
+        return self.observe(observation), reward, terminated, truncated, info
 
     def observe(self, observation) -> np.ndarray:
         """The observation as a vector, (observation_dim,) float32."""
@@ -994,8 +996,9 @@ def check_environment(args: Args) -> None:
         fail(f"--env-id {args.env_id} needs the package gymnasium-robotics: pip install gymnasium-robotics")
     try:
         env = ConstrainedTask(args, "rgb_array" if args.capture_video else None)
-        env.reset(seed=args.seed)
-        env.step(np.zeros(env.action_space.shape, np.float32))
+        for observation in (env.reset(seed=args.seed)[0], env.step(np.zeros(env.action_space.shape, np.float32))[0]):
+            if observation.shape != env.observation_space.shape:
+                raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
     except gym.error.UnregisteredEnv:
         tasks = [MAZE_TASK, *VELOCITY_TASKS]
         near = difflib.get_close_matches(args.env_id, tasks, n=1, cutoff=0.5)
@@ -1201,34 +1204,49 @@ KINDS = {
 CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, torch.device, types.FunctionType, types.MethodType, type)
 
 
-def state_of(part, where: str = "parts"):
-    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything.
+def kept_names(part) -> list[str]:
+    """The attributes of an object that a checkpoint keeps, in the order in which they are restored: those in its class's KEPT.
 
-    A class names in KEPT, in the order in which they are restored, the attributes that have to be kept. Of an object without
-    KEPT, a wrapper for example, all are, but for those that do not change, as spaces and functions.
+    Without KEPT (a wrapper of yours, say) they are all that can change; and none if the object is more than its attributes, as
+    what is written in C: random.Random, a file.
     """
+    if hasattr(part, "KEPT"):
+        return list(part.KEPT)
+    if not hasattr(part, "__dict__") or type(part).__basicsize__ > Run.__basicsize__ or isinstance(part, enum.Enum):
+        return []
+    return [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)]
+
+
+def state_of(part, where: str = "a part"):
+    """What a checkpoint keeps of a part of a run, as `torch.load` reads it without executing anything."""
     for kind, (state, _) in KINDS.items():
         if isinstance(part, kind):
             return state(part)
-    if part is None or type(part) in (bool, int, float, str, bytes):
-        return part
-    if isinstance(part, np.generic):
-        return part.item()
-    if isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-        return torch.from_numpy(part)
-    if type(part) in (list, tuple, set):
-        return type(part)(state_of(item, where) for item in part)
-    if type(part) is dict:
-        return {state_of(name, where): state_of(value, f"{where}[{name!r}]") for name, value in part.items()}
-    if not hasattr(part, "__dict__") or isinstance(part, enum.Enum):
-        fail(f"{where} is of the class {type(part).__name__}, which a checkpoint cannot keep: let the class that has it name "
-             "in KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
-    names = getattr(part, "KEPT", [name for name, value in vars(part).items() if not isinstance(value, CONSTANT)])
-    return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+    if names := kept_names(part):
+        return {name: state_of(getattr(part, name), f"{type(part).__name__}.{name}") for name in names}
+    if isinstance(part, list) and part and kept_names(part[0]):
+        return [state_of(item, where) for item in part]
+    return plain_state(part, where)
+
+
+def plain_state(value, where: str):
+    """A number, a text, an array, or a container of such; arrays become tensors."""
+    if isinstance(value, np.generic) and value.dtype.kind in "biufSU":
+        return value.item()
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    if type(value) in (list, tuple, set):
+        return type(value)(plain_state(item, where) for item in value)
+    if type(value) is dict:
+        return {plain_state(key, where): plain_state(item, f"{where}[{key!r}]") for key, item in value.items()}
+    fail(f"{where} is of the class {type(value).__name__}, which a checkpoint cannot keep: let the class that has it name in "
+         "KEPT what has to be kept, as the classes here do", code=1)  # fmt: skip
 
 
 def value_of(state):
-    """A plain value as it was: in a checkpoint its arrays are tensors."""
+    """A plain value as it was."""
     if isinstance(state, torch.Tensor):
         return state.numpy().copy()
     if isinstance(state, (list, tuple, set)):
@@ -1242,16 +1260,16 @@ def restored(part, state):
         if isinstance(part, kind):
             restore(part, state)
             return part
-    if isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
-        part[...] = state.numpy()
-    elif isinstance(part, list) and part and hasattr(part[0], "__dict__"):
-        for item, item_state in zip(part, state, strict=True):
-            restored(item, item_state)
-    elif hasattr(part, "__dict__"):
+    if kept_names(part):
         for name in getattr(part, "KEPT", state):
             attribute = getattr(part, name, None)
             if (value := restored(attribute, state[name])) is not attribute:
                 setattr(part, name, value)
+    elif isinstance(part, list) and part and kept_names(part[0]):
+        for item, item_state in zip(part, state, strict=True):
+            restored(item, item_state)
+    elif isinstance(part, np.ndarray) and isinstance(state, torch.Tensor) and part.shape == state.shape:
+        part[...] = state.numpy()
     else:
         return value_of(state)
     return part
@@ -1366,7 +1384,7 @@ class Run:
 
     def announce(self, agents: str, num_resets: int) -> None:
         """Says in one line what the run will do, once it is sure that a checkpoint can be taken."""
-        state_of(self.parts)
+        self.states()
         args, buffer = self.args, vars(self.parts["buffer"]).values()
         buffer_bytes = sum(part.nbytes for part in buffer if isinstance(part, (torch.Tensor, np.ndarray)))
         threads = f" ({torch.get_num_threads()} thread(s))" if self.device.type == "cpu" else ""
@@ -1520,7 +1538,10 @@ class Run:
         self.wait_for_disk()
         self.num_threads = torch.get_num_threads()  # with another number sums are rounded in another order
         self.csv_sizes = {name: (self.path / name).stat().st_size for name in CSV_FILES}
-        self.write("checkpoint.pt", {"versions": self.versions, "parts": state_of(self.parts)})
+        self.write("checkpoint.pt", {"versions": self.versions, "parts": self.states()})
+
+    def states(self) -> dict:
+        return {name: state_of(part, name) for name, part in self.parts.items()}
 
     def load(self) -> None:
         """Brings all parts to where they were at the checkpoint. Nothing in the file is executed."""
@@ -1534,7 +1555,7 @@ class Run:
                 written, here = content["versions"].items(), self.versions.items()
                 raise ValueError(f"it was written with {dict(written - here)}, but here is {dict(here - written)}")
             for env in self.parts["envs"]:
-                env.reset()  # what an environment makes only now is restored in place, too
+                env.reset(seed=0)  # what an environment makes only now is restored in place, too
             for name, part in self.parts.items():
                 if restored(part, content["parts"][name]) is not part:
                     raise ValueError(f"{name} does not fit")
@@ -1542,7 +1563,8 @@ class Run:
                 if (self.path / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
         except Exception as error:  # a flipped bit can have any consequence
-            fail(f"the run cannot go on from {path}: {type(error).__name__}: {str(error).partition('. ')[0]}", code=1)
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            fail(f"the run cannot go on from {path}: {type(error).__name__}: {reason}", code=1)
         torch.set_num_threads(self.num_threads)
         for name, size in self.csv_sizes.items():
             os.truncate(self.path / name, size)

@@ -34,10 +34,8 @@ for name, value in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
 received = []
 
 def journal(event, **more):
-    line = {name: args[name] for name in ("env_id", "exp_name", "seed", "replay_ratio")} | more
-    line |= {"event": event, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS"), "options": sys.argv[1:]}
-    with open(os.environ["JOURNAL"], "a") as file:
-        file.write(json.dumps(line) + "\\n")
+    line = args | more | {"event": event, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    open(os.environ["JOURNAL"], "a").write(json.dumps(line | {"options": sys.argv[1:]}) + "\\n")
 
 def handle(number, frame):
     received.append(number)
@@ -330,24 +328,6 @@ def test_what_cannot_be_started_or_drawn_is_a_failure(study):
     assert result.returncode == 1 and "exit code 127: setsid: failed to execute /no/such/python: No such file" in result.stderr
 
 
-def test_a_run_that_is_in_the_list_twice_happens_once(study):
-    process = study.start(*ONE_GAME, "--seeds", "1,1", "--jobs", "2", "--", "--wait-at", "3")
-    line = next(line for line in process.stdout if ": " in line)
-    assert "error: another process is at work in" in line
-    study.go()
-    assert "FAILED" not in process.communicate(timeout=100)[0] and process.returncode == 0
-    assert len(study.events("start")) == 1 == len(study.finished())
-
-
-def test_dry_run_can_be_piped(study):
-    for again in (False, True):
-        lines = study.run(*SMALL, "--dry-run").stdout
-        assert lines.count("\n") == 8  # finished or not, they are commands
-        subprocess.run(["bash"], input=lines, env=study.environment, text=True, check=True)
-        assert names(study.events("start")) == SMALL_RUNS and len(study.events("skipped")) == (8 if again else 0)
-    assert not (study.runs / "logs").exists()
-
-
 def test_parallel_jobs(study):
     process = study.start(*SMALL, "--jobs", "3", "--", "--wait-at", "3")
     study.wait_for("waiting", 3)
@@ -363,6 +343,15 @@ def test_parallel_jobs(study):
     assert study.events("start")[-1]["threads"] == "5"
 
 
+def test_a_place_that_is_free_is_taken_while_others_still_run(study):
+    process = study.start("--methods", "dqn_atari --wait-at 3,rde_dqn", "--games", "x", "--seeds", "2", "--jobs", "2")
+    study.wait_for("waiting", 2)
+    assert [event["seed"] for event in study.events("end")] == ["1"]
+    study.go()
+    process.communicate(timeout=100)
+    assert process.returncode == 0 and len(study.finished()) == 4
+
+
 def test_odd_names(tmp_path):
     study = Study(tmp_path, "my scripts'")
     study.runs = tmp_path / 'runs [of] $HOME; "a" *'
@@ -375,7 +364,8 @@ def test_odd_names(tmp_path):
     assert sorted(event["env_id"] for event in starts) == sorted([*set(games) - {"*"}, "*NoFrameskip-v4"])
     assert all(event["options"][-1] == "a b\"'$x\n*" for event in starts)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["journal", "my scripts'", study.runs.name, "starlight"])
-    subprocess.run(["bash"], input=study.run("--dry-run", *options).stdout, env=study.environment, text=True, check=True)
+    lines = study.run("--dry-run", *options).stdout  # finished or not, they are commands, and can be piped
+    subprocess.run(["bash"], input=lines, env=study.environment, text=True, check=True)
     assert len(study.events("start")) == len(games) == len(study.events("skipped"))
 
     study.runs = "~/study"
@@ -419,7 +409,8 @@ def test_stopped_and_continued(study, how):
     assert len(pids) == 2 and not any(map(is_alive, pids))
     assert {event["number"] for event in study.events("signal")} == {signal.SIGTERM}
     assert [event["step"] for event in study.events("saved")] == [3] * 4  # each before it waited, and because of the signal
-    assert output.count("stopped at step 3") == 2 and "stopped; the same command goes on from here" in output
+    assert output.count(" begins\n") == 2 == output.count("stopped at step 3")
+    assert "stopped; the same command goes on from here" in output
     assert "FAILED" not in output and "PLOT" not in output and study.finished() == []
 
     study.go()

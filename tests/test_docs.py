@@ -71,7 +71,7 @@ def test_the_studies_that_a_page_gives_can_be_typed(path):
         )
         result = subprocess.run(["bash", "-euc", program + block], cwd=ROOT, env=environment() | {"PYTHON": sys.executable},
                                 capture_output=True, text=True, check=False)  # fmt: skip
-        assert result.returncode == 0 and (re.search("my_|sbatch", block) or "--env-id" in result.stdout), (
+        assert result.returncode == 0 and (re.search("my_|sbatch", block) or " --seed " in result.stdout), (
             block,
             result.stderr,
         )

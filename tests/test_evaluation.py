@@ -1,7 +1,5 @@
 """Evaluations: what is played, from which starts, with which random numbers, and what is returned."""
 
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -24,14 +22,14 @@ def test_an_evaluation_depends_on_policy_seed_and_step_alone():
             next(calls)  # the games are cut after 600 steps: an evaluation without an end fails here
             return torch.randint(7, (len(observations),), generator=generator)
 
-        return rde.evaluate(policy, envs, seed, global_step, CPU, types.SimpleNamespace(received=0))
+        watched.clear()
+        return rde.evaluate(policy, envs, seed, global_step, CPU, watched.append)
 
-    envs = make_envs()
+    envs, watched = make_envs(), []
     first, other_step, other_seed, again = (play(envs, *case) for case in ((1, 500), (1, 1_000), (2, 500), (1, 500)))
     assert first == again == play(make_envs(), 1, 500)
     assert first != other_step and first != other_seed
     assert all(episode.keys() == {"r", "l"} and episode["r"] > 0 for episode in first)
-    assert rde.evaluate(None, envs, 1, 500, CPU, types.SimpleNamespace(received=15)) is None
 
 
 class Countdown:
@@ -68,7 +66,9 @@ def test_every_environment_plays_one_whole_episode_beside_the_others():
         assert len(batches) < 20
         return observations[:, 0] + 1  # so the return is 1 + 2 + ... + length
 
-    episodes = rde.evaluate(policy, envs, 7, 300, CPU, types.SimpleNamespace(received=0))
+    watched = []
+    episodes = rde.evaluate(policy, envs, 7, 300, CPU, watched.append)
+    assert [watched.count(env) for env in envs] == [1 + 5, 1 + 2, 1 + 9]  # every start and every step
     assert episodes == [{"r": 15.0, "l": 5}, {"r": 3.0, "l": 2}, {"r": 45.0, "l": 9}]
     assert batches == [[k] * 3 for k in range(2)] + [[k] * 2 for k in range(2, 5)] + [[k] for k in range(5, 9)]
     assert [env.seeds for env in envs] == [[rde.derive_seed(7, rde.EVALUATION, 300, i)] for i in range(3)]
@@ -107,7 +107,7 @@ def test_a_fraction_epsilon_of_the_actions_is_random(epsilon):
     assert torch.equal(actions, play(epsilon)[0]) and not torch.equal(actions, play(epsilon, seed=2)[0])
 
 
-@pytest.mark.parametrize("script", ["dqn_atari", "sr_dqn_atari", "rde_dqn_atari"])
+@pytest.mark.parametrize("script", ["dqn_atari", "rde_dqn_atari"])
 def test_eval_epsilon_is_that_of_the_evaluations(script):
     """Of all scripts' policies; at 0 they play what the agent acts."""
     observations = torch.zeros(200, 4, 84, 84, dtype=torch.uint8)

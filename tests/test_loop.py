@@ -1,20 +1,17 @@
 """The training loop of the Atari scripts: what is played, learned and stored, in which order, looked at from outside."""
 
-import signal
-
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from conftest import ATARI_SCRIPTS, load_script, put_environments
+from conftest import ATARI_SCRIPTS, load_script, put_environments, run_main
 
 # The decay of epsilon takes half of the run; a reset is due at gradient step 300 of 360.
-OPTIONS = {
-    "env_id": "BreakoutNoFrameskip-v4", "num_envs": 2, "total_timesteps": 640, "learning_starts": 160, "replay_ratio": 0.75,
-    "batch_size": 4, "buffer_size": 1_000, "start_e": 0.9, "end_e": 0.1, "exploration_fraction": 0.5, "eval_interval": 0,
-    "eval_episodes": 1, "cuda": False,
-}  # fmt: skip
-RESET_INTERVALS = {"dqn_atari": {}, "sr_dqn_atari": {"reset_interval": 300}, "rde_dqn_atari": {"reset_interval": 600}}
+OPTIONS = (
+    "--env-id BreakoutNoFrameskip-v4 --num-envs 2 --total-timesteps 640 --learning-starts 160 --replay-ratio 0.75 --batch-size 4 "
+    "--buffer-size 1000 --start-e 0.9 --end-e 0.1 --exploration-fraction 0.5 --eval-interval 0 --eval-episodes 1"
+).split()
+RESETS = {"dqn_atari": [], "sr_dqn_atari": ["--reset-interval", 300], "rde_dqn_atari": ["--reset-interval", 600]}
 
 
 class Recorder(gym.Wrapper):
@@ -24,7 +21,7 @@ class Recorder(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.steps, self.resets = [], []
+        self.steps, self.resets, self.seeds = [], [], []
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -36,6 +33,7 @@ class Recorder(gym.Wrapper):
         observation, info = self.env.reset(**kwargs)
         self.observation = observation.copy()
         self.resets.append(self.observation)
+        self.seeds.append(kwargs.get("seed"))
         return observation, info
 
 
@@ -65,7 +63,7 @@ class Loop:
             self.envs.append(Recorder(real_make_env(*args, **kwargs, max_num_frames_per_episode=500)))
             return self.envs[-1]
 
-        def acted(result, agent, observations, *generator):
+        def acted(result, agent, observations, *generator, counted=True):
             training = len(observations) == 2  # an evaluation plays one game
             self.seeds["train" if training else "evaluate"] |= {one.initial_seed() for one in generator}
             if training:
@@ -92,17 +90,13 @@ class Loop:
         spy(script.Agent, "act", acted)
         spy(script.Agent, "update", updated)
         spy(script, "linear_schedule", lambda epsilon, *_: self.epsilons.append((len(self.added), epsilon)))
-        spy(script.Run, "evaluate", lambda _, run, phase, policy: self.events.append((phase, len(self.updates))))
+        spy(script.Run, "log_evaluation", lambda _, run, phase, episodes: self.events.append((phase, len(self.updates))))
         if real_scalars:
             monkeypatch.setattr(script.Agent, "scalars", scalars)
         if hasattr(script.Agent, "reset"):
             spy(script.Agent, "reset", lambda *_: self.events.append(("reset", len(self.updates))))
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            script.train(script.Args(**OPTIONS, **RESET_INTERVALS[name], runs_dir=str(runs_dir)))
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        result = run_main(script, *OPTIONS, *RESETS[name], "--runs-dir", runs_dir)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module", params=ATARI_SCRIPTS)
@@ -169,6 +163,9 @@ def test_a_reset_stands_between_two_evaluations(loop):
 def test_every_purpose_has_its_own_random_numbers(loop):
     """So evaluating more or less changes nothing in the training."""
     script, seed = loop.script, lambda purpose, *indices: loop.script.derive_seed(1, purpose, *indices)
+    for i in range(2):
+        first, *others = loop.envs[i].seeds
+        assert first == seed(script.ENVIRONMENT, i) and len(others) > 5 and set(others) == {None}
     assert loop.seeds["learn"] == {seed(script.MINI_BATCHES)}
     if script.SCRIPT == "rde_dqn_atari.py":  # one greedy agent draws nothing
         reset_step = loop.updates[299] + 2  # the end of the loop step of gradient step 300

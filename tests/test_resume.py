@@ -315,7 +315,7 @@ def test_an_environment_that_raises(script, tmp_path, runs, monkeypatch):
     step = script.Task.step
 
     def failing(env, action):
-        if script.Run.progress.n >= 240:
+        if script.Run.progress is not None and script.Run.progress.n >= 240:
             raise RuntimeError("out of order")
         return step(env, action)
 
@@ -374,7 +374,7 @@ def test_a_changed_script_is_another_run_and_a_note_says_how_to_go_on_with_it(co
     before = snapshot(copy_of_stopped_run)
     result = stop_when(AtStep(20), changed_script, *arguments, "--runs-dir", runs_dir)
     (other,) = set(runs_dir.iterdir()) - {copy_of_stopped_run}
-    line = (f"note: {copy_of_stopped_run} is unfinished, and not continued: its script or arguments are others. To go on with it "
+    line = (f"note: {copy_of_stopped_run} is not finished, and not continued: its script or arguments are others. To go on with it "
             f"in place of this run, stop and: rm -r {other} && mv {copy_of_stopped_run} {other}")  # fmt: skip
     assert result.returncode == 143 and result.stdout.splitlines()[0] == line and snapshot(copy_of_stopped_run) == before
     assert other.name[:-8] == copy_of_stopped_run.name[:-8] and re.fullmatch("[0-9a-f]{8}", other.name[-8:])
@@ -405,7 +405,7 @@ def test_which_arguments_make_another_run(script, tmp_path, copy_of_stopped_run)
     result = stop_when(
         AtStep(20), script, *arguments_of("cartpole"), "--gamma", "0.9", "--runs-dir", copy_of_stopped_run.parent
     )
-    assert f"note: {copy_of_stopped_run} is unfinished" in result.stdout
+    assert f"note: {copy_of_stopped_run} is not finished" in result.stdout
 
 
 def test_a_finished_run_beside_a_changed_one_is_no_news(script, runs, tmp_path, changed_script):

@@ -139,14 +139,16 @@ def test_the_schedules_of_sac_are_those_of_dqn():
         assert events == simulate(sac, replay_ratio=replay_ratio, **arguments) and len(resets(events)) > 2
 
 
-def test_when_checkpoints_and_weights_are_kept():
+def test_when_checkpoints_and_weights_are_kept(tmp_path):
     def upkeep(**arguments):
-        """{step: what is due} of a whole run."""
-        args, due = rde.Args(**arguments), {}
-        for step in range(args.num_envs, args.total_timesteps + args.num_envs, args.num_envs):
-            if items := rde.Run.upkeep_due(types.SimpleNamespace(args=args, global_step=step)):
-                due[step] = items
-        return due
+        """{step: what is kept} of a whole run."""
+        args, kept = rde.Args(learning_starts=10, **arguments), {}
+        run = types.SimpleNamespace(args=args, path=tmp_path)
+        run.write = lambda name, weights: kept.setdefault(run.global_step, []).append("weights")
+        run.save = lambda: kept.setdefault(run.global_step, []).append("checkpoint")
+        for run.global_step in range(args.num_envs, args.total_timesteps + args.num_envs, args.num_envs):
+            rde.Run.keep_what_is_due(run, types.SimpleNamespace(weights=dict))
+        return kept
 
     weights, checkpoint = ["weights"], ["checkpoint"]
     assert upkeep(total_timesteps=1_000, checkpoint_interval=0) == {1_000: checkpoint}

@@ -1,6 +1,9 @@
 """What a checkpoint keeps of the parts of a run: nothing is forgotten, and a fresh part that is restored goes on the same."""
 
+import collections
+import enum
 import io
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -8,9 +11,19 @@ import pytest
 import torch
 
 from agents import dqn_agent, sac_agent
-from conftest import load_script, restored_signal_handlers
+from conftest import (
+    QUICK_CARTPOLE,
+    AtStep,
+    assert_same_end,
+    error_line,
+    load_script,
+    only_run,
+    put_environments,
+    run_main,
+    stop_when,
+)
 
-rde, sr, dqn, sac = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc"))
+rde, sr, dqn, sac, mlp = map(load_script, ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc", "rde_dqn"))
 
 
 def through_a_file(state):
@@ -33,19 +46,8 @@ class Inner:
 class Everything:
     """One attribute of every kind, and one that is not kept."""
 
-    KEPT = (
-        "module",
-        "optimizer",
-        "generator",
-        "numpy_generator",
-        "tensor",
-        "array",
-        "plain",
-        "inner",
-        "inners",
-        "doubled",
-        "empty",
-    )
+    KEPT = ("module", "optimizer", "generator", "numpy_generator", "tensor", "array", "plain", "inner", "inners", "doubled",
+            "empty")  # fmt: skip
 
     def __init__(self, seed: int):
         torch.manual_seed(seed)
@@ -105,6 +107,110 @@ def test_a_list_of_another_length_is_refused():
         rde.restored([Inner(4), Inner(5)], rde.state_of(three))
 
 
+GENERATORS = [
+    np.random.PCG64, np.random.MT19937, np.random.Philox, np.random.SFC64, np.random.default_rng, np.random.RandomState,
+    lambda seed: np.random.Generator(np.random.MT19937(seed)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", GENERATORS)
+def test_generators_of_numpy_go_on_in_place(make):
+    """Also between the two numbers that some of them make at once."""
+    generator, fresh = make(1), make(2)
+    numbers = lambda one: (one if hasattr(one, "normal") else np.random.Generator(one)).normal(size=3).tolist()
+    numbers(generator)
+    if isinstance(generator, np.random.RandomState):
+        assert generator.get_state()[3] == 1  # a number is left over
+    assert rde.restored(fresh, through_a_file(rde.state_of(generator))) is fresh
+    assert numbers(fresh) == numbers(generator)
+
+
+mlp_make_env = mlp.make_env
+
+
+class Noise(gym.Wrapper):
+    """A wrapper of somebody who knows nothing of checkpoints: what it adds depends on all that it has."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.generator, self.device = np.random.RandomState(3), torch.device("cpu")
+        self.old_generator, self.new_generator = np.random.Generator(np.random.MT19937(5)), np.random.default_rng(1)
+        self.seen: list[float] = []
+        self.mean, self.counts = np.zeros(4), {"steps": 0, "by_action": [0, 0], "pair": (np.float32(1), None)}
+        self.transform, self.kinds = lambda observation: observation.astype(np.float32), {1}
+
+    def step(self, action):
+        observation, reward, *rest = self.env.step(action)
+        self.counts["steps"] += 1
+        self.counts["by_action"][int(action)] += 1
+        self.counts["pair"] = (np.float32(self.counts["pair"][0] + 1), None)
+        self.mean = 0.9 * self.mean + 0.1 * observation
+        self.seen = [*self.seen[-3:], float(observation[0])]
+        self.kinds |= {round(5 * float(observation[0]))}
+        noise = self.generator.normal() + self.old_generator.normal() + self.new_generator.normal()
+        noise += sum(self.seen) + self.mean.sum() + sum(self.kinds) + self.counts["by_action"][1]
+        observation = self.transform(observation + 0.01 * noise)
+        return observation, reward + 0.001 * self.counts["steps"] + 0.001 * float(self.counts["pair"][0]), *rest
+
+
+class Walk(gym.Env):
+    """An environment of somebody who knows nothing of checkpoints; its generator is made at its first reset."""
+
+    spec = gym.spec("CartPole-v1")
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.num_steps = self.np_random.normal(size=4), 0
+        return self.place.astype(np.float32), {}
+
+    def step(self, action):
+        self.place = self.place + self.np_random.normal(size=4) * (1 + action)
+        self.num_steps += 1
+        over = self.num_steps == 30
+        info = {"episode": {"r": float(self.place.sum()), "l": 30}} if over else {}
+        return self.place.astype(np.float32), float(self.place[0]), False, over, info
+
+
+@pytest.mark.parametrize(
+    "make", [lambda args, render=False: Noise(mlp_make_env(args, render)), lambda args, render=False: Walk()]
+)
+def test_an_environment_or_a_wrapper_without_kept_is_kept(make, tmp_path, monkeypatch):
+    """In a run, which is stopped in the middle of episodes."""
+    put_environments(monkeypatch, mlp, make)
+    undisturbed, stopped = ([*QUICK_CARTPOLE, "--runs-dir", tmp_path / name] for name in ("undisturbed", "stopped"))
+    assert run_main(mlp, *undisturbed).returncode == 0
+    for step in (110, 206):
+        assert stop_when(AtStep(step), mlp, *stopped).returncode == 143
+    assert run_main(mlp, *stopped).returncode == 0
+    assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+UNKNOWN = [frozenset({1, 2}), Colour.RED, range(3), np.array([None]), open("/dev/null"), np.datetime64("now"), random.Random(1),
+           collections.OrderedDict(a=1), collections.deque([1]), np.random.default_rng(1), torch.nn.Linear(1, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("thing", UNKNOWN, ids=lambda thing: type(thing).__name__)
+def test_what_cannot_be_kept_is_said_before_the_first_step(thing, tmp_path, monkeypatch):
+    """Class and attribute, and what is to be done."""
+    made = []
+
+    def make(args, render=False):
+        made.append(Noise(mlp_make_env(args, render)))
+        made[-1].counts["thing"] = [thing]
+        return made[-1]
+
+    put_environments(monkeypatch, mlp, make)
+    line = error_line(run_main(mlp, *QUICK_CARTPOLE, "--runs-dir", tmp_path))
+    assert line == (f"error: Noise.counts['thing'] is of the class {type(thing).__name__}, which a checkpoint cannot keep: let the "
+                    "class that has it name in KEPT what has to be kept, as the classes here do")  # fmt: skip
+    assert sum(env.counts["steps"] for env in made) == 1  # of the check of the environment
+
+
 # ------------------------------------------------------------------------------------------------- nothing is forgotten
 
 
@@ -124,7 +230,7 @@ def snapshot(value):
         return {key: snapshot(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [snapshot(item) for item in value]
-    if isinstance(value, (gym.Space, torch.device, rde.Args, sr.Args, dqn.Args, sac.Args)):
+    if isinstance(value, (gym.Space, torch.device)) or type(value).__name__ == "Args":
         return repr(value)
     assert value is None or isinstance(value, (bool, int, float, str, bytes, np.generic)), f"what is in a {type(value)}?"
     return value
@@ -193,12 +299,12 @@ def atari_environment():
 
 def game_case():
     view = atari_environment()
-    return view.game, {"env", "ale", "ale_actions"}, {}, play_breakout(view)
+    return view.env, {"env", "ale", "ale_actions"}, {}, play_breakout(view)
 
 
 def view_case():
     view = atari_environment()
-    return view, {"env", "game"}, {}, play_breakout(view)
+    return view, {"env", "ale"}, {}, play_breakout(view)
 
 
 def control_case():
@@ -232,87 +338,20 @@ def test_what_changes_is_kept_or_follows_from_what_is_kept(case):
 
 def test_what_changes_in_a_run_is_kept(tmp_path, monkeypatch):
     """Between the turns of the training loop; a run's other attributes are other parts, or files."""
-    looks = []
-    elsewhere = {"args", "stop", "parts", "eval_envs", "device", "progress", "writer", "episodes", "evaluations"}
-    real = sac.Run.goes_on
+    looks, goes_on = [], mlp.Run.goes_on
+    elsewhere = {"args", "parts", "eval_envs", "lock", "path", "writer", "episodes", "evaluations"}
 
-    def goes_on(run):
+    def look(run):
         looks.append({name: snapshot(value) for name, value in vars(run).items() if name not in elsewhere})
-        return real(run)
+        return goes_on(run)
 
-    monkeypatch.setattr(sac.Run, "goes_on", goes_on)
-    args = sac.Args(
-        env_id="cartpole-balance", total_timesteps=1_020, learning_starts=1_010, buffer_size=2_000, hidden_dim=8, batch_size=8,
-        eval_interval=0, eval_episodes=1, checkpoint_interval=1_015, cuda=False, runs_dir=str(tmp_path),
-    )  # fmt: skip
-    with restored_signal_handlers():
-        sac.train(args)
-    names = set.union(*(set(look) for look in looks))
-    changed = {name for name in names if any(look.get(name) != looks[1][name] for look in looks[1:])}
-    # The start of a turn is measured in every turn; wall_seconds is what has gone by since start_time.
-    assert changed == set(sac.Run.KEPT) - {"wall_seconds"} | {"turn_started"}
-
-
-def test_the_time_that_a_run_has_taken_goes_on():
-    run = sac.Run.__new__(sac.Run)
-    run.wall_seconds = 100.0
-    assert run.wall_seconds == pytest.approx(100, abs=1)
-
-
-# ----------------------------------------------------------------------------------------- what is restored goes on the same
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda seed: dqn_agent(dqn, seed=seed, batch_size=8),
-        lambda seed: dqn_agent(sr, seed=seed, batch_size=8, reset_depth="full"),
-        lambda seed: dqn_agent(rde, seed=seed, batch_size=8, reset_depth="full", num_agents=3),
-        lambda seed: sac_agent(sac, 3, seed=seed),
-    ],
-)
-def test_an_agent_and_its_buffer_go_on_in_fresh_ones(make):
-    """From the middle of learning, between two resets: the next updates, the next reset and the buffer are the same bytes."""
-    agent, fresh = make(1), make(9)
-    has_resets = hasattr(agent, "reset")
-    parts = lambda one: {"agent": one, "buffer": one.buffer, "mini_batches": one.buffer.generator}
-    go_on = lambda one: [
-        one.transitions.store(3),
-        one.update(),
-        has_resets and one.reset(),
-        one.update(),
-        one.transitions.store(1),
-    ]
-    go_on(agent)
-    if hasattr(agent, "acting_counts"):
-        agent.acting_counts += [3, 1, 4]
-    state = through_a_file({name: rde.state_of(part) for name, part in parts(agent).items()})
-    if hasattr(agent, "acting_counts"):
-        assert state["agent"]["acting_counts"].tolist() == [3, 1, 4]
-    random_state, global_state = agent.transitions.rng.bit_generator.state, torch.get_rng_state()
-    addresses = [parameter.data_ptr() for optimizer in optimizers(fresh) for parameter in all_parameters(optimizer)]
-    for name, part in parts(fresh).items():
-        assert rde.restored(part, state[name]) is part
-    assert addresses == [parameter.data_ptr() for optimizer in optimizers(fresh) for parameter in all_parameters(optimizer)]
-    outcomes = []
-    for one in (agent, fresh):
-        one.transitions.rng.bit_generator.state = random_state
-        torch.set_rng_state(global_state)
-        go_on(one)
-        looked_at = {name: snapshot(through_a_file(rde.state_of(part))) for name, part in parts(one).items()}
-        if has_resets and hasattr(one, "oldest"):
-            assert (one.num_resets, one.oldest.item(), one.beta.item()) == (2, 2, 50.0)
-        outcomes.append(looked_at)
-    for name in outcomes[0]:
-        assert outcomes[0][name] == outcomes[1][name], name
-
-
-def optimizers(agent) -> list:
-    return [value for value in vars(agent).values() if isinstance(value, torch.optim.Optimizer)]
-
-
-def all_parameters(optimizer) -> list:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    monkeypatch.setattr(mlp.Run, "goes_on", look)
+    result = run_main(mlp, *QUICK_CARTPOLE, "--checkpoint-interval", 150, "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    names = set.union(*map(set, looks))
+    changed = {name for name in names if any(look.get(name) != looks[0].get(name) for look in looks)}
+    # The start of a turn is measured in every turn; wall_seconds is what has gone by since the first one.
+    assert changed == set(mlp.Run.KEPT) | {"turn_started"}
 
 
 @pytest.mark.parametrize("script", [rde, sac])

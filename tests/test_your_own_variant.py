@@ -1,0 +1,235 @@
+"""docs/your_own_variant.md followed to the letter: every diff fits, has its effect, and its run goes on exactly."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import (
+    QUICK, QUICK_CARTPOLE, ROOT, assert_same_end, environment, equal, error_line, load_script, model, only_run, run_main,
+    scalars, stop_when,
+)  # fmt: skip
+
+PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
+BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
+DIFFS = {new: (old, diff) for old, new, diff in BLOCKS}
+# One reset, after 10 gradient steps, at step 300.
+QUICK_ATARI = [*QUICK, *"--total-timesteps 340 --num-agents 1 --reset-interval 10 --eval-interval 0 --eval-episodes 1".split()]
+
+
+def changed(text: str, diff: str) -> str:
+    """The text with the diff in it; its hunks, which lines with @@ divide, fit in one place each, in their order."""
+    place = 0
+    for hunk in re.split(r"^@@.*@@\n", diff, flags=re.MULTILINE):
+        lines = [(line[:1] or " ", line[1:]) for line in hunk.splitlines()]
+        before = "".join(f"{line}\n" for sign, line in lines if sign != "+")
+        after = "".join(f"{line}\n" for sign, line in lines if sign != "-")
+        assert text.count(before) == 1, f"in {text.count(before)} places:\n{before}"
+        place, found = text.index(before), place
+        assert place >= found
+        text = text[:place] + after + text[place + len(before) :]
+        place += len(after)
+    return text
+
+
+def variant_text(name: str) -> str:
+    """Of a script of the repository, or of a copy with the page's change of that name."""
+    if name not in DIFFS:
+        return (ROOT / name).read_text()
+    old, diff = DIFFS[name]
+    return changed(variant_text(old), diff)
+
+
+def variant(name: str, folder: pathlib.Path):
+    """A copy with the page's change of that name, as a module."""
+    (folder / name).write_text(variant_text(name))
+    return load_script(pathlib.Path(name).stem, folder / name)
+
+
+def run_and_continue(script, folder: pathlib.Path, arguments: list[str], stop_at: int) -> pathlib.Path:
+    """The folder of a whole run. Another one, stopped in between and continued, has come to the same end."""
+    paths = []
+    for name in ("undisturbed", "continued"):
+        command = [*arguments, "--checkpoint-interval", "50", "--runs-dir", folder / name]
+        if name == "continued":
+            stopped = stop_when(lambda run: run.global_step >= stop_at, script, *command)
+            assert stopped.returncode == 143 and f"stopped at step {stop_at}" in stopped.stderr, stopped.stderr
+        result = run_main(script, *command)
+        assert result.returncode == 0, result.stderr
+        assert ("continuing" in result.stdout) == (name == "continued")
+        paths.append(only_run(folder / name))
+    assert_same_end(*reversed(paths))
+    return paths[0]
+
+
+def watched_resets(script, monkeypatch) -> list[tuple]:
+    """Of every reset to come: the agent, the losses before, its parameters before and after. The others stay as they are."""
+    resets, reset = [], script.Agent.reset
+
+    def parameters(agent) -> list[dict[str, torch.Tensor]]:
+        return [{name: value.detach().clone() for name, value in net.named_parameters()} for net in agent.q_networks]
+
+    def watched(agent):
+        losses, before = agent.metrics[0].tolist(), parameters(agent)
+        index, after = reset(agent), parameters(agent)
+        assert all(equal(before[i], after[i]) for i in range(len(after)) if i != index)
+        resets.append((index, losses, before[index], after[index]))
+        return index
+
+    monkeypatch.setattr(script.Agent, "reset", watched)
+    return resets
+
+
+def play(script_folder: pathlib.Path, path: pathlib.Path, *arguments) -> str:
+    result = subprocess.run(
+        [sys.executable, ROOT / "play.py", path, "--scripts-dir", script_folder, *arguments],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    return result.stdout
+
+
+def test_the_page_has_the_six_changes():
+    assert list(DIFFS) == ["my_norm.py", "my_impala_atari.py", "my_worst_first.py", "my_metric.py", "my_wrapper.py",
+                           "my_logging_wrapper.py"]  # fmt: skip
+    assert len(re.findall("^## An?", PAGE, re.MULTILINE)) == 6
+
+
+def test_network(tmp_path, monkeypatch):
+    """The gains and shifts of the LayerNorms move, are reset to 1 and 0, and are in model.pt, of both agents."""
+    script = variant("my_norm.py", tmp_path)
+    resets = watched_resets(script, monkeypatch)
+    path = run_and_continue(script, tmp_path, QUICK_CARTPOLE, stop_at=200)
+    norms = {"1.weight": 1, "1.bias": 0, "4.weight": 1, "4.bias": 0}
+    assert [index for index, *_ in resets[:2]] == [0, 1]
+    for _, _, before, after in resets:
+        for name, initial in norms.items():  # a unit that no observation activates stands still
+            assert (before[name] != initial).sum() >= 4 and (after[name] == initial).all()
+        assert all(not torch.equal(before[name], after[name]) for name in before)
+    for network in model(path)["q_networks"]:
+        assert set(norms) < set(network) and all(network[name].shape == (8,) for name in norms)
+    # Agent 1 has learned since step 260, agent 0 since step 180.
+    assert all((network[name] != initial).any() for network in model(path)["q_networks"] for name, initial in norms.items())
+    assert "my_norm.py, model.pt" in play(tmp_path, path)
+
+
+def test_encoder(tmp_path, monkeypatch):
+    """Every convolution of the 15 learns, and a full reset gives all of them new values; plasticity sees all activations."""
+    script = variant("my_impala_atari.py", tmp_path)
+    resets = watched_resets(script, monkeypatch)
+    path = run_and_continue(script, tmp_path, [*QUICK_ATARI, "--reset-depth", "full"], stop_at=320)
+    weights = model(path)["q_networks"][0]
+    kernels = [name for name, value in weights.items() if value.ndim == 4]
+    assert len(kernels) == 15 and weights["hidden.weight"].shape == (512, 3872)
+    (index, _, before, after), *others = resets
+    assert index == 0 and len(others) == 1  # once in the undisturbed run, once before or after the stop
+    torch.manual_seed(script.derive_seed(1, script.INITIALISATION))
+    untrained = script.QNetwork(4)
+    for name in kernels:
+        assert not torch.equal(before[name], untrained.state_dict()[name]), name  # it has learned
+        assert not torch.equal(before[name], after[name]), name
+    activations = script.Activations()
+    with torch.no_grad(), activations:
+        untrained(torch.rand(2, 4, 84, 84))
+    channels = [16] * 4 + [32] * 9
+    assert [seen.shape[1] for seen in activations.seen] == [*channels, 512]
+    assert all(0 < value < 1 for _, value in scalars(path)["plasticity/active_units_0"])
+
+
+def test_rule_of_resets(tmp_path, monkeypatch):
+    """The agent with the higher loss is reset. The other one judges then, also where the run is played."""
+    script = variant("my_worst_first.py", tmp_path)
+    resets = watched_resets(script, monkeypatch)
+    arguments = [*QUICK_CARTPOLE, "--num-agents", "3", "--reset-interval", "60", "--total-timesteps", "500"]
+    path = run_and_continue(script, tmp_path, arguments, stop_at=330)
+    order = [index for index, *_ in resets]
+    assert all(losses[index] == max(losses) for index, losses, *_ in resets)
+    order = order[: len(order) // 2]  # then once more
+    assert len(order) == 9 and order != [number % 3 for number in range(9)]
+    last = {index: number for number, index in enumerate(order)}
+    oldest = min(range(3), key=lambda index: last.get(index, -1))
+    assert model(path)["oldest_agent"] == oldest and model(path)["num_resets"] == 9
+    assert [agent for _, agent in scalars(path)["rde/reset_agent"]] == order
+    assert f"; agent {oldest} of 3 judges" in play(tmp_path, path)
+
+
+def test_metric(tmp_path):
+    script = variant("my_metric.py", tmp_path)
+    points = scalars(run_and_continue(script, tmp_path, QUICK_CARTPOLE, stop_at=200))
+    for agent in (0, 1):
+        losses, largest = (points[f"losses/{name}_{agent}"] for name in ("td_loss", "largest_error"))
+        assert [step for step, _ in largest] == [step for step, _ in losses] and len(largest) == 2
+        for (_, loss), (_, error) in zip(losses, largest):
+            # Of the Huber loss: no more than that of the largest of 8 errors, and no less than an eighth of it.
+            huber = error**2 / 2 if error < 1 else error - 0.5
+            assert huber / 8 * 0.999 <= loss <= huber * 1.001
+
+
+@pytest.mark.parametrize("name", ["my_wrapper.py", "my_logging_wrapper.py"])
+def test_wrapper(tmp_path, monkeypatch, name):
+    """A quarter of the steps play the last action; the generator and that action are continued exactly."""
+    script = variant(name, tmp_path)
+    played, step = [], script.StickyActions.step
+
+    def watched(env, action):
+        last, result = env.last_action, step(env, action)
+        assert env.env.actions[-1] == env.last_action
+        played.append((last, int(action), env.last_action))
+        return result
+
+    monkeypatch.setattr(script.StickyActions, "step", watched)
+    path = run_and_continue(script, tmp_path, [*QUICK_CARTPOLE, "--num-envs", "1"], stop_at=205)
+    assert all(now in (last, action) for last, action, now in played)
+    sticky = [now == last for last, action, now in played if last != action]
+    assert len(sticky) > 300 and sum(sticky) / len(sticky) == pytest.approx(0.25, abs=4 * (0.19 / len(sticky)) ** 0.5)
+    assert name in play(tmp_path, path)
+
+
+def test_what_of_a_wrapper_cannot_be_kept_is_named_before_the_first_step(tmp_path):
+    text = variant_text("my_logging_wrapper.py")
+    (tmp_path / "my_forgotten.py").write_text(text.replace('    KEPT = ("env", "generator", "last_action")\n', ""))
+    script = load_script("my_forgotten", tmp_path / "my_forgotten.py")
+    line = error_line(run_main(script, *QUICK_CARTPOLE, "--runs-dir", tmp_path / "runs"))
+    assert line.startswith("error: StickyActions.log is of the class TextIOWrapper, which a checkpoint cannot keep")
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+def test_environments(tmp_path):
+    """The page's module and commands, as they stand, with less steps; what was learned is played."""
+    (module,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "my_envs.py").write_text(module)
+    for name in ("rde_dqn.py", "rde_sac_dmc.py", "play.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    commands = re.findall(r"^    (PYTHONPATH=\. (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
+    assert len(commands) == 2
+    less = ("--total-timesteps 1500 --learning-starts 300 --eval-episodes 2 --hidden-dim 32 --num-hidden-layers 1",
+            "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --reset-interval 300")  # fmt: skip
+    path = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    for command, arguments in zip(commands, less):
+        result = subprocess.run(["bash", "-c", f"{command} {arguments}"], cwd=tmp_path, env=environment() | path,
+                                capture_output=True, text=True, check=False)  # fmt: skip
+        assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    corridor, slide = sorted((tmp_path / "runs").iterdir())
+    assert json.loads((slide / "args.json").read_text())["args"]["env_id"] == "my_envs:Slide-v0"
+    command = "PYTHONPATH=. python play.py {} --episodes 5 --epsilon 0"
+    result = subprocess.run(["bash", "-c", command.format(corridor)], cwd=tmp_path, env=environment() | path,
+                            capture_output=True, text=True, check=False)  # fmt: skip
+    assert result.returncode == 0 and len(re.findall(r"episode \d: ", result.stdout)) == 5, result.stderr
+
+
+def test_the_tests_of_the_scripts_pass_beside_the_variants(tmp_path):
+    """All of them in the repository's folder: what the tests hold of scripts holds of these, or is not asked of them."""
+    folder = tmp_path / "repository"
+    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", "results")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    for name in DIFFS:
+        (folder / name).write_text(variant_text(name))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_copies.py"]
+    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
