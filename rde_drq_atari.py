@@ -580,6 +580,15 @@ def check_schedules(args: Args) -> None:
 # ------------------------------------------------------------------------------------------------------- training loop
 
 
+def keep_freed_memory(num_bytes: int = 30 << 20) -> None:
+    """Frees a block of memory at once, and glibc keeps freed blocks of up to this size for the process from then on.
+
+    It would give those of a mini-batch's frames back to the system, and fetch them anew, page by page, for the next one: with
+    half the width a sixth of an update.
+    """
+    torch.empty(num_bytes, dtype=torch.uint8)
+
+
 def train(args: Args) -> None:
     """A whole run, or the rest of one that was interrupted."""
     run = Run(args)
@@ -954,15 +963,6 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
-
-
-def keep_freed_memory(num_bytes: int = 30 << 20) -> None:
-    """Frees a block of memory at once, and glibc keeps freed blocks of up to this size for the process from then on.
-
-    It would give those of a mini-batch's frames back to the system, and fetch them anew, page by page, for the next one: with
-    half the width a sixth of an update.
-    """
-    torch.empty(num_bytes, dtype=torch.uint8)
 
 
 class NStepReplayBuffer:
@@ -1648,9 +1648,13 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
+        kind, metadata = field.annotation, field.metadata
+        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
+            if hasattr(optional, "__metadata__"):
+                kind, metadata = optional.__origin__, optional.__metadata__
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{field.annotation.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

@@ -1628,9 +1628,13 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
+        kind, metadata = field.annotation, field.metadata
+        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
+            if hasattr(optional, "__metadata__"):
+                kind, metadata = optional.__origin__, optional.__metadata__
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{field.annotation.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

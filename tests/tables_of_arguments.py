@@ -1,4 +1,4 @@
-"""The tables of arguments in docs/ are made from the scripts: after a change of an `Args`, run
+"""The tables of arguments in docs/ are made from the scripts, with the ranges that --help shows: after a change of an `Args`, run
 
     python tests/tables_of_arguments.py
 
@@ -6,6 +6,7 @@ and the table of every script's page is its Args again. A test compares them.
 """
 
 import ast
+import importlib.util
 import pathlib
 import re
 
@@ -14,9 +15,20 @@ from copies import ROOT, scripts
 BEGIN, END = "<!-- the arguments of the script -->", "<!-- end of the arguments -->"
 
 
+def ranges(script: pathlib.Path) -> dict[str, str]:
+    """What --help shows of the arguments that have one, as >= 0, <= 1."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.show_ranges()
+    kinds = module.Args.__annotations__.items()
+    metavars = {name: kind.__metadata__[-1].metavar for name, kind in kinds if hasattr(kind, "__metadata__")}
+    return {name: metavar.partition(" ")[2] for name, metavar in metavars.items()}
+
+
 def table(script: pathlib.Path) -> str:
     """One table, in the order and the groups of the script's Args: argument, default, range, meaning."""
-    source = script.read_text()
+    source, range_of = script.read_text(), ranges(script)
     (args,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
     titles = {number: match[1] for number, line in enumerate(source.splitlines(), start=1)
               if (match := re.fullmatch(r"    # -+ (.*)", line))}  # fmt: skip
@@ -25,7 +37,8 @@ def table(script: pathlib.Path) -> str:
         if title := next((titles.pop(number) for number in list(titles) if number < field.lineno), None):
             lines.append(f"| **{title}** | | | |")
         kind, default = ast.unparse(field.annotation), ast.get_source_segment(source, field.value)
-        choices = re.search(r"Annotated\[[\w |]+, '(.*)'\]", kind) or re.search(r"Literal\[(.*)\]", kind)
+        if choices := re.search(r"Literal\[(.*)\]", kind):
+            range_of[field.target.id] = choices[1].replace("'", "")
         flag = "--" + field.target.id.replace("_", "-")
         if kind == "bool":
             flag, default = (f"{flag}` / `--no-{flag[2:]}", "yes" if default == "True" else "no")
@@ -36,7 +49,7 @@ def table(script: pathlib.Path) -> str:
         else:
             default = f"`{default.strip(chr(34))}`"
         meaning = " ".join(docstring.value.value.split()).replace("|", "\\|").replace("<", "\\<")
-        lines.append(f"| `{flag}` | {default} | {choices[1].replace(chr(39), '') if choices else ''} | {meaning} |")
+        lines.append(f"| `{flag}` | {default} | {range_of.get(field.target.id, '')} | {meaning} |")
     return "\n".join(lines)
 
 
