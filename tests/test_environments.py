@@ -1,16 +1,12 @@
 """Other people's environments in the three scripts that take them: odd ones work, broken ones are one line."""
 
-import subprocess
-import sys
-
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from conftest import (
-    ROOT, assert_same_end, environment, error_line, load_script, only_run, read_csv, run_main, run_script, stop_when,
-)  # fmt: skip
+from conftest import ROOT, assert_same_end, error_line, load_module, load_script, only_run, read_csv, run_main, stop_when
+from test_play import played, scores
 
 LENGTH = 48  # of an episode
 
@@ -173,23 +169,12 @@ def test_an_environment_without_an_end(tmp_path, capsys, script):
     assert {row["episodic_return"] for row in read_csv(only_run(tmp_path) / "evaluations.csv")} == {"20.0"}
 
 
-def test_an_environment_of_a_module_that_is_played(tmp_path):
-    """Trained in and played by programs of their own, which import the module: its own "episode" ends nothing there either."""
-    (tmp_path / "foreign_envs.py").write_text(
-        "import sys, gymnasium as gym\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "from test_environments import Foreign\n"
-        "gym.register('Walk-v0', Foreign, kwargs={'continuous': False})\n"
-    )
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        result = run_script("rde_dqn", *QUICK, "--env-id", "foreign_envs:Walk-v0", "--runs-dir", tmp_path / "runs")
-        assert result.returncode == 0, result.stderr
-        path = only_run(tmp_path / "runs")
-        assert path.name.startswith("foreign_envs-Walk-v0__rde_dqn__1__")
-        played = subprocess.run([sys.executable, ROOT / "play.py", path], env=environment(), capture_output=True, text=True,
-                                check=False)  # fmt: skip
-        assert played.returncode == 0 and "48" in played.stdout.splitlines()[-1], played.stderr
+def test_an_episode_is_played_to_its_end(tmp_path):
+    """By play.py, too: an "episode" of the environment's own ends nothing there either."""
+    options = ["--env-id", id_of("rde_dqn"), "--max-episode-steps", 100, "--runs-dir", tmp_path]
+    assert run_main(load_script("rde_dqn"), *QUICK, *options).returncode == 0
+    lines = played(load_module("play", ROOT / "play.py"), only_run(tmp_path), "--episodes", 2)
+    assert scores(lines) == [("48", "48")] * 2  # return and length
 
 
 # --------------------------------------------------------------------------------------- an episode is its seed and its actions

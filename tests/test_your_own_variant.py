@@ -1,6 +1,5 @@
 """docs/your_own_variant.md followed to the letter: every diff fits, has its effect, and its run goes on exactly."""
 
-import json
 import os
 import pathlib
 import re
@@ -12,9 +11,10 @@ import pytest
 import torch
 
 from conftest import (
-    QUICK, QUICK_CARTPOLE, ROOT, assert_same_end, environment, equal, error_line, load_script, model, only_run, run_main,
-    scalars, stop_when,
+    QUICK, QUICK_CARTPOLE, ROOT, assert_same_end, environment, equal, error_line, load_module, load_script, model, only_run,
+    read_csv, run_main, scalars, stop_when,
 )  # fmt: skip
+from test_play import played
 
 PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
 BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
@@ -52,10 +52,10 @@ def variant(name: str, folder: pathlib.Path):
     return load_script(pathlib.Path(name).stem, folder / name)
 
 
-def run_and_continue(script, folder: pathlib.Path, arguments: list[str], stop_at: int) -> pathlib.Path:
-    """The folder of a whole run. Another one, stopped in between and continued, has come to the same end."""
+def run_and_continue(script, folder: pathlib.Path, arguments: list[str], stop_at: int, compare: bool = True) -> pathlib.Path:
+    """The folder of a run that was stopped in between and continued. It comes to the end of another one, which was not."""
     paths = []
-    for name in ("undisturbed", "continued"):
+    for name in ("undisturbed", "continued") if compare else ("continued",):
         command = [*arguments, "--checkpoint-interval", "50", "--runs-dir", folder / name]
         if name == "continued":
             stopped = stop_when(lambda run: run.global_step >= stop_at, script, *command)
@@ -64,8 +64,9 @@ def run_and_continue(script, folder: pathlib.Path, arguments: list[str], stop_at
         assert result.returncode == 0, result.stderr
         assert ("continuing" in result.stdout) == (name == "continued")
         paths.append(only_run(folder / name))
-    assert_same_end(*reversed(paths))
-    return paths[0]
+    if compare:
+        assert_same_end(paths[1], paths[0])
+    return paths[-1]
 
 
 def watched_resets(script, monkeypatch) -> list[tuple]:
@@ -86,13 +87,9 @@ def watched_resets(script, monkeypatch) -> list[tuple]:
     return resets
 
 
-def play(script_folder: pathlib.Path, path: pathlib.Path, *arguments) -> str:
-    result = subprocess.run(
-        [sys.executable, ROOT / "play.py", path, "--scripts-dir", script_folder, *arguments],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
-    return result.stdout
+def play(script_folder: pathlib.Path, path: pathlib.Path) -> str:
+    """What play.py says first: of what it plays."""
+    return played(load_module("play", ROOT / "play.py"), path, "--scripts-dir", script_folder)[0]
 
 
 def test_the_page_has_the_six_changes():
@@ -120,15 +117,18 @@ def test_network(tmp_path, monkeypatch):
 
 
 def test_encoder(tmp_path, monkeypatch):
-    """Every convolution of the 15 learns, and a full reset gives all of them new values; plasticity sees all activations."""
+    """Every convolution of the 15 learns, and a full reset gives all of them new values; plasticity sees all activations.
+
+    For the sake of time with one agent, and without a run to compare with.
+    """
     script = variant("my_impala_atari.py", tmp_path)
     resets = watched_resets(script, monkeypatch)
-    path = run_and_continue(script, tmp_path, [*QUICK_ATARI, "--reset-depth", "full"], stop_at=320)
+    path = run_and_continue(script, tmp_path, [*QUICK_ATARI, "--reset-depth", "full"], stop_at=320, compare=False)
     weights = model(path)["q_networks"][0]
     kernels = [name for name, value in weights.items() if value.ndim == 4]
     assert len(kernels) == 15 and weights["hidden.weight"].shape == (512, 3872)
-    (index, _, before, after), *others = resets
-    assert index == 0 and len(others) == 1  # once in the undisturbed run, once before or after the stop
+    ((index, _, before, after),) = resets
+    assert index == 0
     torch.manual_seed(script.derive_seed(1, script.INITIALISATION))
     untrained = script.QNetwork(4)
     for name in kernels:
@@ -210,17 +210,16 @@ def test_environments(tmp_path):
     assert len(commands) == 2
     less = ("--total-timesteps 1500 --learning-starts 300 --eval-episodes 2 --hidden-dim 32 --num-hidden-layers 1",
             "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --reset-interval 300")  # fmt: skip
-    path = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    for command, arguments in zip(commands, less):
-        result = subprocess.run(["bash", "-c", f"{command} {arguments}"], cwd=tmp_path, env=environment() | path,
-                                capture_output=True, text=True, check=False)  # fmt: skip
+    variables = environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    commands = [f"{command} {arguments}" for command, arguments in zip(commands, less)]
+    for command in [*commands, "PYTHONPATH=. python play.py runs/*Corridor* --episodes 5"]:
+        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
         assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
-    corridor, slide = sorted((tmp_path / "runs").iterdir())
-    assert json.loads((slide / "args.json").read_text())["args"]["env_id"] == "my_envs:Slide-v0"
-    command = "PYTHONPATH=. python play.py {} --episodes 5 --epsilon 0"
-    result = subprocess.run(["bash", "-c", command.format(corridor)], cwd=tmp_path, env=environment() | path,
-                            capture_output=True, text=True, check=False)  # fmt: skip
-    assert result.returncode == 0 and len(re.findall(r"episode \d: ", result.stdout)) == 5, result.stderr
+    assert len(re.findall(r"episode \d: ", result.stdout)) == 5
+    paths = list((tmp_path / "runs").iterdir())
+    assert len(paths) == 2
+    for path in paths:  # 1 at the end, and at most 40 steps at 0.1 each
+        assert all(-4.001 < float(row["episodic_return"]) <= 1 for row in read_csv(path / "evaluations.csv"))
 
 
 def test_the_tests_of_the_scripts_pass_beside_the_variants(tmp_path):
