@@ -18,14 +18,12 @@ from test_capture import watched
 from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions
 from conftest import (
     QUICK,
-    assert_same_end,
     equal,
     load_script,
     model,
     only_run,
     run_main,
     scalars,
-    stop_when,
 )
 
 drq = load_script("rde_drq_atari")
@@ -541,19 +539,6 @@ def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
             observation, _ = env.reset()
             buffer.start_episode(0, observation[-1])
     assert num_greedy > 50 and equal(model(path), agent.weights()) and model(path)["num_resets"] == 0
-
-
-def test_stopped_and_typed_again_it_ends_as_the_run_that_nobody_touched(tmp_path):
-    """Stopped between the resets at steps 300 and 400, whose networks are drawn."""
-    arguments = [*QUICK, *SMALL, *"--num-envs 2 --total-timesteps 500 --eval-interval 0 --reset-interval 20 --anneal".split()]
-    result = run_main(drq, *arguments, "--runs-dir", tmp_path / "undisturbed")
-    assert result.returncode == 0, result.stderr
-    arguments += ["--runs-dir", tmp_path / "stopped"]
-    assert stop_when(lambda run: run.global_step >= 340, drq, *arguments).returncode == 143
-    result = run_main(drq, *arguments)
-    assert result.returncode == 0 and "at step 340" in result.stdout, result.stderr
-    assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
-    assert model(only_run(tmp_path / "stopped"))["num_resets"] == 2
 
 
 # ---------------------------------------------------------------------------------------- kept, captured, read and written

@@ -1,6 +1,7 @@
 """play.py: the scores are those of `evaluate`, members play alone, videos and a window show it, and what cannot work is refused."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -220,6 +221,55 @@ def test_all_of_them_in_a_table(play, folder):
     assert lines[-5].split()[2:] == ["return", "length", "success"]
 
 
+# ---------------------------------------------------------------------------------------------- other rules, and resets
+
+
+@pytest.mark.parametrize("more, changed", [
+    ((), {}), (("--selection", "advantage"), {"selection": "advantage", "beta": None}), (("--beta", 0), {"beta": 0.0}),
+    (("--selection", "advantage", "--beta", 1.5), {"selection": "advantage", "beta": 1.5}),
+])  # fmt: skip
+def test_what_a_reset_costs(play, folder, more, changed):
+    """Scores and shares of three fresh networks, against an agent that is reset and evaluated by hand."""
+    path = folder("minigrid")
+    lines = played(play, path, "--reset", "oldest", "--fresh-seeds", 3, "--episodes", 4, *more)
+    script, args = play.import_script(str(path), play.Options(str(path)))
+    args = dataclasses.replace(args, **changed)
+    envs, weights, means, shares = [script.make_env(args) for _ in range(4)], model(path), [], []
+    fresh = weights["oldest_agent"]
+    for seed in range(3):
+        agent = script.Agent(args, envs[0].observation_space, envs[0].action_space, None, torch.device("cpu"))
+        agent.load_weights(weights)
+        before = copy.deepcopy(agent.q_networks)
+        torch.manual_seed(script.derive_seed(seed, script.INITIALISATION))
+        assert agent.reset() == fresh
+        same = [all(map(torch.equal, a.parameters(), b.parameters())) for a, b in zip(before, agent.q_networks)]
+        assert same == [i != fresh for i in range(3)]
+        act, acting = agent.act, []
+        agent.act = lambda *inputs, act=act, acting=acting: (acting.append(act(*inputs)), acting[-1])[1]
+        generator = torch.Generator().manual_seed(script.derive_seed(0, script.EVALUATION, 0))
+        policy = agent.evaluation_policy(generator)
+        episodes = script.evaluate(policy, envs, 0, 0, torch.device("cpu"), lambda env: None)
+        returns = [episode["r"] for episode in episodes]
+        means.append(np.mean(returns))
+        shares.append(np.mean(torch.cat([choice[1] for choice in acting]).numpy() == fresh))
+        assert lines[1 + seed] == (
+            f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {shares[-1]:.0%}"
+        )
+    assert len(set(shares)) > 1 and (changed.get("beta") != 0 or abs(np.mean(shares) - 1 / 3) < 0.1)
+    assert lines[4:] == [
+        f"3 fresh network(s), 4 episode(s) each: return {np.mean(means):.4g} ± {np.std(means, ddof=1) / np.sqrt(3):.2f} "
+        f"(standard error), the fresh agent acts in {np.mean(shares):.0%}"
+    ]
+
+
+def test_another_rule_is_played_without_a_reset_too(play, folder):
+    path = folder("safety")
+    by_run, uniform = (played(play, path, "--episodes", 2, *more) for more in ((), ("--beta", 0)))
+    assert scores(by_run) != scores(uniform)
+    assert scores(played(play, path, "--episodes", 2, "--selection", "value")) == scores(by_run)
+    assert scores(played(play, path, "--episodes", 2, "--selection", "value", "--beta", 50)) == scores(by_run)
+
+
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -329,6 +379,12 @@ def test_wrong_arguments(play, folder, tmp_path, monkeypatch):
     assert refused(play, single, *video, "--checkpoint", "5").endswith("are weights of no step (--keep-models)")
     assert "at least 1 episode" in refused(play, path, *video, "--episodes", "0")
     assert "no negative seed" in refused(play, path, *video, "--seed", "-1")
+    for wrong in (("--fresh-seeds", "0"), ("--beta", "-1"), ("--beta", "nan")):
+        assert "at least 1 network, and no negative beta" in refused(play, path, *wrong)
+    for more in (video, ("--like-evaluation",), ("--agent", "all")):
+        assert "--reset plays the whole ensemble, and scores only" in refused(play, path, "--reset", "oldest", *more)
+    for more in (("--reset", "oldest"), ("--selection", "value"), ("--beta", "1")):
+        assert refused(play, single, *more).endswith("the run has one agent alone, and nothing is chosen")
     assert "side by side" in refused(play, path, *video, "--like-evaluation")
     assert not os.listdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -365,7 +421,8 @@ def test_wrong_folders(play, folder, tmp_path):
     for text in ("", "[]", "{}"):
         (path / "args.json").write_text(text)
         assert refused(play, path).endswith("its args.json does not fit")
-    for args in ({"sead": 1}, {"seed": -1}, {"seed": "x"}):
+    shutil.copy(folder("minigrid") / "model.pt", path / "model.pt")
+    for args in ({"seed": -1}, {"seed": "x"}, {"beta": [1]}):
         (path / "args.json").write_text(json.dumps(content | {"args": args}))
         assert refused(play, path).startswith(f"the arguments in {path}/args.json do not fit {ROOT / 'rde_dqn.py'}: ")
     (path / "args.json").write_text(json.dumps(content))
@@ -384,8 +441,8 @@ def test_other_scripts(play, folder, tmp_path):
         result = run(play, path, "--scripts-dir", scripts)
         assert result.code == 0 and (expected is None or scores(result.out.splitlines()) == expected)
         assert result.err == (
-            f"warning: {scripts / 'rde_dqn.py'} is not the text that made the run; it is played as it is; "
-            "--run-script plays the run's own\n"
+            f"warning: {scripts / 'rde_dqn.py'} is not the text that made the run, and is played as it is; "
+            "--run-script plays with the run's own text\n"
         )
         assert scores(played(play, path, "--scripts-dir", scripts, "--run-script")) == ours
     (scripts / "rde_dqn.py").write_text("def evaluate(): pass")
@@ -397,7 +454,7 @@ def test_other_scripts(play, folder, tmp_path):
     (copied / "rde_dqn.py").write_text(source + "\n# changed\n")
     result = run(play, copied, "--run-script")
     assert result.code == 0 and scores(result.out.splitlines()) == ours
-    assert result.err == f"warning: {copied / 'rde_dqn.py'} is not the text that made the run; it is played as it is\n"
+    assert result.err == f"warning: {copied / 'rde_dqn.py'} is not the text that made the run, and is played as it is\n"
 
 
 def test_without_the_flag_nothing_in_a_folder_is_executed(play, folder, tmp_path):

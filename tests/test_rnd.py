@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_capture import watched
 
-from conftest import QUICK, assert_same_end, load_script, model, only_run, run_main, scalars, stop_when
+from conftest import QUICK, load_script, model, only_run, run_main, scalars
 
 rnd = load_script("rnd_dqn_atari")
 CPU = torch.device("cpu")
@@ -487,23 +487,17 @@ def test_weights_go_to_another_agent(arguments):
         assert torch.equal(agent.rnd.learn(frames), other.rnd.learn(frames))
 
 
-def test_stopped_and_typed_again_it_ends_as_the_run_that_nobody_touched(tmp_path):
-    """Stopped when it has learned, between two points of the curves."""
-    arguments = [*QUICK, "--num-envs", "2", "--exploration-steps", "200", "--total-timesteps", "500", "--eval-interval", "0"]
-    result = run_main(rnd, *arguments, "--runs-dir", tmp_path / "undisturbed")
-    assert result.returncode == 0, result.stderr
-    arguments += ["--runs-dir", tmp_path / "stopped"]
-    assert stop_when(lambda run: run.global_step >= 260, rnd, *arguments).returncode == 143
-    result = run_main(rnd, *arguments)
-    assert result.returncode == 0 and "at step 260" in result.stdout, result.stderr
-    path = only_run(tmp_path / "stopped")
-    assert_same_end(path, only_run(tmp_path / "undisturbed"))
-    assert len(torch.utils._pytree.tree_leaves(model(path))) == 42  # networks and statistics
+def test_what_a_run_logs_and_leaves(runs):
+    """Points of the curves once it learns; networks and statistics."""
+    path = runs("rnd").path
+    assert len(torch.utils._pytree.tree_leaves(model(path))) == 42
     points = scalars(path)
+    steps = [step for step, _ in points["losses/td_loss"]]
+    assert len(steps) >= 2 and steps == list(range(steps[0], steps[-1] + 1, 100))
     for name in ("rnd/bonus", "rnd/bonus_largest", "rnd/predictor_loss", "rnd/intrinsic_return_std", "losses/td_loss",
                  "losses/intrinsic_td_loss", "losses/q_values", "losses/intrinsic_q_values", "losses/gradient_norm"):  # fmt: skip
-        assert [step for step, _ in points[name]] == [300, 400, 500]
-        assert all(math.isfinite(value) and value != 0 for _, value in points[name])
+        values = dict(points[name])
+        assert set(steps) <= values.keys() and all(math.isfinite(values[step]) and values[step] != 0 for step in steps)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -536,7 +530,7 @@ def test_the_metrics_have_a_name_each(arguments):
     intrinsic = {"intrinsic_td_loss", "intrinsic_q_values"} if arguments == {} else set()
     assert values.keys() == {"td_loss", "q_values", "gradient_norm"} | intrinsic
     gradients = torch.cat([parameter.grad.flatten() for parameter in agent.q_network.parameters()]).double()
-    assert values["gradient_norm"] == pytest.approx(gradients.norm().item(), rel=1e-5)  # nothing is clipped here
+    assert values["gradient_norm"] == pytest.approx(gradients.norm().item(), rel=1e-4)  # nothing is clipped here
 
 
 @pytest.mark.parametrize(
