@@ -136,7 +136,10 @@ def test_a_norm_all_of_whose_units_died_is_counted(monkeypatch):
     for layer in network.convolutions:
         x = layer(x)
         channels += [x] if isinstance(layer, nn.ReLU) else []
-    alive, rates = atari.plasticity(network, observations), [(layer > 0).double().mean(dim=(0, 2, 3)).sum() for layer in channels]
+    alive, rates = (
+        atari.plasticity(network, observations),
+        [(layer > 0).double().mean(dim=(0, 2, 3)).sum() for layer in channels],
+    )
     assert alive["plasticity/active_units"] > sum(rates).item() / 672 + 0.2
     network.norm.weight.data.zero_()
     network.norm.bias.data.fill_(-1)
@@ -295,9 +298,7 @@ AGENTS = {
 def test_the_oldest_agent_is_what_the_weights_say(name):
     """In a copy that resets its agents in another order, for example those that act least, `num_resets` does not tell it."""
     script = load_script(name)
-    make = lambda seed: (
-        dqn_agent(script, seed, num_agents=3) if name == "rde_dqn_atari" else AGENTS[name](script, 3, seed=seed)
-    )
+    make = lambda seed: dqn_agent(script, seed, num_agents=3) if name == "rde_dqn_atari" else AGENTS[name](script, 3, seed=seed)
     agent = make(1)
     agent.num_resets = 4  # in the scripts' own order agent 1 would be the oldest
     agent.oldest.fill_(2)

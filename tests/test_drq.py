@@ -501,7 +501,14 @@ def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path):
             tag = f"plasticity/{name}_{i}"
             assert [step for step, _ in ours[tag]] == [140, 180, 210]
             assert [step for step, _ in theirs[tag]] == [75, 140, 150, 180, 210] and set(ours[tag]) < set(theirs[tag])
-    for tag in ("losses/td_loss_0", "losses/q_values_1", "losses/gradient_norm_1", "rde/choice_entropy", "rde/saturated_values", "rde/reset_agent"):
+    for tag in (
+        "losses/td_loss_0",
+        "losses/q_values_1",
+        "losses/gradient_norm_1",
+        "rde/choice_entropy",
+        "rde/saturated_values",
+        "rde/reset_agent",
+    ):
         assert ours[tag] == theirs[tag]
     assert ours["rde/reset_agent"] == [(140, 0), (180, 1)] and [step for step, _ in ours["losses/td_loss_0"]] == [200]
 

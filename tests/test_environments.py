@@ -4,9 +4,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from test_play import played, scores
 
 from conftest import ROOT, assert_same_end, error_line, load_module, load_script, only_run, read_csv, run_main, stop_when
-from test_play import played, scores
 
 LENGTH = 48  # of an episode
 

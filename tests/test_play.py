@@ -436,7 +436,10 @@ def test_other_scripts(play, folder, tmp_path):
     scripts.mkdir()
     source, ours = (ROOT / "rde_dqn.py").read_text(), scores(played(play, path))
     assert (path / "rde_dqn.py").read_text() == source
-    for changed, expected in ((source + "\n# changed\n", ours), (source.replace("features.float())", "-features.float())"), None)):
+    for changed, expected in (
+        (source + "\n# changed\n", ours),
+        (source.replace("features.float())", "-features.float())"), None),
+    ):
         (scripts / "rde_dqn.py").write_text(changed)
         result = run(play, path, "--scripts-dir", scripts)
         assert result.code == 0 and (expected is None or scores(result.out.splitlines()) == expected)

@@ -135,7 +135,9 @@ def test_gradient_step_against_float64(sac, num_agents):
         for (layer, kind, k), gradient in critic_gradients.items():
             torch.testing.assert_close(gradient, reference.critics[k][layer][kind == "bias"].grad, rtol=1e-4, atol=3e-6)
         for k in range(2):
-            targets = zip(reference.targets[k], updated_critics[k], Float64Networks.copy_layers(agent.target_critics, 2 * i + k))
+            targets = zip(
+                reference.targets[k], updated_critics[k], Float64Networks.copy_layers(agent.target_critics, 2 * i + k)
+            )
             for before, critic, after in targets:
                 for old, new, moved in zip(before, critic, after):
                     torch.testing.assert_close(moved, 0.995 * old + 0.005 * new, rtol=1e-6, atol=1e-7)

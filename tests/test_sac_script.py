@@ -109,7 +109,9 @@ def test_a_run_that_diverges_says_so(sac, tmp_path, monkeypatch):
 def test_a_policy_that_diverges_says_so(sac, tmp_path):
     """Before the physics would stop with an error of its own."""
     line = error_line(run_main(sac, *flags(TINY | {"learning_rate": 1e29}), "--runs-dir", tmp_path))
-    assert line.startswith("error: cartpole-balance: an action is not finite at step 10") and line.endswith("try a lower --learning-rate")
+    assert line.startswith("error: cartpole-balance: an action is not finite at step 10") and line.endswith(
+        "try a lower --learning-rate"
+    )
 
 
 @pytest.mark.slow

@@ -267,7 +267,10 @@ def test_with_one_agent_both_rules_are_one_to_the_bit(name):
     """The same actions, and the same numbers are drawn; nothing is said of a choice."""
     choices, states = [], []
     for selection in ("value", "advantage"):
-        agent, generators = make_agent(name, num_agents=1, selection=selection), [torch.Generator().manual_seed(i) for i in (1, 2)]
+        agent, generators = (
+            make_agent(name, num_agents=1, selection=selection),
+            [torch.Generator().manual_seed(i) for i in (1, 2)],
+        )
         assert agent.summary() == f"1 agent(s) x {agent.num_parameters:,} parameters"
         agent.num_resets = 1
         if name in CONTINUOUS or name == "rde_dqn":

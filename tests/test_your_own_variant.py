@@ -9,12 +9,25 @@ import sys
 
 import pytest
 import torch
+from test_play import played
 
 from conftest import (
-    QUICK, QUICK_CARTPOLE, ROOT, assert_same_end, environment, equal, error_line, load_module, load_script, model, only_run,
-    read_csv, run_main, scalars, stop_when,
+    QUICK,
+    QUICK_CARTPOLE,
+    ROOT,
+    assert_same_end,
+    environment,
+    equal,
+    error_line,
+    load_module,
+    load_script,
+    model,
+    only_run,
+    read_csv,
+    run_main,
+    scalars,
+    stop_when,
 )  # fmt: skip
-from test_play import played
 
 PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
 BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
