@@ -321,8 +321,8 @@ class Agent:
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
         if counted:
-            entropies = torch.special.entr(probabilities).sum(dim=1)  # (num_envs,)
-            self.choices.add_(torch.stack([torch.ones_like(entropies), entropies], dim=1).sum(dim=0))
+            entropy = torch.special.entr(probabilities).sum()
+            self.choices.add_(torch.stack([torch.full_like(entropy, len(probabilities)), entropy]))
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     def update(self) -> None:

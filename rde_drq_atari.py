@@ -399,11 +399,12 @@ class Agent:
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
         if counted:
-            entropies = torch.special.entr(probabilities).sum(dim=1)  # (num_envs,)
+            entropy = torch.special.entr(probabilities).sum()
             margin = (self.args.v_max - self.args.v_min) / 40  # with +-10: beyond 9.5
             saturated = (judgement < self.args.v_min + margin) | (judgement > self.args.v_max - margin)  # (num_envs, N)
-            counts = [torch.ones_like(entropies), entropies, saturated.float().mean(dim=1)]
-            self.choices.add_(torch.stack(counts, dim=1).sum(dim=0))
+            self.choices.add_(
+                torch.stack([torch.full_like(entropy, len(probabilities)), entropy, saturated.float().mean(dim=1).sum()])
+            )
         return torch.stack([proposals.gather(1, acting_agents.unsqueeze(1)).squeeze(1), acting_agents])
 
     def horizons(self) -> tuple[int | torch.Tensor, float | torch.Tensor]:

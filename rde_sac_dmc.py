@@ -421,8 +421,8 @@ class Agent:
         clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
         acting_agents = clocks.argmin(dim=1)  # (num_envs,)
         if counted:
-            entropies = torch.special.entr(probabilities).sum(dim=1)  # (num_envs,)
-            self.choices.add_(torch.stack([torch.ones_like(entropies), entropies], dim=1).sum(dim=0))
+            entropy = torch.special.entr(probabilities).sum()
+            self.choices.add_(torch.stack([torch.full_like(entropy, len(probabilities)), entropy]))
         actions = proposals[torch.arange(num_envs, device=self.device), acting_agents]  # (num_envs, action_dim)
         return torch.cat([actions, acting_agents.unsqueeze(1)], dim=1)
 
