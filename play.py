@@ -383,7 +383,8 @@ def main() -> None:
             fail(f"--video {options.video}: {error.strerror}")
 
     epsilon = f", epsilon {args.eval_epsilon:g}" if hasattr(args, "eval_epsilon") else ""
-    judge = f"; agent {agent.oldest.item()} of {len(members)} judges" if members else ""
+    role = "judges" if options.reset == "none" else "is reset"
+    judge = f"; agent {agent.oldest.item()} of {len(members)} {role}" if members else ""
     print(f"{args.env_id}, {script.SCRIPT}, {os.path.relpath(file, folder)}{epsilon}{judge}")
     if options.reset != "none":
         envs = [script.make_env(args) for _ in range(options.episodes)]

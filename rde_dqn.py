@@ -63,6 +63,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -1138,8 +1139,9 @@ class Run:
             self.load()
             print(f"continuing {self.path} at step {self.global_step}, with {self.num_threads} thread(s) as before")
         for file in () if resumed else self.path.parent.glob(f"{self.path.name[:-8]}*/checkpoint.pt"):
+            new, old = shlex.quote(str(self.path)), shlex.quote(str(file.parent))  # to be pasted, also with blanks in it
             print(f"note: {file.parent} is not finished, and not continued: its script or arguments are others. To go on with it "
-                  f"in place of this run, stop and: rm -r {self.path} && mv {file.parent} {self.path}")  # fmt: skip
+                  f"in place of this run, stop and: rm -r {new} && mv {old} {new}")  # fmt: skip
         (self.path / SCRIPT).write_bytes(SCRIPT_TEXT)
         content = {"script": SCRIPT, "script_sha256": hashlib.sha256(SCRIPT_TEXT).hexdigest(), "args": vars(args),
                    "versions": self.versions, "device": self.device_name}  # fmt: skip

@@ -236,6 +236,7 @@ def test_what_a_reset_costs(play, folder, more, changed):
     args = dataclasses.replace(args, **changed)
     envs, weights, means, shares = [script.make_env(args) for _ in range(4)], model(path), [], []
     fresh = weights["oldest_agent"]
+    assert lines[0].endswith(f"; agent {fresh} of 3 is reset")  # another one judges
     for seed in range(3):
         agent = script.Agent(args, envs[0].observation_space, envs[0].action_space, None, torch.device("cpu"))
         agent.load_weights(weights)

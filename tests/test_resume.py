@@ -369,13 +369,18 @@ def changed_script(tmp_path):
 
 
 def test_a_changed_script_is_another_run_and_a_note_says_how_to_go_on_with_it(copy_of_stopped_run, changed_script, runs):
-    """One byte is enough. What the note says is done here, and the run ends as it would have (it was but a comment)."""
-    runs_dir, arguments = copy_of_stopped_run.parent, arguments_of("cartpole")
+    """One byte is enough. What the note says is done here, and the run ends as it would have (it was but a comment).
+
+    The folder's name has a blank: pasted without quotes, `rm -r` would remove something else.
+    """
+    runs_dir, arguments = copy_of_stopped_run.parent / "my runs", arguments_of("cartpole")
+    runs_dir.mkdir()
+    copy_of_stopped_run = copy_of_stopped_run.rename(runs_dir / copy_of_stopped_run.name)
     before = snapshot(copy_of_stopped_run)
     result = stop_when(AtStep(20), changed_script, *arguments, "--runs-dir", runs_dir)
     (other,) = set(runs_dir.iterdir()) - {copy_of_stopped_run}
     line = (f"note: {copy_of_stopped_run} is not finished, and not continued: its script or arguments are others. To go on "
-            f"with it in place of this run, stop and: rm -r {other} && mv {copy_of_stopped_run} {other}")  # fmt: skip
+            f"with it in place of this run, stop and: rm -r '{other}' && mv '{copy_of_stopped_run}' '{other}'")  # fmt: skip
     assert result.returncode == 143 and result.stdout.splitlines()[0] == line and snapshot(copy_of_stopped_run) == before
     assert other.name[:-8] == copy_of_stopped_run.name[:-8] and re.fullmatch("[0-9a-f]{8}", other.name[-8:])
     assert other.joinpath("rde_dqn.py").read_bytes() == copy_of_stopped_run.joinpath("rde_dqn.py").read_bytes() + b"#"
