@@ -187,3 +187,41 @@ def test_the_acting_agents_are_counted_where_their_actions_are_played(loop):
             expected.append((number + 2, counts.tolist()))
             counts[:] = 0
     assert loop.counts == expected and all(min(counts) > 0 for _, counts in expected[2:])
+
+
+@pytest.mark.parametrize("name", ["dqn_atari", "sr_dqn_atari", "rde_drq_atari", "rnd_dqn_atari"])
+def test_a_cut_game_is_stored_with_its_own_last_frame_in_the_other_scripts_too(name, tmp_path, monkeypatch):
+    """Their loops are texts of their own, and no other run of them is long enough for a game to be cut."""
+    script, envs, stored, starts = load_script(name), [], [], []
+    real_make_env, real_add, real_start = script.make_env, script.ReplayBuffer.add, script.ReplayBuffer.start_episode
+
+    def make_env(*args, **kwargs):
+        envs.append(Recorder(real_make_env(*args, **kwargs, max_num_frames_per_episode=140)))
+        return envs[-1]
+
+    def add(buffer, i, action, reward, next_frame, terminated):
+        stored.append((action, reward, terminated, next_frame.copy()))
+        real_add(buffer, i, action, reward, next_frame, terminated)
+
+    def start_episode(buffer, i, frame):
+        starts.append((len(stored), frame.copy()))
+        real_start(buffer, i, frame)
+
+    monkeypatch.setattr(script, "make_env", make_env)
+    monkeypatch.setattr(script, "evaluation_scalars", lambda agent: {})  # which would play on its own
+    monkeypatch.setattr(script.ReplayBuffer, "add", add)
+    monkeypatch.setattr(script.ReplayBuffer, "start_episode", start_episode)
+    options = "--env-id BreakoutNoFrameskip-v4 --total-timesteps 120 --learning-starts 110 --replay-ratio 0.1 --batch-size 4"
+    options += " --eval-interval 0 --eval-episodes 1 --buffer-size 200"
+    result = run_main(script, *options.split(), "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    played, ends = envs[0].steps, []
+    for number, ((*row, next_frame), (action, reward, terminated, truncated, observation)) in enumerate(
+        zip(stored, played, strict=True), start=1
+    ):
+        assert row == [action, reward, terminated] and np.array_equal(next_frame, observation[-1])
+        if terminated or truncated:
+            ends.append(number)
+    num_cut = sum(truncated and not terminated for _, _, terminated, truncated, _ in played)
+    assert num_cut >= 2 and [number for number, _ in starts] == [0, *ends]
+    assert all(np.array_equal(frame, reset[-1]) for (_, frame), reset in zip(starts, envs[0].resets, strict=True))
