@@ -73,8 +73,12 @@ WRONG_TOGETHER = {
         ("--env-id walker_run", "did you mean walker-run"),
         ("--env-id hoper-hop", "did you mean hopper-hop"),
         ("--env-id lqr-lqr_2_1", "actions without bounds"),
+        ("--num-envs 70 --buffer-size 69 --batch-size 64", "--buffer-size 69 is too small for one step of 70 environments"),
         ("--reset-interval 15 --num-envs 4 --replay-ratio 2 --num-agents 2", "use at least 16"),
         ("--replay-ratio 0.0000001", "without a gradient step"),
+    ],
+    "rde_sac_safety": [
+        ("--num-envs 70 --buffer-size 69 --batch-size 64", "--buffer-size 69 is too small for one step of 70 environments"),
     ],
 }  # fmt: skip
 
@@ -119,6 +123,9 @@ def test_what_is_just_right_is_accepted(monkeypatch, tmp_path):
         ("dqn_atari", "--num-envs 8 --buffer-size 40 --learning-starts 32"),
         ("rde_dqn_atari", "--reset-interval 16 --num-envs 4 --replay-ratio 2 --num-agents 2"),
         ("rde_sac_dmc", "--beta 0 --keep-models 10000 --gamma 1"),
+        ("rde_sac_dmc", "--num-envs 70 --buffer-size 70 --batch-size 64"),
+        ("rde_sac_safety", "--num-envs 70 --buffer-size 70 --batch-size 64"),
+        ("rde_dqn", "--num-envs 70 --buffer-size 70 --batch-size 64"),
     ):
         result = check(script, arguments.split(), monkeypatch)
         assert (result.returncode, result.stderr, os.listdir(tmp_path)) == (0, "", [])
