@@ -191,13 +191,14 @@ def test_the_acting_agents_are_counted_where_their_actions_are_played(loop):
 
 
 @pytest.mark.parametrize("name", ["rde_dqn_atari", "dqn_atari", "sr_dqn_atari", "rde_drq_atari", "rnd_dqn_atari"])
-def test_ends_of_games_are_handled_in_every_loop(name, tmp_path, monkeypatch):
+def test_ends_of_games_and_the_first_gradient_step_in_every_loop(name, tmp_path, monkeypatch):
     """The scripts' loops are texts of their own, and no other run of them is long enough for a game to be cut.
 
     A game that ended in the no-op or FIRE of a reset is logged; here the third reset says so.
     """
-    script, envs, stored, starts = load_script(name), [], [], []
+    script, envs, stored, starts, updates = load_script(name), [], [], [], []
     real_make_env, real_add, real_start = script.make_env, script.ReplayBuffer.add, script.ReplayBuffer.start_episode
+    real_update = script.Agent.update
 
     def make_env(*args, **kwargs):
         envs.append(Recorder(real_make_env(*args, **kwargs, max_num_frames_per_episode=140)))
@@ -216,7 +217,8 @@ def test_ends_of_games_are_handled_in_every_loop(name, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "evaluation_scalars", lambda agent: {})  # which would play on its own
     monkeypatch.setattr(script.ReplayBuffer, "add", add)
     monkeypatch.setattr(script.ReplayBuffer, "start_episode", start_episode)
-    options = "--env-id BreakoutNoFrameskip-v4 --total-timesteps 120 --learning-starts 110 --replay-ratio 0.1 --batch-size 4"
+    monkeypatch.setattr(script.Agent, "update", lambda agent: (updates.append(len(stored)), real_update(agent)))
+    options = "--env-id BreakoutNoFrameskip-v4 --total-timesteps 120 --learning-starts 114 --replay-ratio 1 --batch-size 4"
     options += " --eval-interval 0 --eval-episodes 1 --buffer-size 200"
     result = run_main(script, *options.split(), "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -231,3 +233,4 @@ def test_ends_of_games_are_handled_in_every_loop(name, tmp_path, monkeypatch):
     assert num_cut >= 2 and [number for number, _ in starts] == [0, *ends]
     assert all(np.array_equal(frame, reset[-1]) for (_, frame), reset in zip(starts, envs[0].resets, strict=True))
     assert [row[1:] for row in rows(only_run(tmp_path), "episodes.csv")].count(("77.0", "9")) == 1
+    assert updates == list(range(114, 120))  # the first in the loop step that begins when learning starts
