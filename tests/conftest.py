@@ -218,6 +218,14 @@ def model(path: pathlib.Path, name: str = "model.pt") -> dict:
     return torch.load(path / name, weights_only=True)
 
 
+def tensors(content) -> list[torch.Tensor]:
+    """All of a model, or of a part of it."""
+    if isinstance(content, torch.Tensor):
+        return [content]
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else []
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
 def equal(ours, theirs) -> bool:
     """Of two models, or parts of them, to the bit."""
     import torch

@@ -2,6 +2,8 @@
 
 import copy
 
+import copies
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import dqn_agent, networks, targets, updated
-from conftest import load_script
+from agents import ACTION_DIM, CPU, FRAMES, NUM_ACTIONS, OBSERVATION_DIM, box, dqn_agent, networks, targets, updated
+from conftest import equal, load_script, tensors
 
 rde, sr, dqn = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari"))
 
@@ -323,3 +325,18 @@ def test_agents_start_different_and_agent_0_starts_like_dqn():
         assert torch.equal(parameter, ensemble.q_networks[0].get_parameter(name))
         assert torch.equal(parameter, single.target_network.get_parameter(name))
         assert not torch.equal(parameter, ensemble.q_networks[1].get_parameter(name))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in copies.scripts()])
+def test_the_first_weights_are_those_of_the_seed(name):
+    """Whatever was drawn before from PyTorch's own generator."""
+    script, made = load_script(name), []
+    observations = FRAMES if "atari" in name else box(OBSERVATION_DIM)
+    actions = box(ACTION_DIM) if "sac" in name else gym.spaces.Discrete(NUM_ACTIONS)
+    for seed in (1, 2, 1):
+        made.append(script.Agent(script.Args(seed=seed), observations, actions, None, CPU).weights())
+        torch.rand(seed)
+    one, other, again = made
+    assert equal(one, again)
+    ours, theirs = ([value for value in tensors(weights) if value.ndim > 1 and value.std() > 0] for weights in (one, other))
+    assert len(ours) >= 5 and not any(map(torch.equal, ours, theirs))

@@ -131,6 +131,19 @@ def test_what_is_shown_is_a_copy(rde):
     np.testing.assert_array_equal(shown, kept)
 
 
+def test_a_seed_begins_a_new_game_wherever_the_old_one_is(rde):
+    """Evaluations are seeded, and the game before may not be over: its last reset may have begun it."""
+    played, fresh = (make_env(rde, "BreakoutNoFrameskip-v4") for _ in range(2))
+    played.reset(seed=1)
+    for _ in range(5):
+        assert not any(played.step(1)[2:4])
+    assert np.array_equal(played.reset(seed=2)[0], fresh.reset(seed=2)[0])
+    assert played.ale.getEpisodeFrameNumber() == fresh.ale.getEpisodeFrameNumber()
+    for action in [1, 2, 2, 3, 0] * 10:
+        (ours, *others, _), (theirs, *expected, _) = played.step(action), fresh.step(action)
+        assert np.array_equal(ours, theirs) and others == expected
+
+
 def test_human_normalized_scores(rde):
     normalized = lambda game, score: rde.normalized_scores(f"{game}NoFrameskip-v4", score)
     assert normalized("Alien", 227.8) == {"human_normalized_score": 0}

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from conftest import load_script, put_environments, run_main
+from conftest import load_script, only_run, put_environments, rows, run_main
 
 # The decay of epsilon takes half of the run; a reset is due at gradient step 300 of 360.
 OPTIONS = (
@@ -25,6 +25,7 @@ class Recorder(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.steps, self.resets, self.seeds = [], [], []
+        self.news = {}  # what so many-th resets say beside their observation
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -37,7 +38,7 @@ class Recorder(gym.Wrapper):
         self.observation = observation.copy()
         self.resets.append(self.observation)
         self.seeds.append(kwargs.get("seed"))
-        return observation, info
+        return observation, info | self.news.get(len(self.resets), {})
 
 
 class Loop:
@@ -187,3 +188,49 @@ def test_the_acting_agents_are_counted_where_their_actions_are_played(loop):
             expected.append((number + 2, counts.tolist()))
             counts[:] = 0
     assert loop.counts == expected and all(min(counts) > 0 for _, counts in expected[2:])
+
+
+@pytest.mark.parametrize("name", ["rde_dqn_atari", "dqn_atari", "sr_dqn_atari", "rde_drq_atari", "rnd_dqn_atari"])
+def test_ends_of_games_and_the_first_gradient_step_in_every_loop(name, tmp_path, monkeypatch):
+    """The scripts' loops are texts of their own, and no other run of them is long enough for a game to be cut.
+
+    A game that ended in the no-op or FIRE of a reset is logged; here the third reset says so.
+    """
+    script, envs, stored, starts, updates = load_script(name), [], [], [], []
+    real_make_env, real_add, real_start = script.make_env, script.ReplayBuffer.add, script.ReplayBuffer.start_episode
+    real_update = script.Agent.update
+
+    def make_env(*args, **kwargs):
+        envs.append(Recorder(real_make_env(*args, **kwargs, max_num_frames_per_episode=140)))
+        envs[-1].news = {3: {"episode": {"r": 77.0, "l": 9}}} if len(envs) == 1 else {}
+        return envs[-1]
+
+    def add(buffer, i, action, reward, next_frame, terminated):
+        stored.append((action, reward, terminated, next_frame.copy()))
+        real_add(buffer, i, action, reward, next_frame, terminated)
+
+    def start_episode(buffer, i, frame):
+        starts.append((len(stored), frame.copy()))
+        real_start(buffer, i, frame)
+
+    monkeypatch.setattr(script, "make_env", make_env)
+    monkeypatch.setattr(script, "evaluation_scalars", lambda agent: {})  # which would play on its own
+    monkeypatch.setattr(script.ReplayBuffer, "add", add)
+    monkeypatch.setattr(script.ReplayBuffer, "start_episode", start_episode)
+    monkeypatch.setattr(script.Agent, "update", lambda agent: (updates.append(len(stored)), real_update(agent)))
+    options = "--env-id BreakoutNoFrameskip-v4 --total-timesteps 120 --learning-starts 114 --replay-ratio 1 --batch-size 4"
+    options += " --eval-interval 0 --eval-episodes 1 --buffer-size 200"
+    result = run_main(script, *options.split(), "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    played, ends = envs[0].steps, []
+    for number, ((*row, next_frame), (action, reward, terminated, truncated, observation)) in enumerate(
+        zip(stored, played, strict=True), start=1
+    ):
+        assert row == [action, reward, terminated] and np.array_equal(next_frame, observation[-1])
+        if terminated or truncated:
+            ends.append(number)
+    num_cut = sum(truncated and not terminated for _, _, terminated, truncated, _ in played)
+    assert num_cut >= 2 and [number for number, _ in starts] == [0, *ends]
+    assert all(np.array_equal(frame, reset[-1]) for (_, frame), reset in zip(starts, envs[0].resets, strict=True))
+    assert [row[1:] for row in rows(only_run(tmp_path), "episodes.csv")].count(("77.0", "9")) == 1
+    assert updates == list(range(114, 120))  # the first in the loop step that begins when learning starts

@@ -32,6 +32,7 @@ from conftest import (
     run_main,
     scalars,
     stop_when,
+    tensors,
 )
 
 
@@ -102,13 +103,6 @@ def test_the_files_of_a_run(runs, name):
     elif name != "cartpole":
         assert all(length > 4 * 10 for length in lengths)  # in emulator frames
     assert all(tensor.isfinite().all() for tensor in tensors(model(path)))
-
-
-def tensors(content) -> list[torch.Tensor]:
-    if isinstance(content, torch.Tensor):
-        return [content]
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else []
-    return [tensor for part in parts for tensor in tensors(part)]
 
 
 @pytest.mark.parametrize(
