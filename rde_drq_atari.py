@@ -1429,6 +1429,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
+            self.close_envs()
             self.progress.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
@@ -1446,10 +1447,13 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+        self.close_envs()
         self.progress.close()
         print(f"the run is in {self.path}")
+
+    def close_envs(self) -> None:
+        for env in self.parts["envs"] + self.eval_envs:
+            env.close()
 
     # ------------------------------------------------------------ what happens at a step
 
