@@ -163,6 +163,7 @@ def test_the_same_command_three_times(copy_of_stopped_run, runs):
     first, second, *_, last = result.stdout.splitlines()
     assert first == f"continuing {copy_of_stopped_run} at step {STOPPED_AT}, with 1 thread(s) as before"
     assert re.search(r"parameters, .*, 00:\d\d left; in ", second) and last == f"the run is in {copy_of_stopped_run}"
+    assert "| 300/300 [" in result.stderr  # the bar, too, goes on
     assert_same_end(copy_of_stopped_run, runs("cartpole").path)
     seconds = [float(row["wall_seconds"]) for row in read_csv(copy_of_stopped_run / "episodes.csv")]
     assert all(1_000 < time < 2_000 for time in seconds[num_before:]) and len(seconds) > num_before

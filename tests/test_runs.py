@@ -290,6 +290,11 @@ def test_no_speed_and_no_time_left_are_said_before_learning_begins(tmp_path, mon
     assert re.fullmatch(r"time left is known once learning runs, return=[\d.]+, epsilon=0\.\d+", said[0])
     pattern = r"00:0\d left, return=[\d.]+, epsilon=0\.10, SPS=[1-9]\d*"
     assert len(said) == 3 and all(re.fullmatch(pattern, text) for text in said[1:]), said
+    returns = [(int(step), float(score)) for step, score, _ in rows(only_run(tmp_path), "episodes.csv")]
+    for at, text in zip((100, 200, 300), said):  # the mean of the last ten
+        finished = [score for step, score in returns if step <= at]
+        assert f"return={np.mean(finished[-10:]):g}," in text
+    assert len(finished) > 12
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
@@ -454,6 +459,14 @@ def test_denormal_numbers_become_0_in_every_thread_of_a_run(tmp_path):
         "script.main()\n"
     )
     assert "2 threads: 0 left" in run_code(code, *QUICK_CARTPOLE, "--runs-dir", tmp_path, OMP_NUM_THREADS="2")
+
+
+@pytest.mark.parametrize("flag, deterministic", [("--torch-deterministic", True), ("--no-torch-deterministic", False)])
+def test_cudnn_is_told_whether_to_be_deterministic(flag, deterministic, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", not deterministic)
+    monkeypatch.setattr(load_script("rde_dqn"), "ReplayBuffer", lambda *args: sys.exit(3))  # the run has begun, that is enough
+    assert run_main(load_script("rde_dqn"), *QUICK_CARTPOLE, flag, "--runs-dir", tmp_path).returncode == 3
+    assert torch.backends.cudnn.deterministic is deterministic
 
 
 def test_as_a_command(runs, tmp_path):
