@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -114,6 +115,8 @@ def test_commands_can_be_pasted_as_they_stand(path, tmp_path, monkeypatch):
             words = words[1:] if words[:1] == ["for"] else [word for word in words if not re.match(r"\w+=", word)]
             script = words[1].removesuffix(".py") if words[:1] in (["python"], ["uv"]) and len(words) > 1 else ""
             if script not in [path.stem for path in scripts()] or re.search(r"[$<…*]|my_", part):
+                continue
+            if "MinAtar/" in part and importlib.util.find_spec("minatar") is None:  # a package for those who use it
                 continue
             with monkeypatch.context() as patch:
                 patch.setattr(load_script(script), "train", lambda args: None)
