@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_play import played
+from test_play import played, run
 
 from conftest import (
     QUICK,
@@ -125,7 +125,9 @@ def test_selection_rule(tmp_path):
     (tmp_path / "try").mkdir()
     shutil.copy(tmp_path / "my_rule.py", tmp_path / "try" / "rde_dqn.py")
     options = ["--scripts-dir", tmp_path / "try", "--reset", "oldest", "--episodes", "2"]
-    assert "acts in" in played(load_module("play", ROOT / "play.py"), ROOT / "results" / "lunar_lander", *options)[-1]
+    result = run(load_module("play", ROOT / "play.py"), ROOT / "results" / "lunar_lander", *options)
+    assert result.code == 0 and "try/rde_dqn.py is not the text that made the run" in result.err
+    assert "1 fresh network(s), 2 episode(s) each: return " in result.out
 
 
 def test_network(tmp_path, monkeypatch):
