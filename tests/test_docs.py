@@ -11,7 +11,7 @@ import tomllib
 
 import pytest
 from copies import scripts
-from tables_of_arguments import page, with_table
+from tables_of_arguments import page, pages_with_tables
 
 from conftest import ROOT, environment, load_script, run_main
 
@@ -19,14 +19,25 @@ DOCUMENTED = [path for path in scripts() if not path.stem.startswith("my_")]  # 
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+SECTIONS = ("What it is", "Usage", "Arguments", "Logged metrics", "Implementation details", "Deviations", "Results")
+
+
 @pytest.mark.parametrize("script", DOCUMENTED, ids=lambda path: path.stem)
-def test_every_script_has_a_page_whose_table_is_its_arguments(script):
-    """After a change: python tests/tables_of_arguments.py"""
+def test_every_script_has_a_page_with_the_same_sections(script):
     text = page(script).read_text()
     assert text.startswith(f"# {script.name}: ")
-    for section in ("Usage", "Arguments", "Logged metrics", "Deviations", "Results"):
-        assert f"\n## {section}\n" in text, section
-    assert text == with_table(script)
+    assert tuple(re.findall(r"^## (.*)$", text, re.MULTILINE)) == SECTIONS
+    results = text.split("\n## Results\n")[1]
+    assert re.search(r"^\|", results, re.MULTILINE) and "](../results/" in results
+    beside_tables = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(beside_tables).split()) <= 1200
+    assert [line for line in beside_tables if len(line) > 120] == []
+
+
+def test_the_tables_of_arguments_are_those_of_the_scripts():
+    """After a change: python tests/tables_of_arguments.py"""
+    for path, text in pages_with_tables().items():
+        assert path.read_text() == text, path.name
 
 
 @pytest.mark.parametrize("script", DOCUMENTED, ids=lambda path: path.stem)
