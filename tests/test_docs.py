@@ -16,7 +16,8 @@ from tables_of_arguments import page, pages_with_tables
 from conftest import ROOT, environment, load_script, run_main
 
 DOCUMENTED = [path for path in scripts() if not path.stem.startswith("my_")]  # a variant of somebody's own needs no page
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "results" / "README.md", *sorted((ROOT / "results").glob("*/README.md"))]
 
 
 SECTIONS = ("What it is", "Usage", "Arguments", "Logged metrics", "Implementation details", "Deviations", "Results")
@@ -57,7 +58,7 @@ def test_every_logged_metric_is_described(script):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_what_a_page_links_to_exists(path):
     text = path.read_text()
-    for target in re.findall(r"\]\(([^)]*)\)", text):
+    for target in re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"^\[[^]]*\]: (\S+)", text, re.MULTILINE):
         if target.startswith("http"):
             continue
         name, _, heading = target.partition("#")
@@ -191,3 +192,16 @@ def test_readme_fits_on_two_screens_and_names_every_script():
     assert len(text.splitlines()) <= 110
     for script in DOCUMENTED:
         assert f"[`{script.name}`](docs/{script.stem}.md)" in text
+
+
+def test_every_study_has_a_page_with_its_command_and_a_row_of_the_results():
+    """What it shows and what it does not, in lines that a terminal holds."""
+    overview = (ROOT / "results" / "README.md").read_text()
+    assert len(overview.splitlines()) <= 120
+    for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        text = (folder / "README.md").read_text()
+        assert f"]: {folder.name}/README.md\n" in overview and commands(text), folder.name
+        assert "**What it shows.**" in text and "**What it does not.**" in text and "of commit" in text, folder.name
+        assert [line for line in text.splitlines() if len(line) > 120] == []
+        unshown = {file.name for file in folder.glob("*.png")} - set(re.findall(r"\((\w+\.png)\)", text))
+        assert {name for name in unshown if not name.startswith("screens_")} == set(), folder.name

@@ -112,15 +112,35 @@ def test_a_notebooks_backend_and_a_path_in_the_home_folder(run_folder, tmp_path)
     (tmp_path / "run").symlink_to(run_folder)
     command = [sys.executable, ROOT / "plot_bonus.py", "~/run", "--steps", "20", "--out-dir", "~/out"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | odd, check=True)
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"bonus.png", "bonus.csv"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"bonus.png", "bonus.csv", "screens.png"}
+
+
+def test_the_picture_is_drawn_again_from_what_was_written(run_folder, tmp_path, monkeypatch, capsys):
+    """The table and the screens that it had are given to the picture once more; without the screens there is none."""
+    drawn, picture = [], plot_bonus.picture
+    monkeypatch.setattr(plot_bonus, "picture", lambda *given: drawn.append(given) or picture(*given))
+    plot(monkeypatch, run_folder, "--screens", 2, "--steps", 50, "--out-dir", tmp_path)
+    (tmp_path / "bonus.png").unlink()
+    plot(monkeypatch, tmp_path / "bonus.csv")
+    assert (tmp_path / "bonus.png").stat().st_size > 10_000
+    (_, screens, table, _), (title, screens_again, table_again, folder) = drawn
+    assert title == "bonus" and folder is None
+    np.testing.assert_array_equal(np.round(255 * screens_again), screens)
+    pd.testing.assert_frame_equal(table_again, table, rtol=1e-4, check_dtype=False)
+
+    (tmp_path / "screens.png").unlink()
+    with pytest.raises(SystemExit) as end:
+        plot(monkeypatch, tmp_path / "bonus.csv")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "bonus.csv cannot be drawn: " in error and error.count("\n") == 1
 
 
 def test_the_picture_says_what_is_what(run_folder):
     """Both axes are named, and every kind of line; the frames have the colours of the lines."""
-    args, models = plot_bonus.load(run_folder)
+    _, models = plot_bonus.load(run_folder)
     rows = [(step, i, kind, 2.0, 3.0) for step in models for i in range(3) for kind in ("screen", "upside down")]
     table = pd.DataFrame(rows, columns=["step", "screen", "kind", "error", "bonus"])
-    figure = plot_bonus.picture(args, np.zeros((3, 84, 84), np.uint8), table, run_folder)
+    figure = plot_bonus.picture("Breakout, seed 1", np.zeros((3, 84, 84), np.uint8), table, run_folder)
     *screens, error, bonus = figure.axes
     assert error.get_ylabel() == "error of the predictor" and bonus.get_ylabel() == "bonus: error / deviation of the returns"
     for i, axes in enumerate(screens):
