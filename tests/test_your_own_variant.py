@@ -107,13 +107,13 @@ def play(script_folder: pathlib.Path, path: pathlib.Path) -> str:
 
 
 def test_the_page_has_the_seven_changes():
-    assert list(DIFFS) == ["my_rule.py", "my_norm.py", "my_impala_atari.py", "my_worst_first.py", "my_metric.py", "my_wrapper.py",
-                           "my_logged_actions.py"]  # fmt: skip
+    assert list(DIFFS) == ["my_rule.py", "my_norm.py", "my_impala_atari.py", "my_worst_first.py", "my_metric.py",
+                           "my_wrapper.py", "my_logged_actions.py"]  # fmt: skip
     assert len(re.findall("^## An?", PAGE, re.MULTILINE)) == 7
 
 
 def test_selection_rule(tmp_path):
-    """The judge's favourite acts in nine of ten cases, else anybody; so it is in a run, and where shipped weights are played."""
+    """The judge's favourite acts in nine of ten cases, else anybody: in a run, and where shipped weights are played."""
     script = variant("my_rule.py", tmp_path)
     probabilities = script.selection_probabilities(torch.tensor([[1.0, 2.0, -3.0]]), torch.ones(1, 1), 0.0)
     assert probabilities.flatten().tolist() == pytest.approx([0.1 / 3, 0.9 + 0.1 / 3, 0.1 / 3])
