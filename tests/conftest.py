@@ -258,35 +258,34 @@ def snapshot(path: pathlib.Path) -> dict[str, bytes]:
 # -------------------------------------------------------------------------------------------------- runs that tests share
 
 
-def shared_folder(tmp_path_factory) -> pathlib.Path:
-    """Of all workers of this test session."""
-    path = tmp_path_factory.getbasetemp()
-    path = (path.parent if "PYTEST_XDIST_WORKER" in os.environ else path) / "shared"
-    path.mkdir(exist_ok=True)
-    return path
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Gives a folder of that name which all workers of this test session share, and whether the caller has to fill it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "shared"
+    shared.mkdir(exist_ok=True)
 
+    @contextlib.contextmanager
+    def made_once(name: str):
+        path, done = shared / name, shared / f"{name}.done"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait meanwhile
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+            yield path, not done.exists()
+            done.touch()
 
-@contextlib.contextmanager
-def made_once(path: pathlib.Path):
-    """Yields whether the folder has to be made by the caller; other workers wait meanwhile."""
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = pathlib.Path(f"{path}.done")
-        if to_be_made := not done.exists():
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir()
-        yield to_be_made
-        done.touch()
+    return made_once
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
+def runs(made_once):
     """Gives a finished run of RUNS that nobody stopped: its script, folder and what it printed. Made when it is asked for."""
 
     def get(name: str) -> types.SimpleNamespace:
-        path = shared_folder(tmp_path_factory) / name.replace(" ", "-")
         script, arguments = RUNS[name]
-        with made_once(path) as to_be_made:
+        with made_once(name.replace(" ", "-")) as (path, to_be_made):
             if to_be_made:
                 result = run_main(load_script(script), *arguments, "--runs-dir", path / "runs")
                 assert result.returncode == 0, result.stderr
@@ -364,14 +363,12 @@ STOPPED_AT = 206  # in the middle of episodes, and between points of the curves
 
 
 @pytest.fixture
-def copy_of_stopped_run(tmp_path_factory, tmp_path):
+def copy_of_stopped_run(made_once, tmp_path):
     """The folder of RDE+DQN on CartPole (the cheapest run of RUNS) that was stopped by SIGTERM at that step."""
-    path = shared_folder(tmp_path_factory) / "stopped"
-    with made_once(path) as to_be_made:
+    with made_once("stopped") as (path, to_be_made):
         if to_be_made:
-            result = stop_when(
-                AtStep(STOPPED_AT), load_script("rde_dqn"), *arguments_of("cartpole"), "--runs-dir", path / "runs"
-            )
+            arguments = [*arguments_of("cartpole"), "--runs-dir", path / "runs"]
+            result = stop_when(AtStep(STOPPED_AT), load_script("rde_dqn"), *arguments)
             assert result.returncode == 143 and f"stopped at step {STOPPED_AT};" in result.stderr, result.stderr
     path = only_run(path / "runs")
     return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
