@@ -24,13 +24,13 @@ import re
 import signal
 import sys
 import zipfile
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 # Threads that wait for each other by spinning are 12 to 80 times slower as soon as another process competes for a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 # A window that draws with OpenGL gets into the way of MuJoCo, which draws with it too: the X server ends the program.
 os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # in what it says of wrong arguments
 
 import cv2
 import gymnasium as gym
@@ -38,15 +38,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
 
-@dataclass
+@dataclass(config={"allow_inf_nan": False})
 class Options:
     run_folder: tyro.conf.Positional[str]
     """the folder of a run"""
-    episodes: int = 1
+    episodes: PositiveInt = 1
     """whole episodes to play"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """seed of the episodes: episode i is the same however many there are, and for every --agent begins the same"""
     checkpoint: str = "final"
     """final = model.pt; newest = the newest weights, also of a run that goes on; or the step of a file in models/"""
@@ -54,7 +56,7 @@ class Options:
     """a folder, in which every episode becomes a video"""
     window: bool = False
     """show the episodes in a window; closing it ends the program"""
-    epsilon: float | None = None
+    epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
     """play a random action with this probability (discrete actions only); without it: the run's --eval-epsilon"""
     agent: str = "ensemble"
     """who plays: the ensemble; the number of one of its members; or all = the ensemble and each member alone, in a table"""
@@ -64,11 +66,11 @@ class Options:
     """play the run's own evaluation at the step of the weights again (its seeds, its --eval-episodes): scores only"""
     selection: Literal["value", "advantage"] | None = None
     """the rule by which an ensemble chooses who acts; without it: the run's --selection"""
-    beta: float | None = None
+    beta: NonNegativeFloat | None = None
     """the rule's beta; without it: the run's --beta, or with --selection the default of the rule"""
     reset: Literal["none", "oldest"] = "none"
     """oldest = play the ensemble as it would be right after its next reset, the episodes side by side: scores only"""
-    fresh_seeds: int = 1
+    fresh_seeds: PositiveInt = 1
     """with --reset: so many freshly drawn networks, one after another; one alone says little"""
     scripts_dir: str = os.path.dirname(os.path.abspath(__file__))
     """the folder in which the script of the run lies"""
@@ -316,16 +318,8 @@ def summary(episodes: list[dict]) -> dict[str, str]:
 def check_options(options: Options) -> None:
     if options.video and options.window:
         fail("--video and --window exclude each other")
-    if options.episodes < 1 or options.seed < 0:
-        fail(f"--episodes {options.episodes} --seed {options.seed}: there must be at least 1 episode, and no negative seed")
-    if options.fresh_seeds < 1 or (options.beta is not None and not options.beta >= 0):
-        fail(
-            f"--fresh-seeds {options.fresh_seeds} --beta {options.beta}: there must be at least 1 network, and no negative beta"
-        )
     if options.reset != "none" and (options.video or options.window or options.like_evaluation or options.agent != "ensemble"):
         fail("--reset plays the whole ensemble, and scores only; leave out --video, --window, --like-evaluation and --agent")
-    if options.epsilon is not None and not 0 <= options.epsilon <= 1:
-        fail(f"--epsilon is {options.epsilon}, but must lie in [0, 1]")
     if options.show_choice and not (options.video or options.window):
         fail("--show-choice writes into the picture; add --video FOLDER or --window")
     if options.like_evaluation and (options.video or options.window):

@@ -741,6 +741,7 @@ MOVES_SUFFICE = ("DistShift", "Dynamic-Obstacles", "Empty", "FourRooms", "LavaCr
 def check_environment(args: Args) -> None:
     """Refuses what is no environment, or none for this script."""
     env_id, given = args.env_id, f"--env-id {args.env_id}"
+    drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
     if args.buffer_size < args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for one step of {args.num_envs} environments")
     if env_id.startswith("ALE/") or "NoFrameskip-v" in env_id:
@@ -758,7 +759,7 @@ def check_environment(args: Args) -> None:
     try:
         env = make_bare_env(args, args.capture_video)
     except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
-        fail(f"{given} does not work here: {' '.join(str(error).split()) or repr(error)}")
+        fail(f"{given} does not work here{drawn}: {' '.join(str(error).split()) or repr(error)}")
     observation_space, action_space = env.observation_space, env.action_space
     if not is_minigrid(env_id) and not isinstance(observation_space, gym.spaces.Discrete):
         shape = getattr(observation_space, "shape", None)
@@ -778,7 +779,7 @@ def check_environment(args: Args) -> None:
                 raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
     except Exception as error:
-        fail(f"{given} does not work here: {' '.join(str(error).split()) or repr(error)}")
+        fail(f"{given} does not work here{drawn}: {' '.join(str(error).split()) or repr(error)}")
     if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
         fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
     if env.spec.max_episode_steps is None and args.max_episode_steps < 1 and not is_minigrid(env_id):
@@ -1165,7 +1166,8 @@ class Run:
             self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         seconds = 0.5 if sys.stderr.isatty() else 60
-        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
+        steps = self.last_loop_step + args.num_envs
+        Run.progress = tqdm(total=steps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
         return resumed
 
     def announce(self, agents: str, num_resets: int) -> None:

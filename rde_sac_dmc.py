@@ -867,10 +867,11 @@ def check_environment(args: Args) -> None:
 
 def check_gymnasium(args: Args) -> None:
     given = f"--env-id {args.env_id}"
+    drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
     try:
         env = make_bare_env(args, args.capture_video)
     except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
-        fail(f"{given} does not work here: {one_line(error)}")
+        fail(f"{given} does not work here{drawn}: {one_line(error)}")
     space = env.action_space
     if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
         fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete ones "
@@ -882,7 +883,7 @@ def check_gymnasium(args: Args) -> None:
                 raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
     except Exception as error:
-        fail(f"{given} does not work here: {one_line(error)}")
+        fail(f"{given} does not work here{drawn}: {one_line(error)}")
     if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
         fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
     if env.spec.max_episode_steps is None and not args.max_episode_steps:
@@ -1276,7 +1277,8 @@ class Run:
             self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         seconds = 0.5 if sys.stderr.isatty() else 60
-        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
+        steps = self.last_loop_step + args.num_envs
+        Run.progress = tqdm(total=steps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
         return resumed
 
     def announce(self, agents: str, num_resets: int) -> None:

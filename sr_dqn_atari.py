@@ -1061,7 +1061,8 @@ class Run:
             self.evaluations.writerow(("global_step", "phase", "episode", "episodic_return", *self.columns))
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         seconds = 0.5 if sys.stderr.isatty() else 60
-        Run.progress = tqdm(total=args.total_timesteps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
+        steps = self.last_loop_step + args.num_envs
+        Run.progress = tqdm(total=steps, initial=self.global_step, bar_format=bar_format, mininterval=seconds)
         return resumed
 
     def announce(self, agents: str, num_resets: int) -> None:
