@@ -23,6 +23,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: two workers share the cores
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -118,9 +119,8 @@ def no_gpu(request):
 
 
 def run_script(script: str, *arguments, timeout: float = 300) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(script, *arguments), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    settings = {"env": environment(), "capture_output": True, "text": True, "timeout": timeout, "check": False}
+    return subprocess.run(command(script, *arguments), **settings)
 
 
 @contextlib.contextmanager
@@ -198,23 +198,16 @@ def scalars(path: pathlib.Path, with_speed: bool = False) -> dict[str, list[tupl
     names, in which seconds stand; here by their times, because in tests a run goes on within a second. An evaluation that was
     played again after a kill stands there twice, with the same value.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     files = sorted(path.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
     with tempfile.TemporaryDirectory() as folder:
         for number, file in enumerate(files):
             shutil.copy(file, f"{folder}/events.out.tfevents.{number:010d}")
         events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: sorted({(event.step, event.value) for event in events.Scalars(tag)})
-        for tag in events.Tags()["scalars"]
-        if with_speed or tag != "charts/SPS"
-    }
+    tags = [tag for tag in events.Tags()["scalars"] if with_speed or tag != "charts/SPS"]
+    return {tag: sorted({(event.step, event.value) for event in events.Scalars(tag)}) for tag in tags}
 
 
 def model(path: pathlib.Path, name: str = "model.pt") -> dict:
-    import torch
-
     return torch.load(path / name, weights_only=True)
 
 
@@ -228,8 +221,6 @@ def tensors(content) -> list[torch.Tensor]:
 
 def equal(ours, theirs) -> bool:
     """Of two models, or parts of them, to the bit."""
-    import torch
-
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, torch.Tensor):
@@ -388,11 +379,9 @@ class Started:
     """A process that trains, to be killed when something has happened."""
 
     def __init__(self, script: str, *arguments, log: pathlib.Path):
-        self.log = log
+        self.log, words = log, command(script, *arguments)
         with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                command(script, *arguments), env=environment(), stdout=file, stderr=subprocess.STDOUT
-            )
+            self.process = subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
 
     def begun(self) -> bool:
         """Whether it has said what it will do."""
@@ -410,12 +399,8 @@ class Started:
     def kill_after_checkpoint(self, runs_dir: pathlib.Path, number: int = 1) -> None:
         """As soon as so many checkpoints have been written, one over the other."""
         times = set()
-
-        def written() -> bool:
-            times.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
-            return len(times) >= number
-
-        self.wait_for(written)
+        written = lambda: times.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
+        self.wait_for(lambda: written() or len(times) >= number)
         assert self.end(signal.SIGKILL) == -signal.SIGKILL, self.printed()  # else it was faster
 
     def printed(self) -> str:

@@ -327,12 +327,9 @@ def refused(play, *arguments) -> str:
 WRONG_ARGUMENTS = {  # the run and, by what is said in the end, the arguments beside --video videos
     "minigrid": {
         "--video and --window exclude each other": ["--window"],
-        "must lie in [0, 1]": ["--epsilon -0.1", "--epsilon 1.1", "--epsilon nan"],
         "--agent is 3, but must be one of ensemble, all, 0, 1, 2": ["--agent 3"],
         "add --video FOLDER or --window": ["--video= --show-choice"],
         "are weights of the steps 200, 400, 600": ["--checkpoint 300", "--checkpoint x", "--checkpoint -1"],
-        "there must be at least 1 episode, and no negative seed": ["--episodes 0", "--seed -1"],
-        "at least 1 network, and no negative beta": ["--fresh-seeds 0", "--beta -1", "--beta nan"],
         "leave out --video, --window, --like-evaluation and --agent": [
             "--reset oldest", "--video= --reset oldest --like-evaluation", "--video= --reset oldest --agent all"],
         "plays many episodes side by side and shows none; leave out --video and --window": ["--like-evaluation"],
@@ -356,6 +353,17 @@ def test_wrong_arguments(play, folder, tmp_path, monkeypatch):
         for message, arguments in [(message, one) for message, several in arguments_of.items() for one in several]:
             assert refused(play, folder(name), "--video", "videos", *arguments.split()).endswith(message), arguments
     assert os.listdir(tmp_path) == ["file"]
+
+
+OUT_OF_RANGE = ["--epsilon -0.1", "--epsilon 1.1", "--epsilon nan", "--episodes 0", "--seed -1", "--fresh-seeds 0", "--beta -1",
+                "--beta nan"]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", OUT_OF_RANGE)
+def test_values_out_of_range(play, tmp_path, arguments):
+    result = run(play, tmp_path, *arguments.split())
+    assert result.code == 2 and not result.out and "Input should be " in result.err and "Traceback" not in result.err
+    assert arguments.split()[0][2:].replace("-", "_") in result.err
 
 
 def test_wrong_folders(play, folder, tmp_path):

@@ -123,6 +123,7 @@ def call(monkeypatch):
 
 
 def test_run_by_hand(tmp_path):
+    """More evaluations at a reset have no weight in the mean over the run; a run with one evaluation has a mean, too."""
     write_run(tmp_path, RESET_CURVE, games=[(30, 7.0)], **SR)
     games = read(tmp_path)
     assert len(games) == 13 and set(zip(games.env_id, games.replay_ratio, games.method)) == {(ALIEN, 1.0, "SR+DQN")}
@@ -132,18 +133,13 @@ def test_run_by_hand(tmp_path):
         (50, "scheduled", 200.0, 2), (60, "before_reset", 500.0, 2), (60, "after_reset", 1000.0, 2),
         (80, "before_reset", 200.0, 2), (80, "after_reset", 50.0, 2), (100, "final", 305.0, 2),
     ]  # fmt: skip
-    (run,) = plot.runs_of(games).itertuples()
-    # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
-    assert run.value == 305.0 and run.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
     resets = plot.resets_of(games, 10)[lambda rows: rows.source == "evaluations"]
     assert resets[["step", "value_before", "value_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
-
-
-def test_more_evaluations_at_a_reset_have_no_weight(tmp_path):
-    """Also a run with one evaluation has a mean."""
-    write_run(tmp_path / "a", [(0, "scheduled", (4.0, 4.0)), *reset(50, (4.0, 4.0), (4.0, 4.0)), FINAL])
-    write_run(tmp_path / "b", [FINAL], seed=2)
-    assert plot.runs_of(read(tmp_path)).whole_run.tolist() == [(50 * 4 + 50 * 2.75) / 100, 1.5]
+    write_run(tmp_path, [FINAL])
+    one, several = plot.runs_of(read(tmp_path)).itertuples()
+    # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
+    assert several.value == 305.0 and several.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
+    assert one.value == one.whole_run == 1.5
 
 
 def test_an_archive_and_a_results_csv_give_what_their_folders_give(tmp_path, call):
@@ -841,17 +837,15 @@ def test_the_short_table_fits_with_long_names(tmp_path, call, capsys):
 
 def test_results_csv(study):
     path, _ = study
-    rows = read_csv(path / "out" / "results.csv")
+    rows = pd.read_csv(path / "out" / "results.csv")
     columns = "run env_id method replay_ratio seed global_step phase episodes score human_normalized_score"
-    assert list(rows[0]) == columns.split() and len(rows) == 2 * 2 * 2 * (4 + 6 + 6)
-    assert len({row["run"] for row in rows}) == 24 and sum(row["phase"] == "final" for row in rows) == 24
-    for row in rows:
-        scores = [float(e["episodic_return"]) for e in read_csv(path / "runs" / row["run"] / "evaluations.csv")
-                  if (e["global_step"], e["phase"]) == (row["global_step"], row["phase"])]  # fmt: skip
-        assert int(row["episodes"]) == 2 == len(scores) and float(row["score"]) == pytest.approx(sum(scores) / 2)
-        normalized = plot.normalized_score(row["env_id"], float(row["score"]))
-        assert float(row["human_normalized_score"]) == pytest.approx(normalized)
-        assert f"__{row['seed']}__" in row["run"] and row["method"] in METHODS and row["replay_ratio"] in ("1", "4")
+    assert list(rows) == columns.split() and len(rows) == 2 * 2 * 2 * (4 + 6 + 6) and set(rows.episodes) == {2}
+    assert rows.run.nunique() == 24 == sum(rows.phase == "final") and set(rows.method) == set(METHODS)
+    assert set(rows.replay_ratio) == {1, 4}
+    for row in rows.itertuples():
+        scores = pd.read_csv(path / "runs" / row.run / "evaluations.csv").groupby(["global_step", "phase"]).episodic_return
+        assert row.score == pytest.approx(scores.mean()[row.global_step, row.phase]) and f"__{row.seed}__" in row.run
+        assert row.human_normalized_score == pytest.approx(plot.normalized_score(row.env_id, row.score))
 
 
 def test_table(study):
