@@ -6,20 +6,19 @@ and the table of every script's page is its Args again. A test compares them.
 """
 
 import ast
-import importlib.util
 import pathlib
 import re
 
 from copies import ROOT, scripts
+
+from conftest import load_script
 
 BEGIN, END = "<!-- the arguments of the script -->", "<!-- end of the arguments -->"
 
 
 def ranges(script: pathlib.Path) -> dict[str, str]:
     """What --help shows of the arguments that have one, as >= 0, <= 1."""
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script.stem, script)
     module.show_ranges()
     kinds = module.Args.__annotations__.items()
     metavars = {name: kind.__metadata__[-1].metavar for name, kind in kinds if hasattr(kind, "__metadata__")}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, load_script, run_main, run_script
+from conftest import ROOT, load_script, run_main
 
 SCRIPTS = [path.stem for path in copies.scripts()]
 
@@ -134,13 +134,6 @@ def test_the_shortest_reset_interval_is_computed_exactly(script, capsys):
     with pytest.raises(SystemExit):
         module.check_schedules(args(2))
     assert "use at least 3, or 0 for never" in capsys.readouterr().err
-
-
-def test_a_wrong_argument_as_a_command(tmp_path):
-    """As a person sees it."""
-    result = run_script("rde_dqn", "--learning-starts", 7, "--total-timesteps", 7, "--runs-dir", tmp_path / "runs")
-    line = "error: --learning-starts 7 leaves nothing of --total-timesteps 7 to learn in\n"
-    assert (result.returncode, result.stdout, result.stderr, os.listdir(tmp_path)) == (2, "", line, [])
 
 
 NUMBERS = st.integers(-(10**9), 10**9) | st.integers(-(10**400), 10**400) | st.floats()

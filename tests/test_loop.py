@@ -67,6 +67,7 @@ class Loop:
             self.starts.append((len(self.added), i, frame.copy()))
 
         put_environments(monkeypatch, script, make_env)
+        monkeypatch.setattr(script, "evaluation_scalars", lambda agent: {})  # which would play on its own
         self.spy(monkeypatch, script.ReplayBuffer, "add", added)
         self.spy(monkeypatch, script.ReplayBuffer, "start_episode", started)
         self.spy(monkeypatch, script.Agent, "update", lambda _, agent: self.updates.append(len(self.added)))
@@ -87,7 +88,7 @@ class Loop:
         monkeypatch.setattr(owner, method, call)
 
     def watch(self, monkeypatch) -> None:
-        monkeypatch.setattr(self.script, "evaluation_scalars", lambda agent: {})  # which would play on its own
+        """More of it."""
 
     def check_transitions(self, num_envs: int) -> tuple[int, int]:
         """Every transition is stored as it was played; how many are terminated, and truncated alone.

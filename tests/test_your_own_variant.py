@@ -28,7 +28,7 @@ from conftest import (
     run_main,
     scalars,
     stop_when,
-)  # fmt: skip
+)
 
 PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
 BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
