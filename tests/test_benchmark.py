@@ -125,14 +125,10 @@ class Study:
         return subprocess.run(command, text=True, capture_output=True, check=False, **settings)
 
     def dry_run(self, *options: str) -> list[list[str]]:
-        result = self.run("--dry-run", *options)
-        assert (result.returncode, result.stderr) == (0, "")
-        return [shlex.split(line) for line in result.stdout.splitlines()]
+        return self.commands(self.run("--dry-run", *options))
 
-    def real_dry_run(self, *options: str) -> list[list[str]]:
-        """Of the benchmark.sh that lies beside the real scripts."""
-        result = self.call(["bash", str(BENCHMARK), "--dry-run", *options])
-        assert result.returncode == 0, result.stderr
+    def commands(self, result: subprocess.CompletedProcess) -> list[list[str]]:
+        assert (result.returncode, result.stderr) == (0, "")
         return [shlex.split(line) for line in result.stdout.splitlines()]
 
     def events(self, *kinds: str) -> list[dict]:
@@ -238,7 +234,7 @@ def test_it_is_short_and_help_names_every_option(study):
     ("--methods rde_dqn,rde_sac_dmc --games x --replay-ratios 1", 6, "runs/benchmark"),
 ])  # fmt: skip
 def test_the_real_scripts_have_the_options(study, options, num_runs, runs_dir):
-    commands = study.real_dry_run(*options.split())
+    commands = study.commands(study.call(["bash", str(BENCHMARK), "--dry-run", *options.split()]))
     assert [command[command.index("--runs-dir") + 1] for command in commands] == [runs_dir] * num_runs
     for _, script, *words in commands:
         fields = vars(load_script(pathlib.Path(script).stem).Args()).keys()

@@ -899,11 +899,19 @@ def nothing_covers_another(figure) -> None:
         assert figure.bbox.x0 <= box.x0 + 1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
 
 
+FOOTNOTES = {
+    "learning_curves": "thin lines: single seeds; ▼ right after a reset",
+    "training_games": "thin lines: single seeds; training games: means over a tenth of the run",
+    "aggregate_curves": "",
+    "collapse": "dots: all resets of all seeds; circles: single seeds; dashed: nothing is lost",
+}
+
+
 @pytest.mark.parametrize("name", [*plot.CURVES, *plot.COLLAPSES])
 def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
-    """And a method looks alike in all of them."""
+    """A method looks alike in all of them; panels that are compared share their axis; below it says what there is."""
     figure, looks = figures[name], plot.looks_of(METHODS)
-    assert figure.bbox.width == 1800
+    assert figure.bbox.width == 1800 and figure.get_supxlabel() == FOOTNOTES.get(name, figure.get_supxlabel())
     assert all(axes.get_xlabel() and axes.get_title(loc="left") for axes in figure.axes)
     if name.startswith("collapse"):
         rows = [f"{method}, replay ratio {ratio}" for ratio in (1, 4) for method in METHODS[1:]]
@@ -915,35 +923,24 @@ def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(fig
         for axes, replay_ratio in zip(figure.axes, (1, 4, 1, 4)):
             assert axes.get_title(loc="left").endswith(f", replay ratio {replay_ratio}") and axes.get_ylabel()
             assert list(lines_of(axes)) == METHODS
+    if name in ("learning_curves", "training_games"):
+        one, four, *freeway = (axes.get_ylim() for axes in figure.axes)
+        assert one == four and freeway[0] == freeway[1] and (one != freeway[0] or name == "training_games")
     for line in [line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"]:
         assert to_hex(line.get_color()).upper() == looks[line.get_label().split(", replay ratio")[0]][0].upper()
     nothing_covers_another(figure)
 
 
-def test_footnotes_name_what_is_there(figures, tmp_path):
-    """The replay ratio where there is one; thin lines, bands, triangles, windows of training games."""
-    note = {name: figure.get_supxlabel() for name, figure in figures.items()}
-    assert note["learning_curves"] == "thin lines: single seeds; ▼ right after a reset"
-    assert note["training_games"] == "thin lines: single seeds; training games: means over a tenth of the run"
-    assert note["aggregate_curves"] == ""
-    assert note["collapse"] == "dots: all resets of all seeds; circles: single seeds; dashed: nothing is lost"
-    write_run(tmp_path, [FINAL], replay_ratio=0.25)
-    assert picture(read(tmp_path), "learning_curves").get_supxlabel() == "replay ratio 0.25"
-
-
 @pytest.mark.parametrize("num_seeds, num_thin, alpha", [(1, 0, None), (2, 4, 0.5), (3, 6, 0.25), (4, 8, 0.25), (5, 0, None)])
 def test_few_seeds_are_lines_and_many_a_band(tmp_path, num_seeds, num_thin, alpha):
+    """And below stands the replay ratio, if there is one."""
     for exp, seed in itertools.product((DQN, SR), range(num_seeds)):
-        write_run(tmp_path, [(50, "scheduled", (seed, seed)), FINAL], **exp, seed=seed)
+        write_run(tmp_path, [(50, "scheduled", (seed, seed)), FINAL], **exp, seed=seed, replay_ratio=0.25)
     (axes,) = picture(read(tmp_path), "learning_curves").axes
     assert [line.get_alpha() for line in thin_lines(axes)] == [alpha] * num_thin
     assert [len(band.get_paths()) for band in axes.collections] == [num_seeds == 5] * 2
-
-
-def test_panels_that_are_compared_share_their_axis(figures):
-    for name in ("learning_curves", "training_games"):
-        one, four, *freeway = (axes.get_ylim() for axes in figures[name].axes)
-        assert one == four and freeway[0] == freeway[1] and (one != freeway[0] or name == "training_games")
+    meaning = "bands: 95 % intervals over seeds" if num_seeds == 5 else "thin lines: single seeds" if num_thin else ""
+    assert axes.figure.get_supxlabel() == "; ".join(filter(None, ["replay ratio 0.25", meaning]))
 
 
 def test_methods_of_equal_cost_stand_in_one_panel(tmp_path):
