@@ -199,8 +199,9 @@ def test_a_file_system_without_locks(copy_of_stopped_run, script, runs, number, 
     def flock(file, operation):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(script.fcntl, "flock", flock)
-    result = go_on("cartpole", copy_of_stopped_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.fcntl, "flock", flock)
+        result = go_on("cartpole", copy_of_stopped_run)
     warning = f"warning: {copy_of_stopped_run} knows no locks ({os.strerror(number)}); let only one process work there"
     assert result.returncode == 0 and [line for line in result.stderr.splitlines() if "lock" in line] == [warning]
     assert_same_end(copy_of_stopped_run, runs("cartpole").path)
