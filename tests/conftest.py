@@ -314,19 +314,17 @@ def kill_when(condition, script, *arguments) -> None:
 
 def kill_by(change, script, *arguments) -> None:
     """A run in a process of its own, in which the change of the script's module leads to a kill -9."""
-    process = multiprocessing.get_context("spawn").Process(target=changed_main, args=(change, script.__name__, arguments))
+
+    def changed_main() -> None:
+        change(script)
+        sys.argv = [script.__file__, *map(str, arguments)]
+        script.main()
+
+    process = multiprocessing.get_context("fork").Process(target=changed_main)  # without the seconds of the imports
     process.start()
     process.join(120)
     process.kill()
     assert process.exitcode == -signal.SIGKILL
-
-
-def changed_main(change, name: str, arguments: list) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    script = load_script(name)
-    change(script)
-    sys.argv = [script.__file__, *map(str, arguments)]
-    script.main()
 
 
 class InEvaluation:
