@@ -660,7 +660,8 @@ def explain(figure: Figure, looks: dict[str, tuple], notes: dict[str, bool]) -> 
     """The legend above; below, what there is in the picture."""
     handles = [Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=name) for name, (color, dash) in looks.items()]
     if handles:
-        columns = max(1, min(len(handles), 130 // (max(map(len, looks)) + 12)))
+        letters = lambda columns: sum(max(map(len, names)) + 11 for names in np.array_split(list(looks), columns))
+        columns = max((columns for columns in range(1, len(looks) + 1) if letters(columns) <= 135), default=1)
         figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=3)
     text = "; ".join(note for note, applies in notes.items() if note and applies)
     figure.supxlabel(text, x=0.01, horizontalalignment="left", fontsize=8, color="#555555")
@@ -687,8 +688,11 @@ def draw_curves(rows: list[list[Panel]], source: str, looks: dict[str, tuple], a
         axes.margins(x=0)
         axes.set(title=panel.title, ylabel=panel.label, xlabel="environment steps" + " (thousands)" * in_thousands)
         axes.set_xlim(left=0)
+        axes.yaxis.set_major_formatter("{x:,g}")
         if "success" in panel.label:
             axes.set_ylim(-0.03, 1.03)
+        elif not axes.dataLim.height:  # all are equal, and a scale around them would be made up
+            axes.set_yticks([axes.dataLim.y0])
     drawn = {method: look for method, look in looks.items() if any(curve.method == method for curve in curves)}
     explain(figure, drawn | levels, {
         at: True,
@@ -720,6 +724,8 @@ def draw_collapses(collapses: pd.DataFrame, looks: dict[str, tuple], at: str) ->
             axes.plot([row.change], [height], "o", color=color, markersize=7, label=row.label)
         axes.axvline(1 if kind == RATIO else 0, color="#777777", linewidth=1, linestyle="--")
         axes.set(title=names[env_id], xlabel=kind, ylim=(0.4, len(labels) + 0.6))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.locator_params("x", nbins=6)
         axes.set_yticks(range(len(labels), 0, -1), labels if axes.get_subplotspec().is_first_col() else [""] * len(labels))
         if kind == RATIO:
             axes.set_xlim(-0.05, 1.05 * min(widest, 3))

@@ -2,11 +2,12 @@
 
     python rnd_dqn_atari.py --env-id MontezumaRevengeNoFrameskip-v4 --total-timesteps 100000 --keep-models 20
     python plot_bonus.py runs/MontezumaRevengeNoFrameskip-v4__rnd_dqn_atari__1__*
+    python plot_bonus.py results/rnd_100k/bonus_Gravitar_seed_1.csv    # the picture again, from what was written then
 
 The trained agent plays on, with some random actions, and those screens of its games are taken that differ most from each other. For
 every model that the run has kept, the predictor's error on them is computed, and the bonus, which is the error divided by the running
 deviation: high until training has seen a screen, falling as it is seen again. The same screens upside down (dashed), which no game
-ever shows, say how high it is for a new one. Writes bonus.png and bonus.csv into the run folder, or into --out-dir.
+ever shows, say how high it is for a new one. Writes bonus.png, bonus.csv and screens.png into the run folder, or into --out-dir.
 """
 
 import dataclasses
@@ -20,14 +21,15 @@ import rnd_dqn_atari as rnd  # isort: skip  (first: it says how threads wait, be
 
 os.environ["MPLBACKEND"] = "agg"  # only files are written, and a notebook hands on a backend of its own
 
-import matplotlib
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import torch
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from plot_benchmark import STYLE, explain
 
 COLORS = ["#0072B2", "#D55E00", "#007F5F", "#A8487F", "#B37400", "#000000", "#6A51A3", "#777777"]
 
@@ -35,7 +37,7 @@ COLORS = ["#0072B2", "#D55E00", "#007F5F", "#A8487F", "#B37400", "#000000", "#6A
 @dataclass
 class Args:
     run_folder: tyro.conf.Positional[str]
-    """the folder of a run with --keep-models"""
+    """the folder of a run with --keep-models, or a bonus.csv with its screens.png beside it: what this program wrote"""
     screens: int = 5
     """how many screens are shown, at most 8"""
     steps: int = 5_000
@@ -119,33 +121,50 @@ def logged(folder: pathlib.Path, tag: str) -> tuple[list[int], list[float]]:
     return [event.step for event in events], [event.value for event in events]
 
 
-def picture(args: rnd.Args, screens: np.ndarray, table: pd.DataFrame, folder: pathlib.Path) -> Figure:
-    """Above the screens, framed in their colours; below, over the run, the predictor's error on them, and their bonus."""
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+def picture(title: str, screens: np.ndarray, table: pd.DataFrame, folder: pathlib.Path | None) -> Figure:
+    """Above the screens, framed in their colours; below, over the run, the predictor's error on them, and their bonus.
+
+    With the run's folder also the bonus in the mini-batches, and when a room was entered.
+    """
+    matplotlib.rcParams.update(STYLE)
     figure = Figure(figsize=(9, 6), dpi=200, layout="constrained")
-    figure.suptitle(f"{args.env_id.removesuffix('NoFrameskip-v4')}, seed {args.seed}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 2.2])
     for i, axes in enumerate(above.subplots(1, len(screens), squeeze=False)[0]):
         axes.imshow(screens[i], cmap="gray")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color=COLORS[i], linewidth=4, visible=True)
-    unit, thousands = (1000, " (thousands)") if args.total_timesteps >= 10_000 else (1, "")
-    steps, values = logged(folder, "rnd/bonus")
+    unit, thousands = (1000, " (thousands)") if table.step.max() >= 10_000 else (1, "")
+    steps, values = logged(folder, "rnd/bonus") if folder else ([], [])
+    rooms = list(zip(*logged(folder, "charts/new_room"))) if folder else []
     for axes, column in zip(below.subplots(1, 2), ("error", "bonus")):
         for (i, kind), rows in table.groupby(["screen", "kind"]):
             axes.plot(rows.step / unit, rows[column], color=COLORS[i], linestyle="-" if kind == "screen" else "--")
-        for step, room in zip(*logged(folder, "charts/new_room")):
+        for step, room in rooms:
             axes.axvline(step / unit, color="grey", linewidth=0.8, linestyle=":")
             place = {"xy": (step / unit, 1), "xycoords": ("data", "axes fraction")}
             axes.annotate(f"room {room:.0f}", **place, rotation=90, verticalalignment="top", fontsize=7)
         names = {"error": "error of the predictor", "bonus": "bonus: error / deviation of the returns"}
         axes.set(yscale="log", xlabel=f"environment steps{thousands}", ylabel=names[column])
+        axes.yaxis.set_major_formatter("{x:g}")  # powers of ten would be mathematics, which STYLE does not parse
+        axes.margins(x=0)
+        axes.set_xlim(left=0)
     axes.plot(np.array(steps) / unit, values, color="grey", linewidth=0.7, alpha=0.6, zorder=0)
-    styles = {"a screen, in the colour of its frame": ("black", "-"), "the same upside down, never seen": ("black", "--")}
-    styles |= {"the bonus in the mini-batches": ("grey", "-")} if steps else {}
-    handles = [Line2D([], [], color=color, linestyle=dash, label=name) for name, (color, dash) in styles.items()]
-    below.legend(handles=handles, loc="outside upper left", ncols=3)
+    looks = {"a screen, in the colour of its frame": ("black", "-"), "the same upside down, never seen": ("black", "--")}
+    explain(below, looks | ({"the bonus in the mini-batches": ("grey", "-")} if steps else {}), {})
     return figure
+
+
+def draw_again(file: pathlib.Path) -> Figure:
+    """The picture of a table that this program wrote, and of the screens beside it, a row of squares."""
+    try:
+        table = pd.read_csv(file).astype({"step": int, "screen": int, "kind": str, "error": float, "bonus": float})
+        row = matplotlib.image.imread(file.with_name(file.name.replace("bonus", "screens")).with_suffix(".png"))
+        row = row if row.ndim == 2 else row[..., 0]  # grey, which may be stored as colours
+        screens = np.stack(np.split(row, row.shape[1] // row.shape[0], axis=1))
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{file} cannot be drawn: {error}")
+    return picture(file.stem.removeprefix("bonus_").replace("_", " "), screens, table, None)
 
 
 def main() -> None:
@@ -153,6 +172,10 @@ def main() -> None:
     if not (1 <= args.screens <= len(COLORS) and args.steps >= args.screens and 0 <= args.epsilon <= 1):
         fail(f"--screens must be 1 to {len(COLORS)}, --steps at least as many, --epsilon in [0, 1]")
     folder = pathlib.Path(args.run_folder).expanduser()
+    if folder.suffix == ".csv":
+        draw_again(folder).savefig(folder.with_suffix(".png"), metadata={"Software": None})
+        print(f"written: {folder.with_suffix('.png')}")
+        return
     run_args, models = load(folder)
     env = rnd.make_env(run_args)
     agent = rnd.Agent(run_args, env.observation_space, env.action_space, None, torch.device("cpu"))
@@ -169,10 +192,12 @@ def main() -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "bonus.csv", index=False, float_format="%.5g")
-        picture(run_args, screens, table, folder).savefig(out / "bonus.png", metadata={"Software": None})
+        matplotlib.image.imsave(out / "screens.png", np.dstack([np.concatenate(screens, axis=1)] * 3))  # as colours: exactly
+        title = f"{run_args.env_id.removesuffix('NoFrameskip-v4')}, seed {run_args.seed}"
+        picture(title, screens, table, folder).savefig(out / "bonus.png", metadata={"Software": None})
     except OSError as error:
         fail(f"--out-dir {out} cannot be written: {error.strerror}")
-    print(f"written to {out}: bonus.png, bonus.csv")
+    print(f"written to {out}: bonus.png, bonus.csv, screens.png")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 #
 #     bash results/redraw.sh                     # all of them, two minutes
 #     bash results/redraw.sh minigrid safety     # these
-#
-# Not made here: bonus_*.png of rnd_100k, which plot_bonus.py draws from runs with their networks.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -21,9 +19,13 @@ draw() { # a study: its pictures, and other options
 for study in "${@%/}"; do
     case $study in
     drq) ;; # single runs of many kinds, compared in docs/rde_drq_atari.md
-    rnd_100k) draw "$study" training_games ;;
+    rnd_100k)
+        draw "$study" training_games
+        for table in "$study"/bonus_*.csv; do "${PYTHON:-python}" ../plot_bonus.py "$table"; done
+        ;;
     alien_default) draw "$study" learning_curves training_games ;;
-    cheetah_run_sac | freeway_* | mspacman_* | safety) draw "$study" learning_curves training_games collapse ;;
+    freeway_*) draw "$study" learning_curves training_games ;; # its evaluations cannot measure a collapse
+    cheetah_run_sac | mspacman_* | safety) draw "$study" learning_curves training_games collapse ;;
     drq_study) draw "$study" learning_curves aggregate_training_games collapse --references atari100k_published.csv ;;
     *) draw "$study" learning_curves collapse ;;
     esac

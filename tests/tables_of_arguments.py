@@ -2,7 +2,8 @@
 
     python tests/tables_of_arguments.py
 
-and the table of every script's page is its Args again. A test compares them.
+and the table of every script's page is its Args again. What is one text in all scripts, the arguments of the run and of the
+machine, stands in docs/runs.md alone. A test compares them.
 """
 
 import ast
@@ -14,6 +15,8 @@ from copies import ROOT, scripts
 from conftest import load_script
 
 BEGIN, END = "<!-- the arguments of the script -->", "<!-- end of the arguments -->"
+SHARED = ("the run", "the machine")
+RUNS = ROOT / "docs" / "runs.md"
 
 
 def ranges(script: pathlib.Path) -> dict[str, str]:
@@ -25,16 +28,22 @@ def ranges(script: pathlib.Path) -> dict[str, str]:
     return {name: metavar.partition(" ")[2] for name, metavar in metavars.items()}
 
 
-def table(script: pathlib.Path) -> str:
-    """One table, in the order and the groups of the script's Args: argument, default, range, meaning."""
+def table(script: pathlib.Path, shared: bool = False) -> str:
+    """One table, in the order and the groups of the script's Args: argument, default, range, meaning.
+
+    Of the groups that all scripts share, or of the others.
+    """
     source, range_of = script.read_text(), ranges(script)
     (args,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
     titles = {number: match[1] for number, line in enumerate(source.splitlines(), start=1)
               if (match := re.fullmatch(r"    # -+ (.*)", line))}  # fmt: skip
     lines = ["| argument | default | range | meaning |", "|---|---|---|---|"]
     for field, docstring in zip(args.body[::2], args.body[1::2], strict=True):
-        if title := next((titles.pop(number) for number in list(titles) if number < field.lineno), None):
-            lines.append(f"| **{title}** | | | |")
+        if begun := [titles.pop(number) for number in list(titles) if number < field.lineno]:
+            (title,) = begun
+        if (title in SHARED) != shared:
+            continue
+        lines += [f"| **{title}** | | | |"] if begun else []
         kind, default = ast.unparse(field.annotation), ast.get_source_segment(source, field.value)
         if choices := re.search(r"Literal\[(.*)\]", kind):
             range_of[field.target.id] = choices[1].replace("'", "")
@@ -56,13 +65,18 @@ def page(script: pathlib.Path) -> pathlib.Path:
     return ROOT / "docs" / f"{script.stem}.md"
 
 
-def with_table(script: pathlib.Path) -> str:
-    """The script's page, with the table as it has to be."""
-    before, rest = page(script).read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n{table(script)}\n{END}{rest.split(END)[1]}"
+def with_table(path: pathlib.Path, rows: str) -> str:
+    """The page, with the table as it has to be."""
+    before, rest = path.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n{rows}\n{END}{rest.split(END)[1]}"
+
+
+def pages_with_tables() -> dict[pathlib.Path, str]:
+    """Every page that has a table of arguments, as it has to be."""
+    texts = {page(script): with_table(page(script), table(script)) for script in scripts() if page(script).exists()}
+    return texts | {RUNS: with_table(RUNS, table(ROOT / "rde_dqn_atari.py", shared=True))}
 
 
 if __name__ == "__main__":
-    for path in scripts():
-        if page(path).exists():
-            page(path).write_text(with_table(path))
+    for path, text in pages_with_tables().items():
+        path.write_text(text)

@@ -11,26 +11,36 @@ import tomllib
 
 import pytest
 from copies import scripts
-from tables_of_arguments import page, with_table
+from tables_of_arguments import page, pages_with_tables
 
 from conftest import ROOT, environment, load_script, run_main
 
 DOCUMENTED = [path for path in scripts() if not path.stem.startswith("my_")]  # a variant of somebody's own needs no page
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "results" / "README.md", *sorted((ROOT / "results").glob("*/README.md"))]
 
 
 EVERY_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 EVERY_SCRIPT = pytest.mark.parametrize("script", DOCUMENTED, ids=lambda path: path.stem)
 
 
+SECTIONS = ["What it is", "Usage", "Arguments", "Logged metrics", "Implementation details", "Deviations", "Results"]
+
+
 @EVERY_SCRIPT
-def test_every_script_has_a_page_whose_table_is_its_arguments(script):
-    """After a change: python tests/tables_of_arguments.py"""
+def test_every_script_has_a_page_with_the_same_sections(script):
     text = page(script).read_text()
-    assert text.startswith(f"# {script.name}: ")
-    for section in ("Usage", "Arguments", "Logged metrics", "Deviations", "Results"):
-        assert f"\n## {section}\n" in text, section
-    assert text == with_table(script)
+    assert text.startswith(f"# {script.name}: ") and re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    results = text.split("\n## Results\n")[1]
+    assert re.search(r"^\|", results, re.MULTILINE) and "](../results/" in results
+    beside_tables = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(beside_tables).split()) <= 1200
+    assert [line for line in beside_tables if len(line) > 120] == []
+
+
+def test_the_tables_of_arguments_are_those_of_the_scripts():
+    """After a change: python tests/tables_of_arguments.py"""
+    assert [path.name for path, text in pages_with_tables().items() if path.read_text() != text] == []
 
 
 @EVERY_SCRIPT
@@ -49,7 +59,7 @@ def test_every_logged_metric_is_described(script):
 @EVERY_PAGE
 def test_what_a_page_links_to_and_the_programs_that_it_names_exist(path):
     text = path.read_text()
-    for target in re.findall(r"\]\(((?!http)[^)]*)\)", text):
+    for target in re.findall(r"\]\(((?!http)[^)]*)\)", text) + re.findall(r"^\[[^]]*\]: ((?!http)\S+)", text, re.MULTILINE):
         name, _, heading = target.partition("#")
         file = path.parent / name if name else path
         assert file.exists(), target
@@ -160,3 +170,16 @@ def test_readme_fits_on_two_screens_and_names_every_script():
     assert len(text.splitlines()) <= 110
     for script in DOCUMENTED:
         assert f"[`{script.name}`](docs/{script.stem}.md)" in text
+
+
+def test_every_study_has_a_page_with_its_command_and_a_row_of_the_results():
+    """What it shows and what it does not, in lines that a terminal holds."""
+    overview = (ROOT / "results" / "README.md").read_text()
+    assert len(overview.splitlines()) <= 120
+    for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        text = (folder / "README.md").read_text()
+        assert f"]: {folder.name}/README.md\n" in overview and commands(text), folder.name
+        assert "**What it shows.**" in text and "**What it does not.**" in text and "of commit" in text, folder.name
+        assert [line for line in text.splitlines() if len(line) > 120] == []
+        unshown = {file.name for file in folder.glob("*.png")} - set(re.findall(r"\((\w+\.png)\)", text))
+        assert {name for name in unshown if not name.startswith("screens_")} == set(), folder.name

@@ -47,7 +47,7 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path):
     odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(tmp_path)}
     command = [sys.executable, ROOT / "plot_bonus.py", *"~/run --screens 3 --steps 50 --out-dir ~/out".split()]
     subprocess.run(command, cwd=tmp_path, env=os.environ | odd, check=True)
-    assert set(os.listdir(tmp_path / "out")) == {"bonus.png", "bonus.csv"}
+    assert set(os.listdir(tmp_path / "out")) == {"bonus.png", "bonus.csv", "screens.png"}
     assert (tmp_path / "out" / "bonus.png").stat().st_size > 10_000
     table = pd.read_csv(tmp_path / "out" / "bonus.csv")
     assert sorted(table.step.unique()) == [100, 150, 200]
@@ -74,12 +74,28 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path):
             np.testing.assert_allclose(rows.bonus, errors / scale, rtol=1e-3)
 
 
+def test_the_picture_is_drawn_again_from_what_was_written(run_folder, tmp_path, monkeypatch):
+    """The table and the screens that it had are given to the picture once more."""
+    drawn, picture = [], plot_bonus.picture
+    monkeypatch.setattr(plot_bonus, "picture", lambda *given: drawn.append(given) or picture(*given))
+    for arguments in ([run_folder, "--screens", "2", "--steps", "50", "--out-dir", tmp_path], [tmp_path / "bonus.csv"]):
+        (tmp_path / "bonus.png").unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["plot_bonus.py", *map(str, arguments)])
+        plot_bonus.main()
+        assert (tmp_path / "bonus.png").stat().st_size > 10_000
+    (_, screens, table, _), (title, screens_again, table_again, folder) = drawn
+    assert title == "bonus" and folder is None
+    np.testing.assert_array_equal(np.round(255 * screens_again), screens)
+    pd.testing.assert_frame_equal(table_again, table, rtol=1e-4, check_dtype=False)
+
+
 @pytest.mark.parametrize("changes, options, message", [
     ({}, ["nowhere"], "nowhere is not the folder of a run: "), ({}, ["run", "--screens", "9"], "--screens must be 1 to 8"),
     ({}, ["run", "--steps", "2"], "--steps at least as many"), ({}, ["run", "--epsilon", "2"], "--epsilon in [0, 1]"),
     ({"models": None}, ["run"], "kept no models on its way"),
     ({"model.pt": b""}, ["run"], "model.pt is damaged, cut off, or holds more"),
     ({"model.pt": b"PK\3\4"}, ["run"], "model.pt is damaged, cut off, or holds more"),
+    ({"bonus.csv": b"step,screen,kind,error,bonus\n100,0,screen,1,2\n"}, ["run/bonus.csv"], "run/bonus.csv cannot be drawn: "),
     ({"args.json": b"{"}, ["run"], "run is not the folder of a run: "),
     ({"args.json": b'{"script": "dqn_atari.py", "script_sha256": "", "args": {}}'}, ["run"], "run is not the folder of a run: "),
 ])  # fmt: skip
@@ -98,10 +114,10 @@ def test_wrong_arguments_and_folders(changes, options, message, run_folder, tmp_
 
 def test_the_picture_says_what_is_what(run_folder):
     """Both axes are named, and every kind of line; the frames have the colours of the lines."""
-    args, models = plot_bonus.load(run_folder)
+    _, models = plot_bonus.load(run_folder)
     rows = [(step, i, kind, 2.0, 3.0) for step in models for i in range(3) for kind in ("screen", "upside down")]
     table = pd.DataFrame(rows, columns=["step", "screen", "kind", "error", "bonus"])
-    figure = plot_bonus.picture(args, np.zeros((3, 84, 84), np.uint8), table, run_folder)
+    figure = plot_bonus.picture("Breakout, seed 1", np.zeros((3, 84, 84), np.uint8), table, run_folder)
     *screens, error, bonus = figure.axes
     assert error.get_ylabel() == "error of the predictor" and bonus.get_ylabel() == "bonus: error / deviation of the returns"
     for i, axes in enumerate(screens):
