@@ -1,6 +1,7 @@
 """docs/your_own_variant.md followed to the letter: every diff fits, has its effect, and its run goes on exactly."""
 
 import copy
+import math
 import os
 import pathlib
 import re
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from test_play import played
+from test_play import played, run
 
 from conftest import (
     QUICK,
@@ -102,10 +103,28 @@ def play(script_folder: pathlib.Path, path: pathlib.Path) -> str:
     return played(load_module("play", ROOT / "play.py"), path, "--scripts-dir", script_folder)[0]
 
 
-def test_the_page_has_the_six_changes():
-    assert list(DIFFS) == ["my_norm.py", "my_impala_atari.py", "my_worst_first.py", "my_metric.py", "my_wrapper.py",
-                           "my_logged_actions.py"]  # fmt: skip
-    assert len(re.findall("^## An?", PAGE, re.MULTILINE)) == 6
+def test_the_page_has_the_seven_changes():
+    assert list(DIFFS) == ["my_rule.py", "my_norm.py", "my_impala_atari.py", "my_worst_first.py", "my_metric.py",
+                           "my_wrapper.py", "my_logged_actions.py"]  # fmt: skip
+    assert len(re.findall("^## An?", PAGE, re.MULTILINE)) == 7
+
+
+def test_selection_rule(tmp_path):
+    """The judge's favourite acts in nine of ten cases, else anybody: in a run, and where shipped weights are played."""
+    script = variant("my_rule.py", tmp_path)
+    probabilities = script.selection_probabilities(torch.tensor([[1.0, 2.0, -3.0]]), torch.ones(1, 1), 0.0)
+    assert probabilities.flatten().tolist() == pytest.approx([0.1 / 3, 0.9 + 0.1 / 3, 0.1 / 3])
+    points = scalars(run_and_continue(script, tmp_path, QUICK_CARTPOLE, stop_at=200))
+    entropies = [value for _, value in points["rde/choice_entropy"] if value]  # 0: nothing but random actions in between
+    assert len(entropies) >= 2
+    # Of two agents: 0.95 and 0.05.
+    assert entropies == pytest.approx([-0.95 * math.log(0.95) - 0.05 * math.log(0.05)] * len(entropies), rel=1e-4)
+    (tmp_path / "try").mkdir()
+    shutil.copy(tmp_path / "my_rule.py", tmp_path / "try" / "rde_dqn.py")
+    options = ["--scripts-dir", tmp_path / "try", "--reset", "oldest", "--episodes", "2"]
+    result = run(load_module("play", ROOT / "play.py"), ROOT / "results" / "lunar_lander", *options)
+    assert result.code == 0 and "try/rde_dqn.py is not the text that made the run" in result.err
+    assert "1 fresh network(s), 2 episode(s) each: return " in result.out
 
 
 def test_network(tmp_path, monkeypatch):
@@ -206,7 +225,7 @@ def test_what_of_a_wrapper_cannot_be_kept_is_named_before_the_first_step(tmp_pat
 
 def test_environments(tmp_path):
     """The page's module and commands, as they stand, with less steps; what was learned is played."""
-    (module,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    module, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "my_envs.py").write_text(module)
     for name in ("rde_dqn.py", "rde_sac_dmc.py", "play.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -226,8 +245,29 @@ def test_environments(tmp_path):
         assert all(-4.001 < float(row["episodic_return"]) <= 1 for row in read_csv(path / "evaluations.csv"))
 
 
+def test_a_run_of_other_code_stands_beside_ours(tmp_path, monkeypatch):
+    """The page's random player writes what plot_benchmark.py reads, with the scores of a random player."""
+    _, player = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2):
+        exec(player.replace('"seed": 1', f'"seed": {seed}'), {})
+    ours = run_main(load_script("rde_dqn"), *QUICK_CARTPOLE, "--eval-episodes", "2", "--runs-dir", "runs/theirs")
+    assert ours.returncode == 0, ours.stderr
+    command = [sys.executable, ROOT / "plot_benchmark.py", "runs/mine", "runs/theirs", "--out-dir", "comparison"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "left out" not in result.stderr, result.stderr
+    rows = read_csv(tmp_path / "comparison" / "results.csv")
+    assert {row["method"] for row in rows} == {"my_random", "RDE+DQN value"}
+    random = [(row["seed"], row["global_step"], row["phase"], row["episodes"]) for row in rows if row["method"] == "my_random"]
+    steps = [("0", "scheduled"), ("5000", "scheduled"), ("10000", "final")]
+    assert random == [(seed, step, phase, "20") for seed in "12" for step, phase in steps]
+    # 22 steps is what CartPole lasts at random; of the mean of 20 episodes the deviation is 2.7.
+    assert all(12 < float(row["score"]) < 35 for row in rows if row["method"] == "my_random")
+    assert (tmp_path / "comparison" / "learning_curves.png").stat().st_size > 10_000
+
+
 def test_variants_are_looked_after_and_disturb_nothing(tmp_path):
-    """All six in the repository's folder, where test_copies.py holds; but for a change of theirs below the line."""
+    """All seven in the repository's folder, where test_copies.py holds; but for a change of theirs below the line."""
     ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", "results", "docs")
     shutil.copytree(ROOT, folder := tmp_path / "repository", ignore=ignored)
     for name in DIFFS:
