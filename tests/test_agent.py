@@ -70,6 +70,11 @@ def test_one_update_against_float64(script, max_grad_norm, arguments):
         (next_observations,) = next_observations
     else:  # five frames of each transition
         observations, next_observations = observations[:, :4] / 255, observations[:, 1:] / 255
+    if len(networks(agent)) == 1:  # an ensemble's choice: test_selection.py
+        raw = observations.float() if script is mlp else (255 * observations).round().byte()
+        greedy = agent.act(raw, torch.Generator())[0] if script is mlp else agent.act(raw)
+        expected = reference_q_values(dict(before[0][0].double().state_dict()), observations).argmax(1)
+        assert torch.equal(greedy, expected) and len(greedy.unique()) > 1
     metrics = updated(agent).reshape(3, -1)
     assert 0 < terminated.sum() < len(terminated)
     for i, (network, target) in enumerate(zip(*before, strict=True)):

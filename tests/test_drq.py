@@ -551,21 +551,6 @@ def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
 # ---------------------------------------------------------------------------------------- kept, captured, read and written
 
 
-KINDS = [{}, {"num_agents": 1, "num_atoms": 1}, {"anneal": True}, {"augmentation": False, "bf16": True}]
-
-
-@pytest.mark.parametrize("arguments", KINDS)
-def test_what_is_captured_reads_nothing_back(arguments):
-    agent = make_agent(**arguments)
-    for _ in range(2):  # the first one sets up the optimizer
-        watch = watched(agent.update, agent.buffer.generator)
-        assert watch.cannot_be_captured == []
-        assert watch.num_draws == (1 if "augmentation" in arguments else 5) and watch.num_operations > 100
-    selection, observations = torch.Generator(), pictures(0, 2, 4)
-    acting = watched(lambda: agent.act(observations, selection, counted=True), selection)
-    assert acting.cannot_be_captured == [] and acting.num_draws == 1 and acting.num_operations > 10
-
-
 def test_weights_go_to_another_agent():
     agent, other, observations = make_agent(), make_agent(seed=3), pictures(2, 20, 4)
     online = [parameters(network) for network in (*agent.q_networks, *other.q_networks)]
