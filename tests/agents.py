@@ -161,6 +161,15 @@ def targets(agent) -> list:
     return list(agent.target_networks) if hasattr(agent, "target_networks") else [agent.target_network]
 
 
+def state_of_agent(agent, index: int) -> dict[str, torch.Tensor]:
+    """All that belongs to one DQN agent: its networks and their moments."""
+    state = {}
+    for name, parameter in networks(agent)[index].named_parameters():
+        state |= {name: parameter.detach(), f"target {name}": targets(agent)[index].get_parameter(name)}
+        state |= {f"optimizer {name} {moment}": tensor for moment, tensor in agent.optimizer.state[parameter].items()}
+    return state
+
+
 def updated(agent) -> torch.Tensor:
     """The metrics of one gradient step, which fills them in place and returns nothing."""
     address = agent.metrics.data_ptr()

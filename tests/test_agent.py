@@ -25,6 +25,7 @@ from agents import (
     networks,
     next_batch,
     parameters,
+    state_of_agent,
     targets,
     updated,
 )
@@ -167,15 +168,6 @@ def test_with_bf16_values_that_differ_by_a_thousandth_are_told_apart(name):
 RESET_PARAMETERS = {"last1": {"output"}, "last2": {"output", "hidden"}, "full": {"output", "hidden", "convolutions"}}
 
 
-def state_of_agent(agent, index: int) -> dict[str, torch.Tensor]:
-    """All that belongs to one agent: its networks and their moments."""
-    state = {}
-    for name, parameter in networks(agent)[index].named_parameters():
-        state |= {name: parameter.detach(), f"target {name}": targets(agent)[index].get_parameter(name)}
-        state |= {f"optimizer {name} {moment}": tensor for moment, tensor in agent.optimizer.state[parameter].items()}
-    return state
-
-
 @pytest.mark.parametrize(
     "script, arguments",
     [(rde, {"reset_depth": depth}) for depth in RESET_PARAMETERS]
@@ -255,6 +247,33 @@ def test_the_first_agent_begins_as_the_baselines():
     assert all(map(torch.equal, single.q_network.parameters(), make_agent("rde_dqn_atari").q_networks[0].parameters()))
     assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(safe.actors.parameters(), sac.actors.parameters()))
     assert all(torch.equal(ours[:2], theirs[:2]) for ours, theirs in zip(safe.critics.parameters(), sac.critics.parameters()))
+
+
+WITH_WEIGHTS = [(path.stem, {}) for path in copies.scripts()]
+WITH_WEIGHTS += [("rnd_dqn_atari", {"num_heads": 1}), ("rnd_dqn_atari", {"intrinsic_coef": 0.0})]
+WITH_WEIGHTS += [(name, {"critic_norm": "layer"}) for name in ("rde_sac_dmc", "rde_sac_safety")]
+
+
+@pytest.mark.parametrize("name, arguments", WITH_WEIGHTS)
+def test_weights_go_to_another_agent(name, arguments, tmp_path):
+    """What play.py does: through a file, into an agent of another seed, which then chooses as the one that was saved."""
+    agent, other = make_agent(name, **arguments), make_agent(name, seed=9, **arguments)
+    agent.update()
+    if hasattr(agent, "reset"):
+        agent.reset()
+        agent.update()
+    torch.save(agent.weights(), tmp_path / "model.pt")
+    weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert not equal(other.weights(), weights)
+    other.load_weights(weights)
+    assert equal(other.weights(), weights) and equal(agent.weights(), weights)
+    if "rde" in name:
+        assert (weights["num_resets"], weights["oldest_agent"]) == (1, 1) == (other.num_resets, other.oldest.item())
+    choices = [one.evaluation_policy(torch.Generator().manual_seed(1))(make_observations(name, 40)) for one in (agent, other)]
+    assert torch.equal(*choices)
+    if getattr(agent, "rnd", None) is not None:
+        frames = make_observations(name, 32)[:, -1]
+        assert torch.equal(agent.rnd.learn(frames), other.rnd.learn(frames))
 
 
 @pytest.mark.parametrize("name", [path.stem for path in copies.scripts()])

@@ -1,9 +1,7 @@
 """The reset ensemble on the base of DrQ and C51, in numbers."""
 
 import copy
-import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,66 +10,19 @@ import torch.nn.functional as F
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
-from test_capture import watched
 
-from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions
-from conftest import (
-    QUICK,
-    equal,
-    load_script,
-    model,
-    only_run,
-    run_main,
-    scalars,
-)
+from agents import CPU, FRAMES, NUM_ACTIONS, n_step_agent, parameters, state_of_agent
+from conftest import QUICK, equal, load_script, model, only_run, run_main
 
 drq = load_script("rde_drq_atari")
-SMALL = ["--width", "0.1", "--eval-episodes", "1", "--exploration-steps", "50"]
 
 
-class Screens(AtariTransitions):
-    """Pictures of blocks of 12 x 12 pixels, which are less alike for a network than noise is."""
-
-    def picture(self) -> np.ndarray:
-        return self.rng.integers(0, 256, (7, 7), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
-
-
-def make_agent(seed: int = 1, **arguments):
-    """A narrow agent on a buffer of 200 transitions, with a support in which Q-values do not lie in the middle."""
-    defaults = {"buffer_size": 200, "seed": seed, "width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3}
-    args = drq.Args(**defaults | arguments)
-    buffer = drq.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
-    Screens(buffer, seed, terminated=0.15).store(200)
-    return drq.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
+def make_agent(**arguments):
+    return n_step_agent(drq, **arguments)
 
 
 def pictures(seed: int, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (*shape, 84, 84), dtype=np.uint8))
-
-
-def parameters(module: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def moments(agent, index: int) -> list[torch.Tensor]:
-    states = [agent.optimizer.state[parameter] for parameter in agent.q_networks[index].parameters()]
-    return [state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step")]
-
-
-class Table(nn.Module):
-    """In the place of a Q-network: logits (states, num_actions, num_atoms); the first pixel says which state it is."""
-
-    def __init__(self, logits: torch.Tensor):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.logits[(observations[:, 0, 0, 0] * 255).round().long()]
-
-
-def states(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 4, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- references, in float64
@@ -296,16 +247,6 @@ def test_what_is_seen_before_and_after_has_its_own_draws_and_all_agents_see_the_
 # ----------------------------------------------------------------------------------------------------------------- network
 
 
-def test_with_bf16_values_that_differ_by_a_thousandth_are_told_apart():
-    """Between 8 and 8.06 there is no number in bfloat16."""
-    agent = make_agent(num_atoms=1, bf16=True)
-    for network in agent.q_networks:
-        for layer, bias in ((network.value, 8.0), (network.advantage, 0.0)):
-            layer.weight.data.zero_(), layer.bias.data.fill_(bias)
-        network.advantage.bias.data[NUM_ACTIONS - 1] = 0.008
-    assert agent.act(pictures(1, 3, 4), torch.Generator())[0].tolist() == [NUM_ACTIONS - 1] * 3
-
-
 @pytest.mark.parametrize("num_atoms", [1, 7])
 def test_only_differences_of_advantages_count(num_atoms):
     torch.manual_seed(0)
@@ -342,37 +283,6 @@ def test_width_is_of_the_convolutions_alone():
 # --------------------------------------------------------------------------------------------------------------- the judge
 
 
-@pytest.mark.parametrize("num_atoms", [1, 6])
-@pytest.mark.parametrize("num_resets", [0, 1, 2, 5])
-def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms, monkeypatch):
-    agent = make_agent(num_agents=3, num_atoms=num_atoms, beta=1.5)
-    logits = 2 * torch.randn(3, 20, NUM_ACTIONS, num_atoms, generator=torch.Generator().manual_seed(1))
-    agent.q_networks, agent.num_resets = [Table(table) for table in logits], num_resets
-    values = logits.double().numpy()
-    weights = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
-    q_values = values[..., 0] if num_atoms == 1 else (weights * np.arange(-2, 4)).sum(-1)  # (3, 20, actions)
-    proposals = q_values.argmax(2).T  # (20, 3)
-    judged = np.take_along_axis(q_values[num_resets % 3], proposals, 1)
-    beta = 1.5 if num_resets else 0
-    expected = np.exp(beta * judged / np.abs(judged).max(1, keepdims=True))
-    expected /= expected.sum(1, keepdims=True)
-
-    generator = torch.Generator().manual_seed(2)
-    select, seen = drq.selection_probabilities, []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            drq, "selection_probabilities", lambda *judgement: seen.extend((*judgement, select(*judgement))) or seen[-1]
-        )
-        actions, acting = agent.act(states(torch.arange(20)), generator)
-    judgement, _, _, probabilities = seen
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
-    np.testing.assert_allclose(judgement, judged, rtol=1e-4, atol=1e-5)
-    assert actions.tolist() == proposals[np.arange(20), acting].tolist()
-    state = max(range(20), key=lambda state: np.ptp(expected[state]))
-    counts = np.bincount(agent.act(states(torch.full((9_000,), state)), generator)[1], minlength=3)
-    assert ((counts - 9_000 * expected[state]) ** 2 / (9_000 * expected[state])).sum() < 18.4  # 2 degrees of freedom: 1e-4
-
-
 def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
     """Agent 1 judges, so nothing is worth more to it than its own proposal: 9.6 and -9.7 in one state, 9.4 and 0 in the other."""
     agent = make_agent(v_min=-10.0, v_max=10.0)
@@ -407,15 +317,6 @@ def test_saturated_is_what_lies_in_the_outermost_fortieth_at_either_end(value, s
     assert agent.scalars()["rde/saturated_values"] == saturated
 
 
-def test_evaluations_choose_as_acting_does_and_are_not_counted():
-    agent = make_agent(eval_epsilon=0.0)
-    agent.num_resets, observations = 1, pictures(4, 20, 4)
-    ours = agent.evaluation_policy(torch.Generator().manual_seed(3))(observations)
-    assert agent.choices.tolist() == [0, 0, 0] and agent.acting_counts.sum() == 0
-    assert torch.equal(ours, agent.act(observations, torch.Generator().manual_seed(3), counted=True)[0])
-    assert agent.choices[0] == 20
-
-
 # ------------------------------------------------------------------------------------------------------------------- reset
 
 
@@ -425,24 +326,22 @@ def test_a_reset_is_of_one_agent_and_in_place(shrink):
     for _ in range(2):
         agent.update()
     agent.num_resets = 4  # the oldest is agent 1
-    addresses = lambda: [x.data_ptr() for x in [*agent.q_networks.parameters(), *agent.target_networks.parameters()]
-                         + sum((moments(agent, i) for i in range(3)), [])]  # fmt: skip
-    state = lambda i: copy.deepcopy((parameters(agent.q_networks[i]), parameters(agent.target_networks[i]), moments(agent, i)))
-    before, addresses_before = [state(i) for i in range(3)], addresses()
-    assert all(moment.abs().sum() > 0 for moment in before[1][2])
+    states = [state_of_agent(agent, i) for i in range(3)]
+    before, addresses = copy.deepcopy(states), [[tensor.data_ptr() for tensor in state.values()] for state in states]
     generator_state = torch.get_rng_state()
     assert agent.reset() == 1
     torch.set_rng_state(generator_state)
     fresh = drq.QNetwork(NUM_ACTIONS, 51, 0.1)
-    assert addresses() == addresses_before
-    assert equal([state(0), state(2)], [before[0], before[2]])
-    after, target, zeros = state(1)
-    names = [name for name, _ in fresh.named_parameters()]
-    for name, ours, old, new in zip(names, after, before[1][0], parameters(fresh), strict=True):
-        share = shrink if name.startswith("convolutions") else 0.0
+    after = [state_of_agent(agent, i) for i in range(3)]
+    assert addresses == [[tensor.data_ptr() for tensor in state.values()] for state in after]
+    assert equal([after[0], after[2]], [before[0], before[2]])
+    for name, new in fresh.named_parameters():
+        share, old, ours = shrink if name.startswith("convolutions") else 0.0, before[1][name], after[1][name]
         assert torch.allclose(ours, share * old + (1 - share) * new, rtol=1e-6, atol=1e-8), name
         assert share == 1 or not torch.equal(ours, old), name
-    assert equal(after, target) and all(moment.abs().sum() == 0 for moment in zeros)
+        assert torch.equal(after[1][f"target {name}"], ours)
+    for name, moment in after[1].items():
+        assert not name.startswith("optimizer") or before[1][name].any() and not moment.any(), name
     assert agent.num_resets == 5 and agent.oldest.tolist() == [2] and agent.steps_since_reset.tolist() == [2, 0, 2]
     agent.update()
     assert agent.steps_since_reset.tolist() == [3, 1, 3]
@@ -482,46 +381,14 @@ def test_the_buffer_is_asked_with_numbers_or_with_those_of_every_agent(anneal, m
 # -------------------------------------------------------------------------------------------------------------- whole runs
 
 
-def small_run(folder, *arguments):
-    """The folder of a run in this process with resets after steps 140 and 180."""
-    lengths = "--total-timesteps 210 --learning-starts 100 --replay-ratio 0.5 --reset-interval 40 --eval-interval 0".split()
-    result = run_main(drq, *QUICK, *SMALL, *lengths, *arguments, "--runs-dir", folder)
-    assert result.returncode == 0, result.stderr
-    return only_run(folder)
-
-
-def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path):
-    rarely, often = small_run(tmp_path / "rarely"), small_run(tmp_path / "often", "--eval-interval", "75")
-    other_seed = small_run(tmp_path / "seed", "--seed", "2")
-    assert equal(model(rarely), model(often)) and not equal(model(rarely), model(other_seed))
-    assert model(rarely)["num_resets"] == 2 and model(rarely)["oldest_agent"] == 0
-    ours, theirs = scalars(rarely), scalars(often)
-    for name in ("dormant_units", "active_units", "effective_rank", "stable_rank", "weight_norm"):
-        for i in range(2):
-            tag = f"plasticity/{name}_{i}"
-            assert [step for step, _ in ours[tag]] == [140, 180, 210]
-            assert [step for step, _ in theirs[tag]] == [75, 140, 150, 180, 210] and set(ours[tag]) < set(theirs[tag])
-    for tag in (
-        "losses/td_loss_0",
-        "losses/q_values_1",
-        "losses/gradient_norm_1",
-        "rde/choice_entropy",
-        "rde/saturated_values",
-        "rde/reset_agent",
-    ):
-        assert ours[tag] == theirs[tag]
-    assert ours["rde/reset_agent"] == [(140, 0), (180, 1)] and [step for step, _ in ours["losses/td_loss_0"]] == [200]
-
-
-def test_what_is_due_after_a_loop_step():
-    due = lambda *numbers: drq.events_due(drq.Args(num_agents=2, reset_interval=100, eval_interval=500), *numbers)
-    assert due(2_049, 49, 0) == due(2_051, 51, 1) == [] and due(2_500, 500, 10) == ["scheduled"]
-    assert due(2_050, 50, 0) == due(2_500, 500, 9) == ["before_reset", "reset", "after_reset"]
-    assert due(100_000, 98_000, 0) == ["final"]
-
-
 def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
-    path = small_run(tmp_path / "run", "--num-agents", "1", "--reset-interval", "0")
+    options = (
+        "--total-timesteps 210 --learning-starts 100 --replay-ratio 0.5 --eval-interval 0 --num-agents 1 --reset-interval 0 "
+        "--width 0.1 --eval-episodes 1 --exploration-steps 50"
+    ).split()
+    result = run_main(drq, *QUICK, *options, "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    weights = model(only_run(tmp_path))
     args = drq.Args(env_id="BreakoutNoFrameskip-v4", num_agents=1, width=0.1, batch_size=4)
     exploration = np.random.default_rng(drq.derive_seed(1, drq.EXPLORATION))
     generator = torch.Generator().manual_seed(drq.derive_seed(1, drq.MINI_BATCHES))
@@ -545,23 +412,10 @@ def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
         if terminated or truncated:
             observation, _ = env.reset()
             buffer.start_episode(0, observation[-1])
-    assert num_greedy > 50 and equal(model(path), agent.weights()) and model(path)["num_resets"] == 0
+    assert num_greedy > 50 and equal(weights, agent.weights()) and weights["num_resets"] == 0
 
 
-# ---------------------------------------------------------------------------------------- kept, captured, read and written
-
-
-def test_weights_go_to_another_agent():
-    agent, other, observations = make_agent(), make_agent(seed=3), pictures(2, 20, 4)
-    online = [parameters(network) for network in (*agent.q_networks, *other.q_networks)]
-    assert not any(equal(online[i], online[k]) for i in range(4) for k in range(i))  # all of them begin differently
-    assert equal(online[:2], [parameters(network) for network in agent.target_networks])
-    agent.update()
-    agent.reset()
-    weights = agent.weights()
-    assert (weights["num_resets"], weights["oldest_agent"]) == (1, 1)
-    other.load_weights(weights)
-    assert torch.equal(*(one.act(observations, torch.Generator().manual_seed(1)) for one in (agent, other)))
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
 REFUSED = [
@@ -587,12 +441,3 @@ def test_refused_arguments_have_a_line_and_what_is_just_right_is_accepted(argume
             drq.check_args(args)
         printed = capsys.readouterr().err
         assert end.value.code == 2 and printed.startswith("error: ") and message in printed and printed.count("\n") == 1
-
-
-@pytest.mark.parametrize("name, value", [
-    ("v_min", 1.0), ("v_max", -1.0), ("v_min", math.nan), ("v_min", -math.inf), ("v_max", 1e7), ("shrink", 1.1), ("shrink", -0.1),
-    ("n_step", 0), ("num_atoms", 0), ("num_atoms", 1_001), ("width", 0.0), ("width", 8.1),
-])  # fmt: skip
-def test_values_out_of_range_are_refused(name, value):
-    with pytest.raises(ValidationError, match=f"1 validation error for Args\n{name}\n"):
-        drq.Args(**{name: value})

@@ -323,19 +323,6 @@ def test_evaluating_more_often_changes_nothing_and_another_seed_does(safety, wal
     assert equal(model(path), model(often)) and not equal(model(path)["actors"], model(other)["actors"])
 
 
-def test_a_policy_for_evaluations_from_the_weights(safety, tmp_path):
-    """What play.py does: an agent of the run's arguments that loads model.pt plays as the one that was saved."""
-    agent, fresh = sac_agent(safety, 2), sac_agent(safety, 2, seed=9)
-    agent.end_episodes([60.0])
-    agent.update()
-    agent.reset()
-    torch.save(agent.weights(), tmp_path / "model.pt")
-    fresh.load_weights(torch.load(tmp_path / "model.pt", weights_only=True))
-    observations = torch.randn(50, OBSERVATION_DIM)
-    ours, theirs = (one.evaluation_policy(torch.Generator().manual_seed(1))(observations) for one in (agent, fresh))
-    assert torch.equal(ours, theirs) and fresh.multiplier.value == agent.multiplier.value > 0
-
-
 @pytest.mark.parametrize("step, arguments", [
     (250, WALK), (410, [*WALK, "--cost-limit", "inf"]),
     (520, f"--env-id {CHEETAH} --total-timesteps 1100 --hidden-dim 8 --batch-size 16 --learning-starts 60 --replay-ratio 0.25 "
