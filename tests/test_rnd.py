@@ -147,37 +147,6 @@ def test_one_update_against_float64(arguments, max_grad_norm, monkeypatch):
         assert (agent.target_network.get_parameter(name).double() - moved).abs().max() < 1e-6
 
 
-def test_the_bonus_of_one_step_stands_for_that_of_all(monkeypatch):
-    """On average over the draws it is the discounted sum over the steps up to the end, of each step's next last frame."""
-    agent = make_agent(gamma=0.8, n_step=4)
-    brightness = lambda frames: frames.float().mean(dim=(1, 2)) / 100
-    monkeypatch.setattr(agent.rnd, "learn", brightness)
-    batch = agent.buffer.sample(64, 4, 0.8)
-    sums = torch.zeros(64)
-    for _ in range(3_000):
-        sums += agent.rewards(batch)[0][1]
-    expected = torch.zeros(64)
-    for step in range(4):
-        frames = agent.buffer.next_frames(batch.positions, torch.full((64,), step))
-        expected += torch.where(step < batch.num_steps, 0.8**step * brightness(frames), 0.0)
-    assert (sums / 3_000 / expected - 1).abs().max() < 0.05
-    exact = batch.num_steps == 1
-    assert 3 < exact.sum() < 60
-    assert torch.allclose(sums[exact] / 3_000, expected[exact], rtol=1e-4)
-
-
-def test_the_bonus_is_of_the_next_observations_last_frame(monkeypatch):
-    """After a terminal step that is the first frame of the next life, after a truncation the cut episode's own last one."""
-    agent, looked_at = make_agent(n_step=1, batch_size=200), []
-    monkeypatch.setattr(agent.rnd, "learn", lambda frames: looked_at.append(frames) or torch.ones(len(frames)))
-    batch = agent.buffer.sample(200, 1, 0.99)
-    rewards, goes_on = agent.rewards(batch)
-    assert torch.equal(looked_at[0], batch.next_observations[:, -1])
-    assert batch.terminated.sum() > 5 and (looked_at[0][batch.terminated == 1] != 0).flatten(1).any(1).all()
-    assert torch.equal(rewards, torch.stack([batch.returns, torch.ones(200)]))
-    assert torch.equal(goes_on, torch.stack([1 - batch.terminated, torch.ones(200)]))
-
-
 @pytest.mark.parametrize("arguments, weights", [({}, [2, 3]), (KINDS[1], [1]), (KINDS[2], [1])])
 def test_actions_follow_the_weighted_sum_of_the_heads(arguments, weights):
     agent, observations = make_agent(**{"extrinsic_coef": 2.0, "intrinsic_coef": 3.0} | arguments), screens(5, 300, 4)

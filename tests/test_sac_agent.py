@@ -1,4 +1,4 @@
-"""The agents of RDE+SAC and of safe RDE against references that share no code with the scripts, mostly in float64."""
+"""The agents of RDE+SAC and of safe RDE, also with --critic-norm layer, against references in float64 that share no code with them."""
 
 import copy
 import math
@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from agents import ACTION_DIM, OBSERVATION_DIM, next_batch, sac_agent, updated
+from agents import ACTION_DIM, OBSERVATION_DIM, make_observations, next_batch, sac_agent, updated
 from conftest import equal, load_script
 
 BATCH_SIZE = 32
@@ -39,26 +39,6 @@ def state_per_agent(agent) -> list[dict[str, torch.Tensor]]:
 
 
 # ------------------------------------------------------------------------------------------------- the squashed Gaussian
-
-
-def test_log_probabilities_against_torch_distributions(sac):
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64)
-    log_std = torch.rand(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64) * 3 - 2.5
-    noise = torch.randn(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64)
-    actions, log_probs = sac.squashed_gaussian(mean, log_std, noise)
-    # The transform keeps the unsquashed value in its cache, so the distribution does not lose it either.
-    distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
-    expected_actions = distribution.transforms[0](mean + log_std.exp() * noise)
-    torch.testing.assert_close(actions, expected_actions)
-    torch.testing.assert_close(log_probs, Independent(distribution, 1).log_prob(expected_actions), rtol=1e-10, atol=1e-10)
-
-
-def test_density_integrates_to_one(sac):
-    """Probability per action, not per unsquashed value: the correction has the right sign."""
-    noise = torch.linspace(-8, 8, 40_001, dtype=torch.float64).unsqueeze(1)
-    actions, log_probs = sac.squashed_gaussian(torch.full_like(noise, 0.3), torch.full_like(noise, -0.2), noise)
-    assert torch.trapezoid(log_probs.exp(), actions.squeeze(1)).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("mean", [-60.0, -20.0, -9.5, 9.5, 20.0, 60.0])
@@ -97,17 +77,19 @@ class Float64Networks:
         self.log_alpha = agent.log_alphas.detach()[index].double().requires_grad_()
 
     @staticmethod
-    def copy_layers(stacked, network: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        parameters = [
-            (weight.detach()[network].T.double().clone(), bias.detach()[network, 0].double().clone())
-            for weight, bias in zip(stacked.weights, stacked.biases)
-        ]
-        return [(weight.requires_grad_(), bias.requires_grad_()) for weight, bias in parameters]
+    def copy_layers(stacked, network: int) -> list[list[torch.Tensor]]:
+        """Of every layer weight and bias, and gain and shift of the norm behind it if there is one."""
+        norms = [*stacked.norms, *[()] * (len(stacked.layers) - len(stacked.norms))]
+        layers = [(*layer, *norm) for layer, norm in zip(stacked.layers, norms, strict=True)]
+        parameters = [[parameter.detach()[network].double() for parameter in layer] for layer in layers]
+        return [[weight.T.clone().requires_grad_(), *(vector[0].clone().requires_grad_() for vector in vectors)]
+                for weight, *vectors in parameters]  # fmt: skip
 
     @staticmethod
     def mlp(layers, inputs: torch.Tensor) -> torch.Tensor:
-        for weight, bias in layers[:-1]:
-            inputs = torch.clamp(F.linear(inputs, weight, bias), min=0)
+        for weight, bias, *norm in layers[:-1]:
+            inputs = F.linear(inputs, weight, bias)
+            inputs = torch.clamp(F.layer_norm(inputs, inputs.shape[-1:], *norm) if norm else inputs, min=0)
         return F.linear(inputs, *layers[-1])
 
     def policy(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,16 +107,26 @@ class Float64Networks:
         return values
 
 
+def move_norms(agent) -> None:
+    """To gains and shifts that are not those that it began with."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (*agent.critics.gains, *agent.critics.shifts):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
 @pytest.mark.parametrize(
-    "name, num_agents, multiplier",
-    [("rde_sac_dmc", 1, 0.0), ("rde_sac_dmc", 3, 0.0), ("rde_sac_safety", 1, 0.0), ("rde_sac_safety", 1, 0.7),
-     ("rde_sac_safety", 3, 2.5), ("rde_sac_safety", 3, 1e6)],
+    "name, num_agents, multiplier, critic_norm",
+    [("rde_sac_dmc", 1, 0.0, "none"), ("rde_sac_dmc", 3, 0.0, "none"), ("rde_sac_dmc", 2, 0.0, "layer"),
+     ("rde_sac_safety", 1, 0.0, "none"), ("rde_sac_safety", 1, 0.7, "none"), ("rde_sac_safety", 3, 2.5, "none"),
+     ("rde_sac_safety", 3, 1e6, "none"), ("rde_sac_safety", 2, 2.5, "layer")],
 )  # fmt: skip
-def test_gradient_step_against_float64(name, num_agents, multiplier):
+def test_gradient_step_against_float64(name, num_agents, multiplier, critic_norm):
     """All targets, losses and gradients. With a multiplier without end the actor's loss becomes the cost."""
     script, num_critics = load_script(name), NUM_CRITICS[name]
     safe = num_critics == 3
-    agent = sac_agent(script, num_agents, gamma=0.97, **{"gamma_cost": 0.9} if safe else {})
+    agent = sac_agent(script, num_agents, gamma=0.97, critic_norm=critic_norm, **{"gamma_cost": 0.9} if safe else {})
+    move_norms(agent)
     if safe:
         agent.multiplier.value.fill_(multiplier)
     for _ in range(3):  # so that targets differ from critics and alpha from 1
@@ -201,10 +193,14 @@ def test_gradient_step_against_float64(name, num_agents, multiplier):
         for k, layers in enumerate([*reference.critics, reference.actor]):
             optimizer, network = (agent.critic_optimizer, k) if k < num_critics else (agent.actor_optimizer, 0)
             slices = optimizer.param_groups[i]["params"]
-            assert len(slices) == 2 * len(layers) == 6
-            for layer, (weight, bias) in enumerate(layers):
+            depth, normed = len(layers), critic_norm == "layer" and k < num_critics
+            assert depth == 3 and len(slices) == 2 * depth + 2 * (depth - 1) * normed
+            for layer, (weight, bias, *norm) in enumerate(layers):
                 close(slices[layer].grad[network].T, weight.grad)
-                close(slices[len(layers) + layer].grad[network, 0], bias.grad)
+                close(slices[depth + layer].grad[network, 0], bias.grad)
+                assert len(norm) == 2 * (normed and layer < depth - 1)
+                for number, parameter in enumerate(norm):  # gains stand behind all biases, and then shifts
+                    close(slices[2 * depth + number * (depth - 1) + layer].grad[network, 0], parameter.grad)
         for k in range(num_critics):
             moved = Float64Networks.copy_layers(agent.target_critics, num_critics * i + k)
             for before, critic, after in zip(reference.targets[k], updated_critics[k], moved):
@@ -229,28 +225,14 @@ def test_log_std_is_clamped(sac):
     assert (log_std[0] == 2).all() and (log_std[1] == -20).all()
 
 
-def test_agents_do_not_leak_into_one_another(script):
-    untouched, changed = sac_agent(script, 3), sac_agent(script, 3)
-    with torch.no_grad():
-        for tensor in state_per_agent(changed)[1].values():
-            tensor += 0.1 * torch.ones_like(tensor)
-    for agent in (untouched, changed):
-        if hasattr(agent, "multiplier"):
-            agent.multiplier.value.fill_(0.5)
-        for _ in range(3):
-            agent.update()
-    for i, (expected, state) in enumerate(zip(state_per_agent(untouched), state_per_agent(changed))):
-        assert len(state) > 40
-        for name in state:
-            assert torch.equal(expected[name], state[name]) == (i != 1 or name.endswith(".step")), (i, name)
-
-
 # ------------------------------------------------------------------------------------------------------------- the reset
 
 
-def test_reset_renews_one_agent_and_nothing_of_the_others(script):
+@pytest.mark.parametrize("critic_norm", ["none", "layer"])
+def test_reset_renews_one_agent_and_nothing_of_the_others(script, critic_norm):
     """In safe RDE the multiplier and the counts of the whole training are nobody's."""
-    agent, shared = sac_agent(script, 3), dict
+    agent, shared, num_norms = sac_agent(script, 3, critic_norm=critic_norm), dict, 4 * (critic_norm == "layer")
+    move_norms(agent)
     if script.__name__ == "rde_sac_safety":
         agent.end_episodes([100.0])
         agent.total_cost = 321.0
@@ -272,7 +254,7 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(script):
         assert addresses == [{name: tensor.data_ptr() for name, tensor in part.items()} for part in after]
         assert shared() == kept
         for i in range(3):
-            assert len(after[i]) == 3 * 6 + 1 + 3 * (6 + 6 + 1)
+            assert len(after[i]) == 3 * 6 + 1 + 3 * (6 + 6 + 1) + 5 * num_norms  # critics, targets, three of their moments
             assert len(after[i]["critics.weights.0"]) == NUM_CRITICS[script.__name__]
             for name, tensor in after[i].items():
                 if i != expected_index:
@@ -284,6 +266,8 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(script):
         for name, tensor in after[expected_index].items():
             if name.startswith("target_critics"):
                 assert torch.equal(tensor, after[expected_index][name.removeprefix("target_")])
+            if name.startswith(("critics.gains", "critics.shifts")):
+                assert (tensor == float("gains" in name)).all()
     agent.update()
     for optimizer in ("actor", "critic"):
         assert [part[f"{optimizer}_optimizer.0.step"].item() for part in state_per_agent(agent)] == [1, 3, 2]
@@ -365,41 +349,28 @@ def test_optimizer_is_an_adam_per_agent(sac):
 # ------------------------------------------------------------------------------------------------------------ the choice
 
 
-def test_samples_of_the_policy(sac):
-    """Without `deterministic` the proposals are samples: unsquashed they have the policy's mean and deviation."""
-    agent = sac_agent(sac, 1)
-    with torch.no_grad():
-        agent.actors.biases[-1][0, 0, ACTION_DIM:] = -1.0
-    observation = torch.zeros(OBSERVATION_DIM)
-    choices = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2), torch.Generator())
-    actions, acting_agents = choices.split([ACTION_DIM, 1], 1)
-    mean, log_std = agent.policies(observation.unsqueeze(0))
-    unsquashed = torch.atanh(actions.double())
-    torch.testing.assert_close(unsquashed.mean(0).float(), mean[0, 0], rtol=0, atol=0.02)
-    torch.testing.assert_close(unsquashed.std(0).float(), log_std[0, 0].exp(), rtol=0.03, atol=0)
-    correlations = torch.corrcoef(unsquashed.T) - torch.eye(ACTION_DIM)
-    assert correlations.abs().max() < 0.05 and not acting_agents.any()
-
-
-def test_proposals_and_judgement_against_float64(script):
-    """The modes of the actors' policies, and what the judge thinks of them by its own critics, with networks that have learned."""
-    agent = sac_agent(script, 3)
+@pytest.mark.parametrize("critic_norm", ["none", "layer"])
+def test_proposals_and_judgement_against_float64(script, critic_norm):
+    """Samples of the actors' policies, or their modes, and what the judge thinks of them by its own critics."""
+    agent = sac_agent(script, 3, critic_norm=critic_norm)
+    move_norms(agent)
     for _ in range(20):
         agent.update()
-    observations, references = (
-        torch.randn(50, OBSERVATION_DIM),
-        [Float64Networks(agent, i, NUM_CRITICS[script.__name__]) for i in range(3)],
-    )
-    choice = agent.act(observations, torch.Generator(), torch.Generator(), deterministic=True)
-    proposals = torch.stack(
-        [torch.tanh(one.mlp(one.actor, observations.double())[:, :ACTION_DIM]) for one in references], dim=1
-    )
-    acting_agents = choice[:, -1].long()
-    assert len(acting_agents.unique()) == 3
-    torch.testing.assert_close(choice[:, :-1].double(), proposals[torch.arange(50), acting_agents], rtol=0, atol=1e-5)
+    observations = make_observations(script.__name__, 50)
+    references = [Float64Networks(agent, i, NUM_CRITICS[script.__name__]) for i in range(3)]
+    noise = torch.empty(3, 50, ACTION_DIM).normal_(generator=torch.Generator().manual_seed(2)).double()
+    for factor in (1, 0):
+        with torch.no_grad():
+            proposals = [one.policy(observations.double(), factor * noise[i])[0] for i, one in enumerate(references)]
+        proposals = torch.stack(proposals, dim=1)
+        generators = torch.Generator().manual_seed(2), torch.Generator()
+        choice = agent.act(observations, *generators, deterministic=factor == 0)
+        acting_agents = choice[:, -1].long()
+        assert choice.shape == (50, ACTION_DIM + 1) and len(acting_agents.unique()) == 3
+        torch.testing.assert_close(choice[:, :-1].double(), proposals[torch.arange(50), acting_agents], rtol=0, atol=1e-5)
     for agent.num_resets in range(4):
         judge = references[agent.num_resets % 3]
-        judged = agent.judge(observations, proposals.float().detach())
+        judged = agent.judge(observations, proposals.float())
         judged = judged if isinstance(judged, tuple) else (judged,)
         for i in range(3):
             first, second, *cost = judge.values(judge.critics, observations.double(), proposals[:, i])

@@ -11,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import tyro
 
 from agents import CPU, OBSERVATION_DIM, sac_agent
 from conftest import (
@@ -192,29 +191,6 @@ def chosen_with(safety, q_values, costs, kappa, cost_scale, **arguments) -> torc
     return seen[0]
 
 
-def choose(safety, q_values, costs, kappa=0.5, cost_scale=2.5):
-    return chosen_with(safety, torch.tensor([q_values]), torch.tensor([costs]), kappa, cost_scale)[0].tolist()
-
-
-def test_tiny_costs_make_no_hard_choice(safety):
-    """Without the smallest scale the first of these proposals would never be taken."""
-    tiny = [1e-3, 0.0, -1e-3]
-    assert choose(safety, [1.0] * 3, tiny, kappa=0.0) == pytest.approx([1 / 3] * 3, abs=0.01)
-    assert choose(safety, [1.0] * 3, tiny, kappa=0.0, cost_scale=0.0)[0] < 1e-20
-    assert choose(safety, [1.0] * 3, [0.0] * 3, kappa=0.0, cost_scale=0.0) == pytest.approx([1 / 3] * 3)
-
-
-def test_equal_costs_and_an_expensive_proposal(safety):
-    reward_alone = choose(safety, [1.0, 1.02, 0.99], [9.0] * 3, kappa=1.0)
-    mixed = choose(safety, [1.0, 1.02, 0.99], [9.0] * 3)
-    assert mixed == pytest.approx([0.5 * p + 0.5 / 3 for p in reward_alone])
-    # The proposal that pays best is expensive: its share is that of reward, and without reward none.
-    q_values, costs = [5.0, 4.0, 3.9], [30.0, 1.0, 1.0]
-    assert choose(safety, q_values, costs, kappa=1.0)[0] > 0.99
-    assert choose(safety, q_values, costs)[0] == pytest.approx(0.5, abs=0.01)
-    assert choose(safety, q_values, costs, kappa=0.0) == pytest.approx([0, 0.5, 0.5], abs=1e-6)
-
-
 def test_the_smallest_scale_is_the_limit_as_a_discounted_sum(safety):
     """WCSAC's d * (1 - gamma^H) / (1 - gamma) / H; 2.5 for 25 and 1,000 steps."""
     assert safety.discounted_limit(25, 0.99, 1_000) == pytest.approx(25 * (1 - 0.99**1_000) / 0.01 / 1_000)
@@ -379,11 +355,3 @@ def test_a_package_that_is_missing(safety, monkeypatch):
     )
     assert error_line(run_main(safety, "--env-id", MAZE), code=2).endswith("pip install gymnasium-robotics")
     safety.check_args(safety.Args(env_id=CHEETAH))
-
-
-@pytest.mark.parametrize(
-    "arguments", ["", f"--env-id {MAZE}", "--cost-limit inf", "--cost-limit 0 --kappa 0 --gamma-cost 1 --lambda-kp 0"]
-)
-def test_good_arguments_are_accepted(safety, arguments, capsys):
-    safety.check_args(tyro.cli(safety.Args, args=arguments.split()))
-    assert capsys.readouterr().err == ""

@@ -80,24 +80,6 @@ def test_where_the_zero_of_the_values_lies_and_their_unit_do_not_matter(q_values
     np.testing.assert_allclose(probabilities, expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 5.0, 10.0])
-def test_a_proposal_as_bad_as_a_random_action_is_exp_beta_times_less_likely(beta):
-    best, mean, *_ = by_advantage([507.0, 504.0, 502.5, 502.5], beta=beta)  # 504 is the mean
-    assert best / mean == pytest.approx(math.exp(beta), rel=1e-4)
-    best, mean = by_advantage([-7.0, -8.0], [-7.5, -8.5], beta)
-    assert best / mean == pytest.approx(math.exp(beta), rel=1e-5)
-    # Continuous actions: a random one can be better than all proposals, and all of them together better than each.
-    better, worse = by_advantage([0.75, 0.5], [4.0, 3.0], beta)
-    assert better / worse == pytest.approx(math.exp(beta / 2), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "q_values, beta", [([0.0] * 3, 5.0), ([-123.456] * 3, 5.0), ([1e-30] * 3, 1e9), ([3.0, -2.0, 0.5], 0.0)]
-)
-def test_equal_values_and_beta_0_are_a_uniform_choice(q_values, beta):
-    np.testing.assert_allclose(by_advantage(q_values, beta=beta), [1 / 3] * 3, rtol=1e-6)
-
-
 def test_the_noise_of_float32_is_no_stake():
     """Values that are equal but for their last bit: without a floor the larger one would be taken always (1 - e^-10)."""
     value = np.float32(100.0)
@@ -174,7 +156,7 @@ def act(name: str, agent, count: int, seed: int = 1) -> tuple[np.ndarray, np.nda
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, function, lambda *numbers: seen.append(select(*numbers)) or seen[-1])
         if name in CONTINUOUS:
-            choice = agent.act(torch.zeros(count, OBSERVATION_DIM), *generators, deterministic=True)
+            choice = agent.act(torch.zeros(count, OBSERVATION_DIM), *generators, deterministic=True, counted=True)
             acting_agents = choice[:, -1].long()
             proposed = torch.from_numpy(places(agent.num_resets % 3)).float()[acting_agents]
             torch.testing.assert_close(choice[:, 0], proposed)
@@ -183,7 +165,7 @@ def act(name: str, agent, count: int, seed: int = 1) -> tuple[np.ndarray, np.nda
             random_places = random_actions[..., 0].double().numpy()
         else:
             observation = torch.zeros(OBSERVATION_DIM) if name == "rde_dqn" else torch.zeros((4, 1, 1), dtype=torch.uint8)
-            actions, acting_agents = agent.act(observation.expand(count, *observation.shape), generators[0])
+            actions, acting_agents = agent.act(observation.expand(count, *observation.shape), generators[0], counted=True)
             assert torch.equal(actions, acting_agents)
             random_places = np.tile([*PROPOSED, *NOT_PROPOSED], (count, 1))
     return acting_agents.numpy(), seen[-1].double().numpy(), random_places
@@ -217,6 +199,8 @@ def test_the_oldest_agent_judges(name, arguments, selection, num_resets):
     if name == "rde_sac_safety":
         expected = 0.7 * expected + 0.3 * costs
     np.testing.assert_allclose(probabilities, expected, rtol=2e-3, atol=1e-6)
+    entropy = -(probabilities * np.log(probabilities)).sum()
+    assert agent.choices[:2].tolist() == pytest.approx([20_000, entropy], rel=1e-4)
     if beta:
         assert probabilities.mean(axis=0).argmax() == num_resets % 3
     frequencies = np.bincount(acting_agents, minlength=3) / len(acting_agents)
