@@ -255,7 +255,7 @@ def pretended_gpu():
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 SMALL = {
-    "total_timesteps": 52, "learning_starts": 20, "replay_ratio": 0.5, "batch_size": 4, "buffer_size": 30, "eval_interval": 0,
+    "total_timesteps": 60, "learning_starts": 20, "replay_ratio": 0.5, "batch_size": 4, "buffer_size": 30, "eval_interval": 0,
     "eval_episodes": 1, "checkpoint_interval": 0,
 }  # fmt: skip
 ATARI = SMALL | {"env_id": "BreakoutNoFrameskip-v4"}

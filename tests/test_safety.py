@@ -148,50 +148,7 @@ def test_episodes_that_end_together_move_the_multiplier_once_by_their_mean(safet
     assert agent.num_violations == 1 and vars(agent.multiplier) == before
 
 
-# ------------------------------------------------------------------------------------------------------------ the choice
-
-
-def p_safe(q_values, costs, beta, beta_cost, kappa, cost_scale):
-    """In float64, (batch, N)."""
-
-    def softmax(logits):
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
-
-    largest, largest_cost = (np.abs(values).max(axis=1, keepdims=True) for values in (q_values, costs))
-    scale = np.maximum(largest_cost, cost_scale)
-    p, p_cost = (softmax(x / np.where(y > 0, y, 1)) for x, y in ((beta * q_values, largest), (-beta_cost * costs, scale)))
-    return kappa * p + (1 - kappa) * p_cost
-
-
-@pytest.mark.parametrize("kappa", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("cost_scale", [0.0, 2.5, 40.0])
-def test_probabilities_against_the_formula(safety, kappa, cost_scale):
-    rng = np.random.default_rng(1)
-    q_values, costs = rng.normal(size=(2, 50, 4)) * 10
-    q_values[0], costs[0] = 0, 0
-    costs[1], q_values[2] = 7, -3
-    computed = chosen_with(safety, torch.from_numpy(q_values), torch.from_numpy(costs), kappa, cost_scale, beta_cost=20.0)
-    expected = p_safe(q_values, costs, 50.0, 20.0, kappa, cost_scale)
-    np.testing.assert_allclose(computed, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(computed.sum(dim=1), 1)
-    q_values = torch.from_numpy(q_values)
-    by_reward = safety.selection_probabilities(q_values, safety.value_scale(q_values), torch.tensor(50.0))
-    assert torch.equal(computed, by_reward) == (kappa == 1)
-
-
-def chosen_with(safety, q_values, costs, kappa, cost_scale, **arguments) -> torch.Tensor:
-    """The probabilities, (num_envs, N), with which `act` draws if the judge thinks this of the proposals."""
-    agent, seen = sac_agent(safety, q_values.shape[1], kappa=kappa, **arguments), []
-    agent.num_resets, agent.cost_scale, agent.judge = 1, cost_scale, lambda observations, actions: (q_values, costs)
-    with pytest.MonkeyPatch.context() as patch:
-        select = safety.safe_selection_probabilities
-        patch.setattr(safety, "safe_selection_probabilities", lambda *numbers: seen.append(select(*numbers)) or seen[0])
-        agent.act(torch.zeros(len(q_values), OBSERVATION_DIM), torch.Generator(), torch.Generator())
-    return seen[0]
-
-
-def test_the_smallest_scale_is_the_limit_as_a_discounted_sum(safety):
+def test_the_smallest_scale_of_costs_in_the_choice_is_the_limit_as_a_discounted_sum(safety):
     """WCSAC's d * (1 - gamma^H) / (1 - gamma) / H; 2.5 for 25 and 1,000 steps."""
     assert safety.discounted_limit(25, 0.99, 1_000) == pytest.approx(25 * (1 - 0.99**1_000) / 0.01 / 1_000)
     assert safety.discounted_limit(25, 1.0, 1_000) == 25 and safety.discounted_limit(25, 0.0, 1_000) == 0.025
