@@ -31,7 +31,7 @@ from agents import (
 )
 from conftest import equal, load_script, tensors
 
-rde, sr, dqn, mlp = (load_script(name) for name in ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_dqn"))
+rde, sr, dqn, drq, mlp = map(load_script, ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_drq_atari", "rde_dqn"))
 
 
 def reference_q_values(weights: dict, x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,8 @@ RESET_PARAMETERS = {"last1": {"output"}, "last2": {"output", "hidden"}, "full": 
     "script, arguments",
     [(rde, {"reset_depth": depth}) for depth in RESET_PARAMETERS]
     + [(sr, {"reset_depth": depth}) for depth in RESET_PARAMETERS]
-    + [(mlp, {"optimizer": optimizer}) for optimizer in ("adam", "rmsprop")],
+    + [(mlp, {"optimizer": optimizer}) for optimizer in ("adam", "rmsprop")]
+    + [(drq, {"shrink": shrink, "anneal": True}) for shrink in (0.8, 1.0, 0.0)],
 )
 def test_reset_touches_the_named_layers_of_one_agent_and_nothing_else(script, arguments):
     agent = make_agent(script.__name__, **arguments, **{} if script is sr else {"num_agents": 3})
@@ -154,17 +155,25 @@ def test_reset_touches_the_named_layers_of_one_agent_and_nothing_else(script, ar
         states = [state_of_agent(agent, i) for i in range(num_agents)]
         before = copy.deepcopy(states)
         addresses = [{name: tensor.data_ptr() for name, tensor in state.items()} for state in states]
+        generator_state = torch.get_rng_state()
         agent.reset()
+        torch.set_rng_state(generator_state)
+        fresh = dict(agent.fresh_network().named_parameters()) if script in (drq, mlp) else {}
         after = [state_of_agent(agent, i) for i in range(num_agents)]
         assert addresses == [{name: tensor.data_ptr() for name, tensor in state.items()} for state in after]
         assert equal(after[:index] + after[index + 1 :], before[:index] + before[index + 1 :])
-        assert len(after[index]) == (8 if script is mlp else 10) * (2 + num_moments)
+        assert len(after[index]) == {mlp: 8, drq: 12}.get(script, 10) * (2 + num_moments)
         for name, tensor in after[index].items():
             if name.startswith("optimizer"):
                 assert before[index][name].any() and not tensor.any(), name
             elif name.startswith("target"):
                 assert torch.equal(tensor, after[index][name.removeprefix("target ")])
-            elif script is mlp or name.split(".")[0] in RESET_PARAMETERS[arguments["reset_depth"]]:
+            elif name in fresh:  # of DrQ's convolutions a share is left
+                share = arguments.get("shrink", 0.0) if name.startswith("convolutions") else 0.0
+                expected = share * before[index][name] + (1 - share) * fresh[name]
+                assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-8), name
+                assert share == 1 or not torch.equal(tensor, before[index][name]), name
+            elif name.split(".")[0] in RESET_PARAMETERS[arguments["reset_depth"]]:
                 assert (tensor != before[index][name]).all(), name
             else:
                 assert torch.equal(tensor, before[index][name]), name
@@ -176,9 +185,10 @@ def test_reset_touches_the_named_layers_of_one_agent_and_nothing_else(script, ar
     frozen = weight.detach().clone()
     agent.update()
     moved, strong = (weight - frozen).abs(), weight.grad.abs() > 1e-5
-    assert strong.any() and (
-        num_moments == 2 or torch.allclose(moved[strong], torch.tensor(agent.args.learning_rate), rtol=0.02)
-    )
+    step = agent.args.learning_rate * weight.grad.abs() / (weight.grad.abs() + getattr(agent.args, "adam_eps", 1e-8))
+    assert strong.any() and (num_moments == 2 or torch.allclose(moved[strong], step[strong], rtol=0.02))
+    if script is drq:
+        assert agent.steps_since_reset.tolist() == [1, 5, 5]
     if script is mlp:
         steps = [agent.optimizer.state[next(network.parameters())]["step"].item() for network in networks(agent)]
         assert steps == [1, 3, 2]

@@ -11,7 +11,7 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import CPU, FRAMES, NUM_ACTIONS, n_step_agent, state_of_agent
+from agents import CPU, FRAMES, NUM_ACTIONS, n_step_agent
 from conftest import QUICK, equal, load_script, model, only_run, run_main
 
 drq = load_script("rde_drq_atari")
@@ -227,37 +227,6 @@ def test_saturated_is_what_lies_in_the_outermost_fortieth_at_either_end(value, s
     assert agent.scalars()["rde/saturated_values"] == saturated / 2
     assert agent.scalars()["rde/saturated_values"] == 0
     assert "rde/saturated_values" not in make_agent(num_atoms=1).scalars()
-
-
-# ------------------------------------------------------------------------------------------------------------------- reset
-
-
-@pytest.mark.parametrize("shrink", [0.8, 1.0, 0.0])
-def test_a_reset_is_of_one_agent_and_in_place(shrink):
-    agent = make_agent(num_agents=3, shrink=shrink, anneal=True)
-    for _ in range(2):
-        agent.update()
-    agent.num_resets = 4  # the oldest is agent 1
-    states = [state_of_agent(agent, i) for i in range(3)]
-    before, addresses = copy.deepcopy(states), [[tensor.data_ptr() for tensor in state.values()] for state in states]
-    generator_state = torch.get_rng_state()
-    assert agent.reset() == 1
-    torch.set_rng_state(generator_state)
-    fresh = drq.QNetwork(NUM_ACTIONS, 51, 0.1)
-    after = [state_of_agent(agent, i) for i in range(3)]
-    assert addresses == [[tensor.data_ptr() for tensor in state.values()] for state in after]
-    assert equal([after[0], after[2]], [before[0], before[2]])
-    for name, new in fresh.named_parameters():
-        share, old, ours = shrink if name.startswith("convolutions") else 0.0, before[1][name], after[1][name]
-        assert torch.allclose(ours, share * old + (1 - share) * new, rtol=1e-6, atol=1e-8), name
-        assert share == 1 or not torch.equal(ours, old), name
-        assert torch.equal(after[1][f"target {name}"], ours)
-    for name, moment in after[1].items():
-        assert not name.startswith("optimizer") or before[1][name].any() and not moment.any(), name
-    assert agent.num_resets == 5 and agent.oldest.tolist() == [2] and agent.steps_since_reset.tolist() == [2, 0, 2]
-    agent.update()
-    assert agent.steps_since_reset.tolist() == [3, 1, 3]
-    assert [agent.optimizer.state[next(q.parameters())]["step"].item() for q in agent.q_networks] == [3, 1, 3]
 
 
 # --------------------------------------------------------------------------------------------------------------- annealing

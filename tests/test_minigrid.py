@@ -7,7 +7,6 @@ import minigrid  # noqa: F401  (registers its environments)
 import numpy as np
 import pytest
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
-from minigrid.core.world_object import Lava
 
 from conftest import load_script
 
@@ -169,16 +168,6 @@ def test_the_reward_of_minigrid_is_a_part_of_the_limit(script, argument, limit):
         _, reward, terminated, truncated, info = env.step(action)
     assert terminated and not truncated and reward == pytest.approx(1 - 0.9 * 5 / limit)
     assert info["episode"] == {"r": reward, "l": 5, "success": 1}
-
-
-def test_lava_terminates_without_success(script):
-    env = make(script, "MiniGrid-LavaGapS5-v0", actions="move")
-    assert env.action_space.n == 3
-    env.reset(seed=0)
-    world = env.unwrapped
-    world.grid.set(*world.front_pos, Lava())
-    _, reward, terminated, truncated, info = env.step(2)
-    assert (reward, terminated, truncated) == (0.0, True, False) and info["episode"] == {"r": 0.0, "l": 1, "success": 0}
 
 
 def test_actions_that_move(script):

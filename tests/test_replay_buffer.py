@@ -194,28 +194,6 @@ def test_equal_to_lists_of_steps(capacity, num_envs, max_n, n, gamma, events, ch
                 np.testing.assert_array_equal(seen[0].numpy(), expected)
 
 
-def test_a_made_up_life_by_hand():
-    """Rewards 1, 2, 4, 8, gamma 1/2, n = 3; the fourth step is terminal, and a life of one cut step follows."""
-    buffer = n_step_buffer(20, 1, 3)
-    buffer.start_episode(0, frame(1))
-    for i, reward in enumerate([1.0, 2.0, 4.0, 8.0]):
-        buffer.add(0, i, reward, frame(2 + i), terminated=reward == 8)
-    buffer.start_episode(0, frame(100))
-    buffer.add(0, 4, 16.0, frame(101), terminated=False)
-    buffer.start_episode(0, frame(200))
-    for i in range(2):
-        buffer.add(0, 5, 32.0, frame(201 + i), terminated=False)
-    batch = all_drawn(buffer, 3, 0.5)
-    assert batch.actions.tolist() == [0, 1, 2, 3, 4]  # the last two have not got their three rewards yet
-    assert batch.returns.tolist() == [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8, 16]
-    assert batch.num_steps.tolist() == [3, 3, 2, 1, 1]
-    assert batch.discounts.tolist() == [0.125, 0.125, 0.25, 0.5, 0.5]
-    assert batch.terminated.tolist() == [0, 1, 1, 1, 0]
-    values = batch.next_observations[:, :, 5, 5].tolist()
-    first_of_the_next_life = [0, 0, 0, 101]
-    assert values == [[2, 3, 4, 5], *[first_of_the_next_life] * 3, [0, 0, 101, 102]]
-
-
 def test_environments_have_to_take_turns():
     player = Player(n_step_buffer(50, 2, 3), 2)
     player.play(0, "go on")

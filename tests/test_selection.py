@@ -13,7 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from agents import ACTION_DIM, CPU, FRAMES, NUM_ACTIONS, OBSERVATION_DIM, box, make_observations
-from conftest import assert_same_end, load_script, only_run, run_main, scalars
+from conftest import load_script, scalars
 
 DISCRETE, CONTINUOUS = ["rde_dqn_atari", "rde_drq_atari", "rde_dqn"], ["rde_sac_dmc", "rde_sac_safety"]
 NAMES = DISCRETE + CONTINUOUS
@@ -324,15 +324,3 @@ def test_with_one_agent_both_rules_are_one_to_the_bit(name):
         choices.append(agent.act(make_observations(name, 50), *generators, counted=True))
         states.append(torch.cat([generator.get_state() for generator in generators]))
     assert torch.equal(*choices) and torch.equal(*states) and len(choices[0].unique(dim=0)) > 1
-
-
-@pytest.mark.parametrize("name, env_id", [("rde_dqn", "CartPole-v1"), ("rde_sac_dmc", "Pendulum-v1")])
-def test_a_run_of_one_agent_is_the_same_by_both_rules(name, env_id, tmp_path):
-    options = (
-        f"--env-id {env_id} --max-episode-steps 60 --total-timesteps 320 --learning-starts 100 --replay-ratio 0.2 --batch-size 4 "
-        "--buffer-size 300 --hidden-dim 8 --eval-interval 0 --eval-episodes 1 --reset-interval 40 --num-agents 1"
-    ).split()
-    for selection in ("value", "advantage"):
-        result = run_main(load_script(name), *options, "--selection", selection, "--runs-dir", tmp_path / selection)
-        assert result.returncode == 0 and "selection by" not in result.stdout, result.stderr
-    assert_same_end(only_run(tmp_path / "value"), only_run(tmp_path / "advantage"))
