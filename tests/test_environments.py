@@ -1,5 +1,6 @@
 """Environments in the three scripts that take any: what is stored of them, episodes that go on elsewhere, odd and broken ones."""
 
+import importlib.util
 import io
 import subprocess
 import sys
@@ -60,7 +61,8 @@ class Foreign(gym.Env):
     def step(self, action):
         self.place += 0.1 * float(np.ravel(action)[0]) + self.generator.standard_normal()
         self.num_steps += 1
-        told = {"episode": {"r": float(self.num_steps), "l": self.num_steps}, "cost": 1.0}  # as some do it, in every step
+        told = {"episode": {"r": float(self.num_steps), "l": self.num_steps}}  # as some do it, in every step
+        told |= {} if self.fault == "no cost" else {"cost": 1.0}
         reward, terminated = np.array([1.0]), self.num_steps == LENGTH and self.fault != "no end"
         if self.fault == "four values from step":
             return self.observation("step"), reward, terminated, told
@@ -83,7 +85,16 @@ class Gray(Foreign):
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     for name, continuous in (("Discrete", False), ("Box", True)):
-        for fault in ("", *REFUSED, "boards", "no end", "unrepeatable", "integers as actions", "actions without bounds"):
+        for fault in (
+            "",
+            *REFUSED,
+            "boards",
+            "no end",
+            "no cost",
+            "unrepeatable",
+            "integers as actions",
+            "actions without bounds",
+        ):
             title = "".join(word.capitalize() for word in fault.split())
             gym.register(f"Foreign{name}{title}-v0", Foreign, kwargs={"continuous": continuous, "fault": fault})
         gym.register(f"Gray{name}-v0", Gray, kwargs={"continuous": continuous})
@@ -125,31 +136,57 @@ def test_an_odd_environment_is_trained_in_and_evaluated_to_the_end(tmp_path, scr
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("fault", REFUSED)
-def test_a_broken_environment_is_one_line(tmp_path, script, fault):
-    env_id = id_of(script, fault)
-    line = error_line(run_main(load_script(script), *QUICK, "--env-id", env_id, "--runs-dir", tmp_path / "runs"), code=2)
-    assert f"--env-id {env_id}" in line and REFUSED[fault] in line and not (tmp_path / "runs").exists()
+CANNOT_BE_USED = [
+    *((script, id_of(script, fault), message) for script in SCRIPTS for fault, message in REFUSED.items()),
+    *((script, id_of(script, fault), "continuous ones within bounds") for script in ("rde_sac_dmc", "rde_sac_safety")
+      for fault in ("integers as actions", "actions without bounds")),
+    # Pictures that no video can be made of: in gray, or none at all.
+    *((script, f"Gray{actions}-v0 --capture-video", "draws no pictures in colour, (height, width, 3) uint8, but uint8 (20, 30)")
+      for script, actions in SCRIPTS.items()),
+    *((script, f"{id_of(script)} --capture-video", "render_mode") for script in SCRIPTS),
+    ("rde_dqn", "LunarLander-v2", "is not registered with Gymnasium; did you mean LunarLander-v3"),
+    ("rde_dqn", "LavaGapS5", "did you mean MiniGrid-LavaGapS5-v0"),
+    ("rde_dqn", "nothing-like-it", "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"),
+    ("rde_dqn", "no_module:Task-v0", "the module no_module cannot be imported"),
+    ("rde_dqn", "Pendulum-v1", "has continuous actions, Box(-2.0, 2.0, (1,), float32)"),
+    ("rde_dqn", "CarRacing-v3", "has pictures as observations, of shape (96, 96, 3)"),
+    ("rde_dqn", "CarRacing-v3", "for Atari's pictures there is rde_dqn_atari.py"),
+    ("rde_dqn", "AlienNoFrameskip-v4", "is an Atari game, and its observations are pictures; use rde_dqn_atari.py"),
+    ("rde_dqn", "Blackjack-v1", "has observations in Tuple(Discrete(32), Discrete(11), Discrete(2))"),
+    ("rde_dqn", "Reacher-v2", "does not work here: "),
+    ("rde_dqn", "MiniGrid-GoToDoor-5x5-v0 --actions move", "without an action that it needs; use --actions all"),
+    ("rde_dqn", "MiniGrid-DoorKey-5x5-v0 --actions move", "without an action that it needs; use --actions all"),
+    ("rde_dqn", "CartPole-v1 --actions move", "has a meaning in MiniGrid alone"),
+    ("rde_sac_safety", "ForeignBoxNoCost-v0", 'reports no cost: its step() gives neither info["cost"] nor six values'),
+    ("rde_sac_safety", "Pendulum-v1", "Pendulum-v1 reports no cost"),
+    ("rde_sac_safety", "CartPole-v1", "has actions in Discrete(2), and this script takes continuous ones within bounds (Box)"),
+    ("rde_sac_safety", "SafetyHalfCheetahVelocity-v0", "did you mean SafetyHalfCheetahVelocity-v1?"),
+    ("rde_sac_safety", "hopper-hop", "is no environment"),
+    ("rde_sac_safety", "nowhere:Walk-v0", "does not start: No module named 'nowhere'"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_pictures_that_no_video_can_be_made_of(tmp_path, script):
-    """In gray, or none at all."""
-    options = [*QUICK, "--capture-video", "--runs-dir", tmp_path / "runs", "--env-id"]
-    line = error_line(run_main(load_script(script), *options, f"Gray{SCRIPTS[script]}-v0"), code=2)
-    assert "draws no pictures in colour, (height, width, 3) uint8, but uint8 (20, 30)" in line
-    line = error_line(run_main(load_script(script), *options, id_of(script)), code=2)
-    assert "render_mode" in line and not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("script, env_id, message", CANNOT_BE_USED)
+def test_what_cannot_be_used_is_one_line_and_nothing_is_created(tmp_path, monkeypatch, script, env_id, message):
+    monkeypatch.chdir(tmp_path)
+    result = run_main(load_script(script), *QUICK, "--env-id", *env_id.split())
+    line = error_line(result, code=2)
+    assert message in line and (f"--env-id {env_id.split()[0]}" in line or "has a meaning" in line)
+    assert not result.stdout and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["rde_sac_dmc", "rde_sac_safety"])
-@pytest.mark.parametrize("fault", ["integers as actions", "actions without bounds"])
-def test_actions_that_sac_cannot_take(tmp_path, script, fault):
-    env_id = id_of(script, fault)
-    line = error_line(run_main(load_script(script), *QUICK, "--env-id", env_id, "--runs-dir", tmp_path / "runs"), code=2)
-    assert f"--env-id {env_id} has actions in Box(" in line and "continuous ones within bounds" in line
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("script, env_id, package, other", [
+    ("rde_dqn", "MiniGrid-LavaGapS5-v0", "minigrid", "CartPole-v1"),
+    ("rde_sac_safety", "SafetyPointMaze-v0", "gymnasium-robotics", "SafetyHalfCheetahVelocity-v1"),
+])  # fmt: skip
+def test_a_package_that_is_missing(monkeypatch, script, env_id, package, other):
+    """Is named, if the environment needs it."""
+    script, find_spec = load_script(script), importlib.util.find_spec
+    missing = lambda name, *more: None if name == package.replace("-", "_") else find_spec(name, *more)
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    line = error_line(run_main(script, "--env-id", env_id), code=2)
+    assert line.endswith(f"--env-id {env_id} needs the package {package}: pip install {package}")
+    script.check_args(script.Args(env_id=other))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
