@@ -20,7 +20,7 @@ SAC = (
 
 
 @pytest.mark.parametrize("script, arguments, interval", [("dqn", DQN, 600), ("sac", SAC, 550)])
-def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, arguments, interval):
+def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, monkeypatch, capsys, script, arguments, interval):
     name = f"stable_baselines3_{script}"
     result = run_script(f"baselines/{name}", *arguments, "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -37,8 +37,10 @@ def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, arguments, in
     assert torch.load(folder / "model.pt", weights_only=True) and not (folder / "checkpoint.pt").exists()
     assert (folder / f"{name}.py").read_text() == (ROOT / "baselines" / f"{name}.py").read_text()
     before = snapshot(folder)
-    result = run_script(f"baselines/{name}", *arguments, "--runs-dir", tmp_path)
-    assert result.returncode == 0 and "is finished" in result.stdout and snapshot(folder) == before
+    monkeypatch.setattr(sys, "argv", [str(ROOT / f"baselines/{name}.py"), *arguments, "--runs-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        load_script(f"baselines/{name}").main()
+    assert not end.value.code and "is finished" in capsys.readouterr().out and snapshot(folder) == before
 
 
 @pytest.mark.parametrize(
