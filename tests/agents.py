@@ -75,8 +75,8 @@ def dqn_agent(script, seed: int = 1, size: int = 200, stored: int = 200, device:
 
 
 def n_step_agent(script, seed: int = 1, num_frames: int = 20, **arguments):
-    """An agent of the Atari scripts whose buffers sum over n steps: of DrQ a narrow one, with a support in which Q-values do not
-    lie in the middle; of RND one with statistics of so many frames, and their bonus."""
+    """An agent of a script whose buffer sums over n steps: of DrQ a narrow one, with a support in which Q-values do not lie in
+    the middle; of RND one with statistics of so many frames, and of their bonus."""
     narrow = {"width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3} if "drq" in script.__name__ else {}
     args = script.Args(**{"buffer_size": 200, "seed": seed} | narrow | arguments)
     buffer = script.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
@@ -159,15 +159,6 @@ def networks(agent) -> list:
 
 def targets(agent) -> list:
     return list(agent.target_networks) if hasattr(agent, "target_networks") else [agent.target_network]
-
-
-def state_of_agent(agent, index: int) -> dict[str, torch.Tensor]:
-    """All that belongs to one DQN agent: its networks and their moments."""
-    state = {}
-    for name, parameter in networks(agent)[index].named_parameters():
-        state |= {name: parameter.detach(), f"target {name}": targets(agent)[index].get_parameter(name)}
-        state |= {f"optimizer {name} {moment}": tensor for moment, tensor in agent.optimizer.state[parameter].items()}
-    return state
 
 
 def updated(agent) -> torch.Tensor:

@@ -25,7 +25,6 @@ from agents import (
     networks,
     next_batch,
     parameters,
-    state_of_agent,
     targets,
     updated,
 )
@@ -135,6 +134,15 @@ def test_with_bf16_values_that_differ_by_a_thousandth_are_told_apart(name):
 # -------------------------------------------------------------------------------------------------------------- reset
 
 RESET_PARAMETERS = {"last1": {"output"}, "last2": {"output", "hidden"}, "full": {"output", "hidden", "convolutions"}}
+
+
+def state_of_agent(agent, index: int) -> dict[str, torch.Tensor]:
+    """All that belongs to one DQN agent: its networks and their moments."""
+    state = {}
+    for name, parameter in networks(agent)[index].named_parameters():
+        state |= {name: parameter.detach(), f"target {name}": targets(agent)[index].get_parameter(name)}
+        state |= {f"optimizer {name} {moment}": tensor for moment, tensor in agent.optimizer.state[parameter].items()}
+    return state
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ CAPTURED = [
     ("rde_dqn_atari", {"num_agents": 3, "selection": "advantage"}, 1, 1),
     *(("rde_dqn", {"num_agents": count, **more}, 1, 1 if count > 1 else 0) for count in (1, 3)
       for more in ({}, {"bf16": True}, {"tau": 0.1, "target_update_interval": 0})),
-    ("rde_drq_atari", {}, 5, 1), ("rde_drq_atari", {"num_agents": 1, "num_atoms": 1}, 5, 1), ("rde_drq_atari", {"anneal": True}, 5, 1),
-    ("rde_drq_atari", {"augmentation": False, "bf16": True}, 1, 1),
+    ("rde_drq_atari", {}, 5, 1), ("rde_drq_atari", {"num_agents": 1, "num_atoms": 1}, 5, 1),
+    ("rde_drq_atari", {"anneal": True}, 5, 1), ("rde_drq_atari", {"augmentation": False, "bf16": True}, 1, 1),
     # Two heads, one head, and without a bonus: dueling DQN. The bonus draws its step.
     *(("rnd_dqn_atari", {"batch_size": 4, "bf16": bf16, **more}, 1 if "intrinsic_coef" in more else 2, 0)
       for bf16 in (False, True) for more in ({}, {"num_heads": 1}, {"intrinsic_coef": 0.0})),

@@ -101,7 +101,8 @@ def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
 
 @pytest.mark.parametrize(
     "script, arguments, games",
-    [("rde_dqn_atari", [*QUICK, "--reset-interval", "120"], 2), ("rde_dqn", SHORT_MLP, 10), ("rde_sac_safety", SHORT_SAFETY, 10)],
+    [("rde_dqn_atari", [*QUICK, "--reset-interval", "120"], 2), ("rde_dqn", SHORT_MLP, 10),
+     ("rde_sac_safety", SHORT_SAFETY, 10)],
 )  # fmt: skip
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, script, arguments, games):
     """Stopped by SIGTERM after so many games; graphs are captured anew, random numbers go on where they were."""

@@ -217,7 +217,7 @@ def test_width_is_of_the_convolutions_alone():
 
 @pytest.mark.parametrize("value, saturated", [(-0.8, 1), (-0.6, 0), (0.0, 0), (9.7, 0), (9.8, 1)])
 def test_saturated_is_what_lies_in_the_outermost_fortieth_at_either_end(value, saturated, monkeypatch):
-    """Of a support from -1 to 10: below -0.725, beyond 9.725. It is a fraction of the agents' proposals as the judge sees them."""
+    """Of a support from -1 to 10: below -0.725, beyond 9.725. It is a fraction of the proposals as the judge sees them."""
     agent, q_values = make_agent(v_min=-1.0, v_max=10.0), torch.full((2, 2, NUM_ACTIONS), -0.5)
     q_values[0, :, 3] = q_values[1, :, 4] = 1.0  # agent 0, which judges, proposes action 3, and agent 1 action 4
     q_values[0, :, 3 if value > 1 else 4] = value

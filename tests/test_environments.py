@@ -1,4 +1,4 @@
-"""Environments in the three scripts that take any: what is stored of them, episodes that go on elsewhere, odd and broken ones."""
+"""Environments in the three scripts that take any: what is stored, episodes that go on elsewhere, odd and broken ones."""
 
 import importlib.util
 import io
@@ -271,9 +271,9 @@ class Diary:
 # The number of steps, and a limit of episodes, or none.
 PLAYED = [
     ("rde_dqn", "CartPole-v1", 300, 0), ("rde_dqn", "LunarLander-v3", 400, 60), ("rde_dqn", "ForeignDiscrete-v0", 200, 0),
-    ("rde_dqn", "MinAtar/Breakout-v1", 300, 0), ("rde_dqn", "MiniGrid-LavaGapS5-v0", 300, 12), ("rde_sac_dmc", "Pendulum-v1", 250, 30),
-    ("rde_sac_dmc", "ForeignBox-v0", 200, 0), ("rde_sac_dmc", "BipedalWalker-v3", 400, 60), ("rde_sac_safety", "ForeignBox-v0", 200, 0),
-    ("rde_sac_safety", "SafetyHopperVelocity-v1", 300, 12),
+    ("rde_dqn", "MinAtar/Breakout-v1", 300, 0), ("rde_dqn", "MiniGrid-LavaGapS5-v0", 300, 12),
+    ("rde_sac_dmc", "Pendulum-v1", 250, 30), ("rde_sac_dmc", "ForeignBox-v0", 200, 0), ("rde_sac_dmc", "BipedalWalker-v3", 400, 60),
+    ("rde_sac_safety", "ForeignBox-v0", 200, 0), ("rde_sac_safety", "SafetyHopperVelocity-v1", 300, 12),
 ]  # fmt: skip
 
 
@@ -329,7 +329,7 @@ def test_what_is_played_is_stored_and_is_that_of_the_seeds_in_fresh_environments
             assert np.array_equal(observation, expected) and result[:3] == list(end)
 
 
-# ---------------------------------------------------------------------------------------- an episode is its seed and its actions
+# --------------------------------------------------------------------------------------- an episode is its seed and its actions
 
 
 def make(name: str, env_id: str):

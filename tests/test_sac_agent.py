@@ -1,4 +1,4 @@
-"""The agents of RDE+SAC and of safe RDE, also with --critic-norm layer, against references in float64 that share no code with them."""
+"""The agents of RDE+SAC and of safe RDE, also with --critic-norm layer, against references that share no code with them."""
 
 import copy
 import math

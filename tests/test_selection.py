@@ -1,4 +1,4 @@
-"""Which agent acts, by the paper's rule (`--selection value`) and by `advantage`, in numbers, over all five scripts of ensembles.
+"""Which agent acts, by the paper's rule (`--selection value`) and by `advantage`, in numbers, over all scripts of ensembles.
 
 That the functions are one text in all scripts is seen in test_copies.py.
 """
