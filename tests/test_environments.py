@@ -251,7 +251,7 @@ class Diary:
             _, _, actions, observations, ends = next(e for e in reversed(self.episodes) if e[0] == id(env))
             actions.append(np.array(action))
             observations.append(result[0].copy())
-            ends.append(result[1:4])
+            ends.append([*result[1:4], result[4].get("cost")])
             return result
 
         def acted(agent, *arguments, counted=False, **more):
@@ -306,13 +306,14 @@ def test_what_is_played_is_stored_and_is_that_of_the_seeds_in_fresh_environments
         expected += [int(seeds.integers(2**31)) for _ in range(len(episodes) - len(expected))]
         assert [seed for _, seed, *_ in episodes] == expected and len(episodes) > 2
         for _, _, actions, observations, ends in episodes:
-            for k, (action, (reward, terminated, truncated)) in enumerate(zip(actions, ends, strict=True)):
-                observation, stored_action, stored_reward, *cost, stored_end, next_observation = next(rows)
+            for k, (action, (reward, terminated, truncated, cost)) in enumerate(zip(actions, ends, strict=True)):
+                observation, stored_action, stored_reward, *stored_cost, stored_end, next_observation = next(rows)
                 assert np.array_equal(observation, observations[k]) and np.array_equal(next_observation, observations[k + 1])
                 assert np.array_equal(stored_action.ravel(), action.ravel()) and (stored_reward, stored_end) == (
                     reward,
                     terminated,
                 )
+                assert stored_cost == ([] if cost is None else [cost])
                 cut_off += truncated and not terminated
         assert next(rows, None) is None
     assert cut_off > 0 or not limit
@@ -326,7 +327,7 @@ def test_what_is_played_is_stored_and_is_that_of_the_seeds_in_fresh_environments
         assert np.array_equal(fresh.observation, observations[0])
         for action, expected, end in zip(actions, observations[1:], ends, strict=True):
             observation, *result = fresh.step(action)
-            assert np.array_equal(observation, expected) and result[:3] == list(end)
+            assert np.array_equal(observation, expected) and result[:3] == end[:3]
 
 
 # --------------------------------------------------------------------------------------- an episode is its seed and its actions
