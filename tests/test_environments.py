@@ -62,7 +62,7 @@ class Foreign(gym.Env):
         self.place += 0.1 * float(np.ravel(action)[0]) + self.generator.standard_normal()
         self.num_steps += 1
         told = {"episode": {"r": float(self.num_steps), "l": self.num_steps}}  # as some do it, in every step
-        told |= {} if self.fault == "no cost" else {"cost": 1.0}
+        told |= {} if self.fault == "no cost" else {"cost": float(self.num_steps % 2)}
         reward, terminated = np.array([1.0]), self.num_steps == LENGTH and self.fault != "no end"
         if self.fault == "four values from step":
             return self.observation("step"), reward, terminated, told
@@ -309,10 +309,8 @@ def test_what_is_played_is_stored_and_is_that_of_the_seeds_in_fresh_environments
             for k, (action, (reward, terminated, truncated, cost)) in enumerate(zip(actions, ends, strict=True)):
                 observation, stored_action, stored_reward, *stored_cost, stored_end, next_observation = next(rows)
                 assert np.array_equal(observation, observations[k]) and np.array_equal(next_observation, observations[k + 1])
-                assert np.array_equal(stored_action.ravel(), action.ravel()) and (stored_reward, stored_end) == (
-                    reward,
-                    terminated,
-                )
+                assert np.array_equal(stored_action.ravel(), action.ravel())
+                assert (stored_reward, stored_end) == (reward, terminated)
                 assert stored_cost == ([] if cost is None else [cost])
                 cut_off += truncated and not terminated
         assert next(rows, None) is None
