@@ -1,10 +1,12 @@
 """Small agents on small replay buffers of random transitions, for the tests of several files."""
 
+import inspect
+
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+from conftest import load_script
 
 CPU = torch.device("cpu")
 FRAMES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -16,35 +18,48 @@ def box(*shape: int) -> gym.spaces.Box:
     return gym.spaces.Box(-1.0, 1.0, shape, np.float32)
 
 
-class AtariTransitions:
-    """Random pictures, actions and rewards; every so often a life is lost."""
+def screens(seed: int, *shape: int) -> torch.Tensor:
+    """Frames (*shape, 84, 84) of blocks of 12 x 12 pixels, the upper of which never change: more like screens than noise is."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (*shape, 7, 7), dtype=np.uint8).repeat(12, -1).repeat(12, -2)
+    blocks[..., :12, :] = 77
+    return torch.from_numpy(blocks)
 
-    def __init__(self, buffer, seed: int, terminated: float):
-        self.buffer, self.terminated, self.rng = buffer, terminated, np.random.default_rng(seed)
+
+class AtariTransitions:
+    """Random pictures, noise or screens, actions and rewards; every so often a life is lost, or an episode cut."""
+
+    def __init__(self, buffer, seed: int, terminated: float, truncated: float = 0.0, of_screens: bool = False):
+        self.buffer, self.rng, self.of_screens = buffer, np.random.default_rng(seed), of_screens
+        self.events = [terminated, truncated, 1 - terminated - truncated]
         buffer.start_episode(0, self.picture())
 
     def picture(self) -> np.ndarray:
+        if self.of_screens:
+            return screens(self.rng, 1)[0].numpy()
         return self.rng.integers(0, 256, (84, 84), dtype=np.uint8)
 
     def store(self, count: int) -> None:
         for _ in range(count):
-            terminated = self.rng.random() < self.terminated
+            event = self.rng.choice(["terminated", "truncated", "go on"], p=self.events)
             action, reward = int(self.rng.integers(NUM_ACTIONS)), float(self.rng.integers(-1, 2))
-            self.buffer.add(0, action, reward, self.picture(), terminated)
-            if terminated:
+            self.buffer.add(0, action, reward, self.picture(), event == "terminated")
+            if event != "go on":
                 self.buffer.start_episode(0, self.picture())
 
 
 class VectorTransitions:
-    """Random vectors; every fifth transition is terminated, or all, or none."""
+    """Random vectors, in rde_sac_safety.py with costs; every fifth transition is terminated, or all, or none."""
 
     def __init__(self, buffer, terminated: bool | None):
         self.buffer, self.terminated, self.rng = buffer, terminated, np.random.default_rng(7)
+        self.costs = np.random.default_rng(8) if "cost" in inspect.signature(buffer.add).parameters else None
 
     def store(self, count: int) -> None:
         for i in range(count):
+            cost = [] if self.costs is None else [float(self.costs.integers(2))]
             self.buffer.add(
-                self.rng.normal(size=OBSERVATION_DIM), self.rng.uniform(-1, 1, ACTION_DIM), self.rng.normal(),
+                self.rng.normal(size=OBSERVATION_DIM), self.rng.uniform(-1, 1, ACTION_DIM), self.rng.normal(), *cost,
                 i % 5 == 0 if self.terminated is None else self.terminated, self.rng.normal(size=OBSERVATION_DIM),
             )  # fmt: skip
 
@@ -59,10 +74,24 @@ def dqn_agent(script, seed: int = 1, size: int = 200, stored: int = 200, device:
     return agent
 
 
+def n_step_agent(script, seed: int = 1, num_frames: int = 20, **arguments):
+    """An agent of a script whose buffer sums over n steps: of DrQ a narrow one, with a support in which Q-values do not lie in
+    the middle; of RND one with statistics of so many frames, and of their bonus."""
+    narrow = {"width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3} if "drq" in script.__name__ else {}
+    args = script.Args(**{"buffer_size": 200, "seed": seed} | narrow | arguments)
+    buffer = script.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
+    AtariTransitions(buffer, seed, terminated=0.15, truncated=0.1, of_screens=True).store(200)
+    agent = script.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
+    if getattr(agent, "rnd", None) is not None:
+        for observations in screens(seed + 100, num_frames, args.num_envs, 4):
+            agent.rnd.follow(observations, count_returns=True)
+    return agent
+
+
 def sac_agent(
     script, num_agents: int, stored: int = 200, terminated: bool | None = None, device: torch.device = CPU, **arguments
 ):
-    """A small agent of a script for the DeepMind Control Suite."""
+    """A small agent of a script for continuous actions."""
     args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "batch_size": 32} | arguments)
     buffer = script.ReplayBuffer(200, box(OBSERVATION_DIM), box(ACTION_DIM), device, torch.Generator(device).manual_seed(11))
     agent = script.Agent(args, box(OBSERVATION_DIM), box(ACTION_DIM), buffer, device)
@@ -71,16 +100,7 @@ def sac_agent(
     return agent
 
 
-def safety_agent(script, num_agents: int, costs: bool = True, **arguments):
-    """A small agent whose buffer holds random transitions, every fifth of them terminated; without costs as SAC's has them."""
-    args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "batch_size": 32} | arguments)
-    buffer = script.ReplayBuffer(200, box(OBSERVATION_DIM), box(ACTION_DIM), CPU, torch.Generator().manual_seed(11))
-    rng = np.random.default_rng(7)
-    for i in range(200):
-        observation, next_observation = rng.normal(size=(2, OBSERVATION_DIM))
-        action, reward, cost = rng.uniform(-1, 1, ACTION_DIM), rng.normal(), float(rng.integers(2))
-        buffer.add(observation, action, reward, *([cost] if costs else []), i % 5 == 0, next_observation)
-    return script.Agent(args, box(OBSERVATION_DIM), box(ACTION_DIM), buffer, CPU)
+safety_agent = sac_agent  # the transitions of rde_sac_safety.py have costs
 
 
 def mlp_agent(script, num_agents: int, stored: int = 200, terminated: float = 0.3, **arguments):
@@ -101,6 +121,37 @@ def mlp_agent(script, num_agents: int, stored: int = 200, terminated: float = 0.
     return agent
 
 
+def make_agent(name: str, **arguments):
+    """A small agent of any script, on its replay buffer."""
+    script = load_script(name)
+    if name in ("rde_drq_atari", "rnd_dqn_atari"):
+        return n_step_agent(script, **arguments)
+    if name.endswith("atari"):
+        return dqn_agent(script, **arguments)
+    make = mlp_agent if name == "rde_dqn" else sac_agent
+    return make(script, **{"num_agents": 2} | arguments)
+
+
+def make_observations(name: str, count: int) -> torch.Tensor:
+    """What an agent of a script acts on."""
+    if name.endswith("atari"):
+        return screens(3, count, 4)
+    return torch.randn(count, OBSERVATION_DIM, generator=torch.Generator().manual_seed(3))
+
+
+def next_batch(agent, *horizons):
+    """The mini-batch that the agent's next update will draw, without drawing it from its generator."""
+    generator_state = agent.buffer.generator.get_state()
+    batch = agent.buffer.sample(agent.args.batch_size, *horizons)
+    agent.buffer.generator.set_state(generator_state)
+    return batch
+
+
+def parameters(module) -> list[torch.Tensor]:
+    """Copies of a network's parameters, or of several networks'."""
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
 def networks(agent) -> list:
     """The Q-networks of an Atari agent, of whichever script."""
     return list(agent.q_networks) if hasattr(agent, "q_networks") else [agent.q_network]
@@ -117,58 +168,11 @@ def updated(agent) -> torch.Tensor:
     return agent.metrics.clone()
 
 
-def state_per_agent(agent) -> list[dict[str, torch.Tensor]]:
-    """Every tensor of SAC agents' state, split into what belongs to each agent: [{name: tensor}, ...]."""
-    state = [{} for _ in range(agent.args.num_agents)]
-    modules = {"actors": agent.actors, "critics": agent.critics, "target_critics": agent.target_critics}
-    stacked = {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
-    stacked["log_alphas"] = agent.log_alphas.detach()
-    for name, tensor in stacked.items():
-        for i, part in enumerate(tensor.chunk(agent.args.num_agents)):
-            state[i][name] = part
-    for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
-        optimizer = getattr(agent, name)
-        for i, group in enumerate(optimizer.param_groups):
-            for number, parameter in enumerate(group["params"]):
-                for key, tensor in optimizer.state[parameter].items():
-                    state[i][f"{name}.{number}.{key}"] = tensor
-    return state
-
-
-class Float64Networks:
-    """One SAC agent's networks in float64, a copy, computed with plain functions of PyTorch."""
-
-    def __init__(self, agent, index: int, num_critics: int):
-        self.actor = self.copy_layers(agent.actors, index)
-        numbers = range(num_critics * index, num_critics * (index + 1))
-        self.critics = [self.copy_layers(agent.critics, number) for number in numbers]
-        self.targets = [self.copy_layers(agent.target_critics, number) for number in numbers]
-        self.log_alpha = agent.log_alphas.detach()[index].double().requires_grad_()
-
-    @staticmethod
-    def copy_layers(stacked, network: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        parameters = [
-            (weight.detach()[network].T.double().clone(), bias.detach()[network, 0].double().clone())
-            for weight, bias in zip(stacked.weights, stacked.biases)
-        ]
-        return [(weight.requires_grad_(), bias.requires_grad_()) for weight, bias in parameters]
-
-    @staticmethod
-    def mlp(layers, inputs: torch.Tensor) -> torch.Tensor:
-        for weight, bias in layers[:-1]:
-            inputs = torch.clamp(F.linear(inputs, weight, bias), min=0)
-        return F.linear(inputs, *layers[-1])
-
-    def policy(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions (batch, action_dim) and their log-probabilities (batch,)."""
-        output = self.mlp(self.actor, observations)
-        mean, log_std = output[:, :ACTION_DIM], output[:, ACTION_DIM:].clamp(-20, 2)
-        distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
-        actions = distribution.transforms[0](mean + log_std.exp() * noise)
-        return actions, distribution.log_prob(actions).sum(dim=1)
-
-    def values(self, critics, observations: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
-        """What each of the critics says, (batch,)."""
-        values = [self.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in critics]
-        assert {value.shape for value in values} == {(len(observations),)}
-        return values
+def shortened(env, num_steps: int):
+    """The environment with episodes of at most so many steps, where the script has its own way to end them."""
+    inner = env.unwrapped
+    if hasattr(inner, "action_spec"):  # the DeepMind Control Suite
+        inner.env._step_limit = num_steps
+    if hasattr(inner, "time_limit"):  # constrained tasks
+        inner.time_limit = num_steps
+    return env

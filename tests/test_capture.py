@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agents import OBSERVATION_DIM, dqn_agent, sac_agent
-from conftest import load_script
+from agents import make_agent, make_observations
 
 READS_BACK = {"_local_scalar_dense", "is_nonzero", "equal"}
 COMES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy", "lift"}
@@ -46,41 +45,47 @@ def watched(function, generator: torch.Generator | None = None) -> Watch:
     return watch
 
 
-AGENTS = [(name, {}) for name in ("dqn_atari", "sr_dqn_atari")] + [("rde_dqn_atari", {"num_agents": n}) for n in (1, 3)]
-AGENTS += [("rde_sac_dmc", {"num_agents": n}) for n in (1, 3)]
-BY_ADVANTAGE = [(name, {"num_agents": 3, "selection": "advantage"}) for name in ("rde_dqn_atari", "rde_sac_dmc")]
+# (the script, arguments of its agent, how many draws an update has, and how many acting)
+CAPTURED = [
+    *((name, {"bf16": bf16}, 1, 0) for name in ("dqn_atari", "sr_dqn_atari") for bf16 in (False, True)),
+    *(("rde_dqn_atari", {"num_agents": count, "bf16": bf16}, 1, 1) for count in (1, 3) for bf16 in (False, True)),
+    ("rde_dqn_atari", {"num_agents": 3, "selection": "advantage"}, 1, 1),
+    *(("rde_dqn", {"num_agents": count, **more}, 1, 1 if count > 1 else 0) for count in (1, 3)
+      for more in ({}, {"bf16": True}, {"tau": 0.1, "target_update_interval": 0})),
+    ("rde_drq_atari", {}, 5, 1), ("rde_drq_atari", {"num_agents": 1, "num_atoms": 1}, 5, 1),
+    ("rde_drq_atari", {"anneal": True}, 5, 1), ("rde_drq_atari", {"augmentation": False, "bf16": True}, 1, 1),
+    # Two heads, one head, and without a bonus: dueling DQN. The bonus draws its step.
+    *(("rnd_dqn_atari", {"batch_size": 4, "bf16": bf16, **more}, 1 if "intrinsic_coef" in more else 2, 0)
+      for bf16 in (False, True) for more in ({}, {"num_heads": 1}, {"intrinsic_coef": 0.0})),
+    # SAC's draws noise twice. Acting, too, and to choose an agent if there are several; by advantage also random actions.
+    *((name, {"num_agents": count, "bf16": bf16}, 3, 1 + (count > 1)) for name in ("rde_sac_dmc", "rde_sac_safety")
+      for count in (1, 3) for bf16 in (False, True)),
+    ("rde_sac_dmc", {"num_agents": 3, "selection": "advantage"}, 3, 3),
+]  # fmt: skip
 
 
-def make_agent(name: str, **arguments):
-    if name == "rde_sac_dmc":
-        return sac_agent(load_script(name), stored=50, hidden_dim=8, batch_size=4, **arguments)
-    return dqn_agent(load_script(name), size=100, stored=50, batch_size=4, **arguments)
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name, arguments", AGENTS)
-def test_update_can_be_captured_and_draws_from_its_own_generator(name, arguments, bf16):
-    agent = make_agent(name, bf16=bf16, **arguments)
+@pytest.mark.parametrize("name, arguments, draws_of_update, draws_of_acting", CAPTURED)
+def test_update_and_acting_can_be_captured_and_draw_from_their_own_generators(
+    name, arguments, draws_of_update, draws_of_acting
+):
+    agent, selection = make_agent(name, **arguments), torch.Generator().manual_seed(2)
     for _ in range(2):  # the first one sets up the optimizer
         watch = watched(agent.update, agent.buffer.generator)
-    assert watch.cannot_be_captured == []
-    assert watch.num_draws == (3 if name == "rde_sac_dmc" else 1)
-    assert watch.num_operations > 100
+    assert watch.cannot_be_captured == [] and watch.num_draws == draws_of_update and watch.num_operations > 100
+    generators = [selection, torch.Generator()][: 2 if "sac" in name else 1 if "rde" in name else 0]
+    counted, observations = {"counted": True} if "rde" in name else {}, make_observations(name, 2)
+    watch = watched(lambda: agent.act(observations, *generators, **counted), selection)
+    assert watch.cannot_be_captured == [] and watch.num_draws == draws_of_acting and watch.num_operations > 10
 
 
-@pytest.mark.parametrize("name, arguments", AGENTS + BY_ADVANTAGE)
-def test_acting_can_be_captured_and_draws_from_its_own_generator(name, arguments):
-    agent, selection = make_agent(name, **arguments), torch.Generator().manual_seed(2)
-    observations = torch.ones(2, OBSERVATION_DIM) if name == "rde_sac_dmc" else torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
-    # One agent of DQN is greedy, and draws nothing. SAC's draws its noise, and nothing to choose an agent with; by advantage
-    # several also draw random actions.
-    by_advantage = arguments.get("selection") == "advantage"
-    num_draws = {"rde_dqn_atari": 1, "rde_sac_dmc": 1 + (arguments.get("num_agents") == 3) + by_advantage}.get(name, 0)
-    generators = {"rde_dqn_atari": [selection], "rde_sac_dmc": [selection, torch.Generator()]}.get(name, [])
-    watch = watched(lambda: agent.act(observations, *generators), selection)
-    assert watch.cannot_be_captured == []
-    assert watch.num_draws == num_draws
-    assert watch.num_operations > 10
+def test_what_keeps_the_bonus_up_to_date_can_be_captured():
+    agent, observations = make_agent("rnd_dqn_atari", batch_size=4), make_observations("rnd_dqn_atari", 1)
+    agent.update()  # sets up the optimizers
+    calls = [lambda: agent.rnd.count_frames(observations), agent.prepare]
+    calls += [lambda flag=flag: agent.rnd.follow(observations, count_returns=flag) for flag in (True, False)]
+    watches = [watched(call, agent.buffer.generator) for call in calls]
+    assert [watch.cannot_be_captured for watch in watches] == [[]] * 4
+    assert [watch.num_draws for watch in watches] == [0, 2, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agents import OBSERVATION_DIM, dqn_agent, sac_agent
-from conftest import QUICK, assert_same_end, command, load_script, only_run, rows
+from conftest import QUICK, assert_same_end, command, load_script, model, only_run, rows, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the CUDA path is NOT tested here")
 DEVICE = torch.device("cuda")
@@ -72,29 +72,16 @@ def training_games(process: subprocess.Popen, runs_dir: pathlib.Path) -> list[tu
     """Of a run on the GPU, without their seconds; its model can be loaded without a GPU."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    (folder,) = runs_dir.iterdir()
+    folder = only_run(runs_dir)
     assert '"device": "cpu"' not in (folder / "args.json").read_text()
-    games = rows(folder, "episodes.csv")
-    model = torch.load(folder / "model.pt", weights_only=True)
-    for values in model.values():
-        for value in values if isinstance(values, list) else [values]:
-            for tensor in value.values() if isinstance(value, dict) else [value]:
-                assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu"
-    return games
+    assert {tensor.device.type for tensor in tensors(model(folder))} == {"cpu"}
+    return rows(folder, "episodes.csv")
 
 
-SHORT_SAC = (
-    "--env-id cartpole-balance --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 500 --total-timesteps 1100 "
-    "--eval-interval 0 --eval-episodes 1 --reset-interval 300"
-).split()
-SHORT_MLP = (
-    "--env-id CartPole-v1 --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 200 --total-timesteps 1000 "
-    "--eval-interval 0 --eval-episodes 1 --reset-interval 200"
-).split()
-SHORT_SAFETY = (
-    "--env-id SafetyHopperVelocity-v1 --hidden-dim 32 --batch-size 32 --buffer-size 2000 --learning-starts 200 --total-timesteps 600 "
-    "--eval-interval 0 --eval-episodes 1 --reset-interval 200"
-).split()
+SHORT = "--hidden-dim 32 --batch-size 32 --buffer-size 2000 --eval-interval 0 --eval-episodes 1 --env-id "
+SHORT_SAC = f"{SHORT} cartpole-balance --learning-starts 500 --total-timesteps 1100 --reset-interval 300".split()
+SHORT_MLP = f"{SHORT} CartPole-v1 --learning-starts 200 --total-timesteps 1000 --reset-interval 200".split()
+SHORT_SAFETY = f"{SHORT} SafetyHopperVelocity-v1 --learning-starts 200 --total-timesteps 600 --reset-interval 200".split()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +101,8 @@ def test_a_whole_run_captured_and_not(tmp_path, script, arguments):
 
 @pytest.mark.parametrize(
     "script, arguments, games",
-    [("rde_dqn_atari", [*QUICK, "--reset-interval", "120"], 2), ("rde_dqn", SHORT_MLP, 10), ("rde_sac_safety", SHORT_SAFETY, 10)],
+    [("rde_dqn_atari", [*QUICK, "--reset-interval", "120"], 2), ("rde_dqn", SHORT_MLP, 10),
+     ("rde_sac_safety", SHORT_SAFETY, 10)],
 )  # fmt: skip
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, script, arguments, games):
     """Stopped by SIGTERM after so many games; graphs are captured anew, random numbers go on where they were."""

@@ -7,9 +7,7 @@ What this cannot show: the numbers and the speed of CUDA's kernels, and CUDA's o
 
 import contextlib
 import copy
-import csv
 import functools
-import importlib.util
 import pathlib
 import signal
 
@@ -22,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from conftest import ROOT, load_script, put_environments, restored_signal_handlers
+from agents import shortened
+from conftest import ROOT, equal, load_script, model, put_environments, restored_signal_handlers, rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NOT_FROM_CUDA = {"numpy", "__array__"}
@@ -256,8 +255,8 @@ def pretended_gpu():
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 SMALL = {
-    "total_timesteps": 70, "learning_starts": 20, "replay_ratio": 0.5, "batch_size": 4, "buffer_size": 30, "eval_interval": 0,
-    "eval_episodes": 2, "checkpoint_interval": 0,
+    "total_timesteps": 60, "learning_starts": 20, "replay_ratio": 0.5, "batch_size": 4, "buffer_size": 30, "eval_interval": 0,
+    "eval_episodes": 1, "checkpoint_interval": 0,
 }  # fmt: skip
 ATARI = SMALL | {"env_id": "BreakoutNoFrameskip-v4"}
 SCRIPTS = {
@@ -266,7 +265,7 @@ SCRIPTS = {
     "rde_dqn_atari": ATARI | {"exploration_fraction": 0.3},
     "rnd_dqn_atari": ATARI | {"exploration_steps": 20},
     "rde_drq_atari": ATARI | {"exploration_steps": 20, "n_step": 3, "width": 0.25},
-    "rde_dqn": SMALL | {"env_id": "CartPole-v1", "max_episode_steps": 30, "hidden_dim": 8, "exploration_fraction": 0.3},
+    "rde_dqn": SMALL | {"env_id": "CartPole-v1", "max_episode_steps": 24, "hidden_dim": 8, "exploration_fraction": 0.3},
     "rde_sac_dmc": SMALL | {"env_id": "cartpole-swingup", "hidden_dim": 8},
     "rde_sac_safety": SMALL | {"env_id": "SafetyHopperVelocity-v1", "hidden_dim": 8},
 }
@@ -279,23 +278,14 @@ def handlers_of_signals():
 
 
 def with_short_episodes(script):
-    """The script's environments, whose episodes are cut off after 30 steps."""
+    """The script's environments, whose episodes are cut off after 24 steps."""
     make_env = script.make_env
     if hasattr(script, "AtariGame"):
-        return functools.partial(make_env, max_num_frames_per_episode=4 * 30 + 30)
-
-    def make_short_env(*args, **options):
-        env = make_env(*args, **options)
-        if hasattr(script, "DeepMindControl"):
-            env.unwrapped.env._step_limit = 30
-        if hasattr(script, "ConstrainedTask"):
-            env.unwrapped.time_limit = 30
-        return env
-
-    return make_short_env
+        return functools.partial(make_env, max_num_frames_per_episode=4 * 24 + 30)
+    return lambda *args, **options: shortened(make_env(*args, **options), 24)
 
 
-def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments) -> tuple[list[dict], list[dict], dict]:
+def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments) -> tuple[list, list, dict]:
     """A run by the script's own loop, stopped as by a signal and continued at a step: its games, evaluations and weights."""
     args = script.Args(**SCRIPTS[script.__name__] | arguments, runs_dir=str(runs_dir))
     count_step, runs = script.Run.count_step, []
@@ -308,6 +298,9 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         put_environments(monkeypatch, script, with_short_episodes(script))
+        if hasattr(script, "random_observations"):  # of which plasticity needs not so many here
+            few = lambda env_id, real=script.random_observations.__wrapped__: real(env_id, 8)
+            monkeypatch.setattr(script, "random_observations", functools.cache(few))
         monkeypatch.setattr(script.Run, "count_step", count_step_and_stop)
         if stop_at is None:
             script.train(args)
@@ -317,38 +310,34 @@ def run(script, runs_dir: pathlib.Path, stop_at: int | None = None, **arguments)
             runs[-1].lock.close()
             script.train(args)
         runs[-1].lock.close()
-    path, tables = pathlib.Path(runs[-1].path), []
-    for name in ("episodes.csv", "evaluations.csv"):
-        with open(path / name, newline="") as file:
-            tables.append([{key: value for key, value in row.items() if key != "wall_seconds"} for row in csv.DictReader(file)])
-    return *tables, torch.load(path / "model.pt", weights_only=True)
+    path = pathlib.Path(runs[-1].path)
+    return rows(path, "episodes.csv"), rows(path, "evaluations.csv"), model(path)
 
 
 def assert_equal(ours, theirs) -> None:
-    for our_table, their_table in zip(ours[:2], theirs[:2]):
-        assert our_table == their_table and len(our_table) > 1
-    assert ours[2].keys() == theirs[2].keys()
-    assert all(torch.equal(a, b) for a, b in zip(tensors_in(ours[2]), tensors_in(theirs[2]), strict=True))
+    assert ours[:2] == theirs[:2] and min(map(len, ours[:2])) > 0
+    assert equal(ours[2], theirs[2])
 
 
+# With resets at gradient steps 10, of an agent of several, and 15.
 RUNS = {
     "dqn": ("dqn_atari", {"replay_ratio": 0.29}),
-    "sr": ("sr_dqn_atari", {"reset_interval": 15, "reset_depth": "last2"}),
+    "sr": ("sr_dqn_atari", {"reset_interval": 10, "reset_depth": "last2"}),
     "rde of 3, full": ("rde_dqn_atari", {"reset_interval": 30, "reset_depth": "full", "num_agents": 3, "num_envs": 2}),
-    "rde bf16, by advantage": ("rde_dqn_atari", {"reset_interval": 30, "bf16": True, "selection": "advantage"}),
+    "rde bf16, by advantage": ("rde_dqn_atari", {"reset_interval": 20, "bf16": True, "selection": "advantage"}),
     "rnd": ("rnd_dqn_atari", {"num_envs": 2}),
-    "drq by advantage": ("rde_drq_atari", {"reset_interval": 30, "num_envs": 2, "selection": "advantage"}),
-    "drq annealed, of numbers": ("rde_drq_atari", {"reset_interval": 30, "anneal": True, "num_atoms": 1}),
-    "rde with mlps": ("rde_dqn", {"reset_interval": 30, "target_update_interval": 7}),
+    "drq by advantage": ("rde_drq_atari", {"reset_interval": 20, "num_envs": 2, "selection": "advantage"}),
+    "drq annealed, of numbers": ("rde_drq_atari", {"reset_interval": 20, "anneal": True, "num_atoms": 1}),
+    "rde with mlps": ("rde_dqn", {"reset_interval": 20, "target_update_interval": 7}),
     "rde with mlps, rmsprop": ("rde_dqn", {"optimizer": "rmsprop", "tau": 0.01, "target_update_interval": 0}),
-    "rde with mlps, by advantage": ("rde_dqn", {"reset_interval": 30, "selection": "advantage"}),
-    "sac safety": ("rde_sac_safety", {"reset_interval": 30}),
-    "sac safety by advantage": ("rde_sac_safety", {"reset_interval": 30, "selection": "advantage", "critic_norm": "layer"}),
-    "sac of 1": ("rde_sac_dmc", {"num_agents": 1, "reset_interval": 15}),
-    "sac with norms": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2, "critic_norm": "layer"}),
-    "sac by advantage": ("rde_sac_dmc", {"reset_interval": 30, "num_envs": 2, "selection": "advantage"}),
-    "sac bf16": ("rde_sac_dmc", {"reset_interval": 30, "bf16": True}),
-    "sac not captured": ("rde_sac_dmc", {"reset_interval": 30, "cuda_graphs": False}),
+    "rde with mlps, by advantage": ("rde_dqn", {"reset_interval": 20, "selection": "advantage"}),
+    "sac safety": ("rde_sac_safety", {"reset_interval": 20}),
+    "sac safety by advantage": ("rde_sac_safety", {"reset_interval": 20, "selection": "advantage", "critic_norm": "layer"}),
+    "sac of 1": ("rde_sac_dmc", {"num_agents": 1, "reset_interval": 10}),
+    "sac with norms": ("rde_sac_dmc", {"reset_interval": 20, "num_envs": 2, "critic_norm": "layer"}),
+    "sac by advantage": ("rde_sac_dmc", {"reset_interval": 20, "num_envs": 2, "selection": "advantage"}),
+    "sac bf16": ("rde_sac_dmc", {"reset_interval": 20, "bf16": True}),
+    "sac not captured": ("rde_sac_dmc", {"reset_interval": 20, "cuda_graphs": False}),
 }
 
 
@@ -358,7 +347,7 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu(tmp_path, name):
     script, arguments = load_script(RUNS[name][0]), RUNS[name][1]
     on_cpu = run(script, tmp_path / "cpu", **arguments)
     with pretended_gpu() as gpu:
-        on_gpu = run(script, tmp_path / "gpu", stop_at=50, **arguments)
+        on_gpu = run(script, tmp_path / "gpu", stop_at=44, **arguments)
     assert_equal(on_gpu, on_cpu)
     replays = [graph.num_replays for graph in gpu.graphs]
     assert bool(replays) == arguments.get("cuda_graphs", True) and all(number > 1 for number in replays)
@@ -372,48 +361,9 @@ def mutant(tmp_path: pathlib.Path, name: str, old: str, new: str):
     text, path = (ROOT / f"{name}.py").read_text(), tmp_path / f"{name}.py"
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(name, path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(name, path)
+    script.__name__ = name
     return script
-
-
-CHOICE = "selection_probabilities(judgement, scale, self.beta)"
-MISTAKES = {
-    "a tensor of the host": ("rde_dqn_atari", "self.oldest = torch.zeros(1, dtype=torch.int64, device=device)",
-                             "self.oldest = torch.zeros(1, dtype=torch.int64)", "index_select mixes devices"),
-    "an index of the host": ("rde_sac_dmc", "proposals[torch.arange(num_envs, device=self.device)",
-                             "proposals[torch.arange(num_envs)", "index mixes devices"),
-    "a number made in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.tensor(self.chosen_beta)"),
-                             "lift_fresh cannot be captured"),
-    "a number of the host in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.full((), self.chosen_beta)"),
-                                    "mul cannot be captured with a tensor of the host"),
-    "a number uploaded in act": ("rde_sac_dmc", CHOICE, CHOICE.replace("self.beta", "torch.tensor(2.0, device=self.device)"),
-                                 "tensor brings values"),
-    "a number read back in update": ("rde_sac_dmc", "(1 - terminated) *", "(1 - terminated) * rewards.sum().item() *",
-                                     "_local_scalar_dense cannot be captured"),
-    "a tensor downloaded in update": ("rde_sac_dmc", "mean_q_values = ", "self.seen = critic_losses.cpu(); mean_q_values = ",
-                                      "cpu leads out of"),
-    "a generator of the host": ("rde_sac_dmc", "selection = torch.Generator(run.device)", "selection = torch.Generator()",
-                                "generator of another device"),
-    "a generator unknown to the graph": ("rde_sac_dmc", "self.graph.register_generator_state(generator)", "pass",
-                                         "a generator that no graph knows"),
-    "only the first generator, by advantage": ("rde_sac_dmc", "[selection, random_actions]", "[selection]",
-                                               "a generator that no graph knows"),
-    "a download not waited for": ("rde_sac_dmc", "self.event.synchronize()", "pass", "reads what has not arrived"),
-    "NumPy on the GPU": ("rde_sac_dmc", "agent.metrics.cpu().numpy()", "agent.metrics.numpy()", "numpy of a tensor on the GPU"),
-    "an optimizer not capturable": ("rde_sac_dmc", 'capturable=self.device.type == "cuda"', "capturable=False",
-                                    "capturable is False"),
-    "autocast for the CPU": ("rde_sac_dmc", "torch.autocast(self.device.type", 'torch.autocast("cpu"', "autocast for the CPU"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_noticed(tmp_path, mistake):
-    name, old, new, message = MISTAKES[mistake]
-    script = mutant(tmp_path, name, old, new)
-    with pretended_gpu(), pytest.raises((WrongDevice, RuntimeError), match=message):
-        run(script, tmp_path, bf16="autocast" in mistake, selection="advantage" if "by advantage" in mistake else "value")
 
 
 OLD_NUMBERS = {
@@ -430,14 +380,18 @@ def test_a_graph_that_goes_on_with_old_numbers_is_noticed(tmp_path, mistake):
     script = mutant(tmp_path, "rde_sac_dmc", *OLD_NUMBERS[mistake])
     on_cpu = run(script, tmp_path / "cpu", reset_interval=20)
     with pretended_gpu():
-        plain = run(script, tmp_path / "plain", reset_interval=20, cuda_graphs=False)
         captured = run(script, tmp_path / "captured", reset_interval=20)
-    assert_equal(plain, on_cpu)
     with pytest.raises(AssertionError):
         assert_equal(captured, on_cpu)
 
 
 ONES, GENERATOR = np.ones(3, np.float32), Generator(CUDA)
+
+
+def step_of_adam(x: torch.Tensor, **options) -> None:
+    parameter = torch.nn.Parameter(x.clone())
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.Adam([parameter], fused=True, **options).step()
 
 
 @pytest.mark.parametrize(
@@ -471,11 +425,12 @@ def test_what_mixes_devices_is_noticed(operation):
         lambda x: x * torch.tensor(2.0), lambda x: torch.tensor(2.0, device=CUDA),
         lambda x: torch.as_tensor(ONES, device=CUDA), lambda x: x.new_tensor([1.0]),
         lambda x: torch.ones(3).cuda(), lambda x: torch.ones(3).copy_(x), lambda x: x[[0, 1]],
-        lambda x: x.normal_(generator=GENERATOR), lambda x: torch.ones(3).pin_memory(),
+        lambda x: x.normal_(generator=GENERATOR), lambda x: torch.ones(3).pin_memory(), step_of_adam,
     ],
 )  # fmt: skip
 def test_what_cannot_be_captured_is_noticed(operation):
-    with pretended_gpu(), pytest.raises(WrongDevice), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    refused = (WrongDevice, RuntimeError) if operation is step_of_adam else WrongDevice  # by PyTorch, as not capturable
+    with pretended_gpu(), pytest.raises(refused), torch.cuda.graph(torch.cuda.CUDAGraph()):
         operation(torch.ones(3, device=CUDA))
 
 

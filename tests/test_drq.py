@@ -1,9 +1,7 @@
 """The reset ensemble on the base of DrQ and C51, in numbers."""
 
 import copy
-import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,66 +10,19 @@ import torch.nn.functional as F
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
-from test_capture import watched
 
-from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions
-from conftest import (
-    QUICK,
-    equal,
-    load_script,
-    model,
-    only_run,
-    run_main,
-    scalars,
-)
+from agents import CPU, FRAMES, NUM_ACTIONS, n_step_agent
+from conftest import QUICK, equal, load_script, model, only_run, run_main
 
 drq = load_script("rde_drq_atari")
-SMALL = ["--width", "0.1", "--eval-episodes", "1", "--exploration-steps", "50"]
 
 
-class Screens(AtariTransitions):
-    """Pictures of blocks of 12 x 12 pixels, which are less alike for a network than noise is."""
-
-    def picture(self) -> np.ndarray:
-        return self.rng.integers(0, 256, (7, 7), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
-
-
-def make_agent(seed: int = 1, **arguments):
-    """A narrow agent on a buffer of 200 transitions, with a support in which Q-values do not lie in the middle."""
-    defaults = {"buffer_size": 200, "seed": seed, "width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3}
-    args = drq.Args(**defaults | arguments)
-    buffer = drq.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
-    Screens(buffer, seed, terminated=0.15).store(200)
-    return drq.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
+def make_agent(**arguments):
+    return n_step_agent(drq, **arguments)
 
 
 def pictures(seed: int, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (*shape, 84, 84), dtype=np.uint8))
-
-
-def parameters(module: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def moments(agent, index: int) -> list[torch.Tensor]:
-    states = [agent.optimizer.state[parameter] for parameter in agent.q_networks[index].parameters()]
-    return [state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step")]
-
-
-class Table(nn.Module):
-    """In the place of a Q-network: logits (states, num_actions, num_atoms); the first pixel says which state it is."""
-
-    def __init__(self, logits: torch.Tensor):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.logits[(observations[:, 0, 0, 0] * 255).round().long()]
-
-
-def states(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 4, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- references, in float64
@@ -187,7 +138,7 @@ def reference_losses(agent, online, targets, batch, observations, next_observati
 )  # fmt: skip
 def test_two_updates_against_float64(arguments):
     """Losses, Q-values, clipped gradients, Adam's steps (whose moments come in with the second one), target networks."""
-    agent = make_agent(gamma=0.9, tau=0.3, learning_rate=1e-3, max_grad_norm=0.02, **arguments)
+    agent = make_agent(seed=2, gamma=0.9, tau=0.3, learning_rate=1e-3, max_grad_norm=0.02, **arguments)
     args, generator, total = agent.args, agent.buffer.generator, agent.args.num_agents
     for seed, network in enumerate([*agent.q_networks, *agent.target_networks]):  # all of them others, and decided ones
         noise = torch.Generator().manual_seed(seed)
@@ -243,33 +194,6 @@ def test_every_shift_is_a_window_of_the_picture_with_repeated_edges():
     assert torch.equal(drq.random_shift(frames, torch.full((2, 81), 4)), frames)
 
 
-def test_draws_of_the_augmentation(monkeypatch):
-    """All 81 shifts equally often; one brightness a stack, normal with deviation 0.05, cut off at two deviations."""
-    agent, seen = make_agent(), []
-    monkeypatch.setattr(drq, "random_shift", lambda frames, shifts: seen.append(shifts) or frames)
-    count = 40_000
-    inputs = agent.learning_input(torch.full((count, 4, 1, 1), 102, dtype=torch.uint8)) / 0.4
-    (shifts,) = seen
-    counts = np.bincount((9 * shifts[0] + shifts[1]).numpy(), minlength=81)
-    assert len(counts) == 81 and ((counts - count / 81) ** 2 / (count / 81)).sum() < 136  # 80 degrees of freedom: 1e-4
-    brightness = inputs[:, 0, 0, 0].double().numpy()
-    assert torch.equal(inputs, inputs[:, :1].expand(-1, 4, 1, 1))
-    expected = 1 + 0.05 * np.clip(np.random.default_rng(0).normal(size=count), -2, 2)
-    assert brightness.min() == pytest.approx(0.9, abs=1e-6) and brightness.max() == pytest.approx(1.1, abs=1e-6)
-    levels = [0.1, 0.3, 0.5, 0.7, 0.9]
-    np.testing.assert_allclose(np.quantile(brightness, levels), np.quantile(expected, levels), atol=2e-3)
-    assert brightness.std() == pytest.approx(expected.std(), rel=0.02) and abs(brightness.mean() - 1) < 1e-3
-
-
-def test_no_augmentation_is_the_shift_by_nothing_at_brightness_1(monkeypatch):
-    augmented, plain = make_agent(), make_agent(augmentation=False)
-    plain.update()
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **kwargs: torch.full(shape, 4))
-    monkeypatch.setattr(torch, "randn", lambda shape, **kwargs: torch.zeros(shape))
-    augmented.update()
-    assert equal(parameters(augmented.q_networks), parameters(plain.q_networks)) and equal(augmented.metrics, plain.metrics)
-
-
 def test_acting_is_not_augmented():
     agents, observations = [make_agent(), make_agent(augmentation=False)], pictures(3, 30, 4)
     states_before = [agent.buffer.generator.get_state() for agent in agents]
@@ -278,58 +202,7 @@ def test_acting_is_not_augmented():
     assert [torch.equal(a.buffer.generator.get_state(), s) for a, s in zip(agents, states_before)] == [True, True]
 
 
-def test_what_is_seen_before_and_after_has_its_own_draws_and_all_agents_see_the_same(monkeypatch):
-    agent, seen, real = make_agent(num_agents=2), [], drq.random_shift
-    agent.q_networks[1].load_state_dict(agent.q_networks[0].state_dict())
-    agent.target_networks[1].load_state_dict(agent.target_networks[0].state_dict())
-    monkeypatch.setattr(drq, "random_shift", lambda frames, shifts: seen.append((frames, shifts)) or real(frames, shifts))
-    state = agent.buffer.generator.get_state()
-    agent.update()
-    agent.buffer.generator.set_state(state)
-    batch = agent.buffer.sample(8, 3, 0.99)
-    assert [torch.equal(frames, x) for (frames, _), x in zip(seen, (batch.observations, batch.next_observations))] == [True] * 2
-    assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
-    assert agent.metrics[0, 0] == agent.metrics[0, 1] != 0
-    assert equal(parameters(agent.q_networks[0]), parameters(agent.q_networks[1]))
-
-
 # ----------------------------------------------------------------------------------------------------------------- network
-
-
-def test_with_bf16_values_that_differ_by_a_thousandth_are_told_apart():
-    """Between 8 and 8.06 there is no number in bfloat16."""
-    agent = make_agent(num_atoms=1, bf16=True)
-    for network in agent.q_networks:
-        for layer, bias in ((network.value, 8.0), (network.advantage, 0.0)):
-            layer.weight.data.zero_(), layer.bias.data.fill_(bias)
-        network.advantage.bias.data[NUM_ACTIONS - 1] = 0.008
-    assert agent.act(pictures(1, 3, 4), torch.Generator())[0].tolist() == [NUM_ACTIONS - 1] * 3
-
-
-@pytest.mark.parametrize("num_atoms", [1, 7])
-def test_only_differences_of_advantages_count(num_atoms):
-    torch.manual_seed(0)
-    network, observations = drq.QNetwork(NUM_ACTIONS, num_atoms, 0.1), drq.network_input(pictures(1, 3, 4))
-    with torch.no_grad():
-        before = network(observations)
-        assert before.shape == (3, NUM_ACTIONS, num_atoms)
-        weights = {name: value.double() for name, value in network.state_dict().items()}
-        np.testing.assert_allclose(before, reference_logits(weights, observations.double(), num_atoms), atol=1e-5)
-        biases = network.advantage.bias.view(NUM_ACTIONS, num_atoms)
-        biases += torch.arange(1.0, num_atoms + 1)  # of an atom, for all actions
-        np.testing.assert_allclose(network(observations), before, atol=1e-5)
-        biases[2] += 5  # of one action: the mean rises by 1
-        change = (network(observations) - before).mean(dim=(0, 2))
-        np.testing.assert_allclose(change, [-1, -1, 4, -1, -1], atol=1e-5)
-
-
-def test_q_values_are_expectations():
-    agent = make_agent(num_atoms=6, v_min=-2.0, v_max=3.0)
-    probabilities = np.random.default_rng(1).dirichlet(np.ones(6), size=(2, 4))
-    expected = (probabilities * np.arange(-2, 4)).sum(-1)
-    np.testing.assert_allclose(agent.q_values(torch.from_numpy(np.log(probabilities)) + 3), expected, rtol=1e-5)
-    number = torch.tensor([[[4.5], [-700.0]]])
-    assert make_agent(num_atoms=1).q_values(number).tolist() == [[4.5, -700.0]]
 
 
 def test_width_is_of_the_convolutions_alone():
@@ -342,111 +215,18 @@ def test_width_is_of_the_convolutions_alone():
 # --------------------------------------------------------------------------------------------------------------- the judge
 
 
-@pytest.mark.parametrize("num_atoms", [1, 6])
-@pytest.mark.parametrize("num_resets", [0, 1, 2, 5])
-def test_the_oldest_agent_judges_by_its_expected_values(num_resets, num_atoms, monkeypatch):
-    agent = make_agent(num_agents=3, num_atoms=num_atoms, beta=1.5)
-    logits = 2 * torch.randn(3, 20, NUM_ACTIONS, num_atoms, generator=torch.Generator().manual_seed(1))
-    agent.q_networks, agent.num_resets = [Table(table) for table in logits], num_resets
-    values = logits.double().numpy()
-    weights = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
-    q_values = values[..., 0] if num_atoms == 1 else (weights * np.arange(-2, 4)).sum(-1)  # (3, 20, actions)
-    proposals = q_values.argmax(2).T  # (20, 3)
-    judged = np.take_along_axis(q_values[num_resets % 3], proposals, 1)
-    beta = 1.5 if num_resets else 0
-    expected = np.exp(beta * judged / np.abs(judged).max(1, keepdims=True))
-    expected /= expected.sum(1, keepdims=True)
-
-    generator = torch.Generator().manual_seed(2)
-    select, seen = drq.selection_probabilities, []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            drq, "selection_probabilities", lambda *judgement: seen.extend((*judgement, select(*judgement))) or seen[-1]
-        )
-        actions, acting = agent.act(states(torch.arange(20)), generator)
-    judgement, _, _, probabilities = seen
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
-    np.testing.assert_allclose(judgement, judged, rtol=1e-4, atol=1e-5)
-    assert actions.tolist() == proposals[np.arange(20), acting].tolist()
-    state = max(range(20), key=lambda state: np.ptp(expected[state]))
-    counts = np.bincount(agent.act(states(torch.full((9_000,), state)), generator)[1], minlength=3)
-    assert ((counts - 9_000 * expected[state]) ** 2 / (9_000 * expected[state])).sum() < 18.4  # 2 degrees of freedom: 1e-4
-
-
-def test_the_log_of_the_judge_from_made_up_judgements(monkeypatch):
-    """Agent 1 judges, so nothing is worth more to it than its own proposal: 9.6 and -9.7 in one state, 9.4 and 0 in the other."""
-    agent = make_agent(v_min=-10.0, v_max=10.0)
-    agent.num_resets = 3  # agent 0 was the last one
-    q_values = torch.full((2, 2, NUM_ACTIONS), -9.9)
-    q_values[0, :, 3], q_values[1, :, 4] = 1.0, torch.tensor([9.6, 9.4])  # agent 0 proposes action 3, agent 1 action 4
-    q_values[1, :, 3] = torch.tensor([-9.7, 0.0])
-    probabilities = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    monkeypatch.setattr(agent, "q_values", lambda logits: q_values)
-    monkeypatch.setattr(drq, "selection_probabilities", lambda judgement, scale, beta: probabilities)
-    observations, generator = pictures(0, 2, 4), torch.Generator()
-    for _ in range(2):
-        actions, acting = agent.act(observations, generator, counted=True)
-        assert actions.tolist() == [[3, 4][i] for i in acting] and acting[1] == 0
-    agent.acting_counts += [3, 1]
-    policy = agent.evaluation_policy(generator)
-    for _ in range(5):
-        policy(observations)
-    expected = {"rde/oldest_agent": 1, "rde/acting_fraction_0": 0.75, "rde/acting_fraction_1": 0.25, "rde/youngest_fraction": 0.75,
-                "rde/choice_entropy": np.log(2) / 2, "rde/saturated_values": 0.5}  # fmt: skip
-    assert agent.scalars() == pytest.approx(expected)
-    assert agent.scalars() == {name: 1 if name == "rde/oldest_agent" else 0 for name in expected}
-    assert "rde/saturated_values" not in make_agent(num_atoms=1).scalars()
-
-
 @pytest.mark.parametrize("value, saturated", [(-0.8, 1), (-0.6, 0), (0.0, 0), (9.7, 0), (9.8, 1)])
 def test_saturated_is_what_lies_in_the_outermost_fortieth_at_either_end(value, saturated, monkeypatch):
-    """Of a support from -1 to 10: below -0.725, beyond 9.725."""
-    agent = make_agent(v_min=-1.0, v_max=10.0)
-    monkeypatch.setattr(agent, "q_values", lambda logits: torch.full((2, 2, NUM_ACTIONS), value))
-    agent.act(pictures(0, 2, 4), torch.Generator(), counted=True)
-    assert agent.scalars()["rde/saturated_values"] == saturated
-
-
-def test_evaluations_choose_as_acting_does_and_are_not_counted():
-    agent = make_agent(eval_epsilon=0.0)
-    agent.num_resets, observations = 1, pictures(4, 20, 4)
-    ours = agent.evaluation_policy(torch.Generator().manual_seed(3))(observations)
-    assert agent.choices.tolist() == [0, 0, 0] and agent.acting_counts.sum() == 0
-    assert torch.equal(ours, agent.act(observations, torch.Generator().manual_seed(3), counted=True)[0])
-    assert agent.choices[0] == 20
-
-
-# ------------------------------------------------------------------------------------------------------------------- reset
-
-
-@pytest.mark.parametrize("shrink", [0.8, 1.0, 0.0])
-def test_a_reset_is_of_one_agent_and_in_place(shrink):
-    agent = make_agent(num_agents=3, shrink=shrink, anneal=True)
+    """Of a support from -1 to 10: below -0.725, beyond 9.725. It is a fraction of the proposals as the judge sees them."""
+    agent, q_values = make_agent(v_min=-1.0, v_max=10.0), torch.full((2, 2, NUM_ACTIONS), -0.5)
+    q_values[0, :, 3] = q_values[1, :, 4] = 1.0  # agent 0, which judges, proposes action 3, and agent 1 action 4
+    q_values[0, :, 3 if value > 1 else 4] = value
+    monkeypatch.setattr(agent, "q_values", lambda logits: q_values)
     for _ in range(2):
-        agent.update()
-    agent.num_resets = 4  # the oldest is agent 1
-    addresses = lambda: [x.data_ptr() for x in [*agent.q_networks.parameters(), *agent.target_networks.parameters()]
-                         + sum((moments(agent, i) for i in range(3)), [])]  # fmt: skip
-    state = lambda i: copy.deepcopy((parameters(agent.q_networks[i]), parameters(agent.target_networks[i]), moments(agent, i)))
-    before, addresses_before = [state(i) for i in range(3)], addresses()
-    assert all(moment.abs().sum() > 0 for moment in before[1][2])
-    generator_state = torch.get_rng_state()
-    assert agent.reset() == 1
-    torch.set_rng_state(generator_state)
-    fresh = drq.QNetwork(NUM_ACTIONS, 51, 0.1)
-    assert addresses() == addresses_before
-    assert equal([state(0), state(2)], [before[0], before[2]])
-    after, target, zeros = state(1)
-    names = [name for name, _ in fresh.named_parameters()]
-    for name, ours, old, new in zip(names, after, before[1][0], parameters(fresh), strict=True):
-        share = shrink if name.startswith("convolutions") else 0.0
-        assert torch.allclose(ours, share * old + (1 - share) * new, rtol=1e-6, atol=1e-8), name
-        assert share == 1 or not torch.equal(ours, old), name
-    assert equal(after, target) and all(moment.abs().sum() == 0 for moment in zeros)
-    assert agent.num_resets == 5 and agent.oldest.tolist() == [2] and agent.steps_since_reset.tolist() == [2, 0, 2]
-    agent.update()
-    assert agent.steps_since_reset.tolist() == [3, 1, 3]
-    assert [agent.optimizer.state[next(q.parameters())]["step"].item() for q in agent.q_networks] == [3, 1, 3]
+        agent.act(pictures(0, 2, 4), torch.Generator(), counted=True)
+    assert agent.scalars()["rde/saturated_values"] == saturated / 2
+    assert agent.scalars()["rde/saturated_values"] == 0
+    assert "rde/saturated_values" not in make_agent(num_atoms=1).scalars()
 
 
 # --------------------------------------------------------------------------------------------------------------- annealing
@@ -464,64 +244,17 @@ def test_horizons_after_a_reset_are_those_of_bbf():
     np.testing.assert_allclose(gamma[[0, 3, 5, 6, 7]], [0.97, 1 - np.sqrt(0.03 * 0.003), 0.997, 0.997, 0.997], rtol=1e-12)
 
 
-@pytest.mark.parametrize("anneal", [False, True])
-def test_the_buffer_is_asked_with_numbers_or_with_those_of_every_agent(anneal, monkeypatch):
-    agent, asked = make_agent(num_agents=2, anneal=anneal, n_step=10, gamma=0.9), []
-    real = agent.buffer.sample
-    monkeypatch.setattr(agent.buffer, "sample", lambda *arguments: asked.append(arguments) or real(*arguments))
-    for steps in ([0, 5_000], [20_000, 9_999]):
-        agent.steps_since_reset.copy_(torch.tensor(steps))
-        agent.update()
-    if not anneal:
-        assert asked == [(8, 10, 0.9)] * 2 and [type(x) for x in asked[0]] == [int, int, float]
-        return
-    assert [n.tolist() for _, n, _ in asked] == [[10, 5], [3, 3]] and [call[0] for call in asked] == [8, 8]
-    np.testing.assert_allclose(torch.stack([gamma for _, _, gamma in asked]), [[0.97, 0.990513], [0.997, 0.996999]], atol=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------------------- whole runs
 
 
-def small_run(folder, *arguments):
-    """The folder of a run in this process with resets after steps 140 and 180."""
-    lengths = "--total-timesteps 210 --learning-starts 100 --replay-ratio 0.5 --reset-interval 40 --eval-interval 0".split()
-    result = run_main(drq, *QUICK, *SMALL, *lengths, *arguments, "--runs-dir", folder)
-    assert result.returncode == 0, result.stderr
-    return only_run(folder)
-
-
-def test_evaluating_more_often_changes_nothing_but_the_log(tmp_path):
-    rarely, often = small_run(tmp_path / "rarely"), small_run(tmp_path / "often", "--eval-interval", "75")
-    other_seed = small_run(tmp_path / "seed", "--seed", "2")
-    assert equal(model(rarely), model(often)) and not equal(model(rarely), model(other_seed))
-    assert model(rarely)["num_resets"] == 2 and model(rarely)["oldest_agent"] == 0
-    ours, theirs = scalars(rarely), scalars(often)
-    for name in ("dormant_units", "active_units", "effective_rank", "stable_rank", "weight_norm"):
-        for i in range(2):
-            tag = f"plasticity/{name}_{i}"
-            assert [step for step, _ in ours[tag]] == [140, 180, 210]
-            assert [step for step, _ in theirs[tag]] == [75, 140, 150, 180, 210] and set(ours[tag]) < set(theirs[tag])
-    for tag in (
-        "losses/td_loss_0",
-        "losses/q_values_1",
-        "losses/gradient_norm_1",
-        "rde/choice_entropy",
-        "rde/saturated_values",
-        "rde/reset_agent",
-    ):
-        assert ours[tag] == theirs[tag]
-    assert ours["rde/reset_agent"] == [(140, 0), (180, 1)] and [step for step, _ in ours["losses/td_loss_0"]] == [200]
-
-
-def test_what_is_due_after_a_loop_step():
-    due = lambda *numbers: drq.events_due(drq.Args(num_agents=2, reset_interval=100, eval_interval=500), *numbers)
-    assert due(2_049, 49, 0) == due(2_051, 51, 1) == [] and due(2_500, 500, 10) == ["scheduled"]
-    assert due(2_050, 50, 0) == due(2_500, 500, 9) == ["before_reset", "reset", "after_reset"]
-    assert due(100_000, 98_000, 0) == ["final"]
-
-
 def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
-    path = small_run(tmp_path / "run", "--num-agents", "1", "--reset-interval", "0")
+    options = (
+        "--total-timesteps 210 --learning-starts 100 --replay-ratio 0.5 --eval-interval 0 --num-agents 1 --reset-interval 0 "
+        "--width 0.1 --eval-episodes 1 --exploration-steps 50"
+    ).split()
+    result = run_main(drq, *QUICK, *options, "--runs-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    weights = model(only_run(tmp_path))
     args = drq.Args(env_id="BreakoutNoFrameskip-v4", num_agents=1, width=0.1, batch_size=4)
     exploration = np.random.default_rng(drq.derive_seed(1, drq.EXPLORATION))
     generator = torch.Generator().manual_seed(drq.derive_seed(1, drq.MINI_BATCHES))
@@ -545,38 +278,10 @@ def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
         if terminated or truncated:
             observation, _ = env.reset()
             buffer.start_episode(0, observation[-1])
-    assert num_greedy > 50 and equal(model(path), agent.weights()) and model(path)["num_resets"] == 0
+    assert num_greedy > 50 and equal(weights, agent.weights()) and weights["num_resets"] == 0
 
 
-# ---------------------------------------------------------------------------------------- kept, captured, read and written
-
-
-KINDS = [{}, {"num_agents": 1, "num_atoms": 1}, {"anneal": True}, {"augmentation": False, "bf16": True}]
-
-
-@pytest.mark.parametrize("arguments", KINDS)
-def test_what_is_captured_reads_nothing_back(arguments):
-    agent = make_agent(**arguments)
-    for _ in range(2):  # the first one sets up the optimizer
-        watch = watched(agent.update, agent.buffer.generator)
-        assert watch.cannot_be_captured == []
-        assert watch.num_draws == (1 if "augmentation" in arguments else 5) and watch.num_operations > 100
-    selection, observations = torch.Generator(), pictures(0, 2, 4)
-    acting = watched(lambda: agent.act(observations, selection, counted=True), selection)
-    assert acting.cannot_be_captured == [] and acting.num_draws == 1 and acting.num_operations > 10
-
-
-def test_weights_go_to_another_agent():
-    agent, other, observations = make_agent(), make_agent(seed=3), pictures(2, 20, 4)
-    online = [parameters(network) for network in (*agent.q_networks, *other.q_networks)]
-    assert not any(equal(online[i], online[k]) for i in range(4) for k in range(i))  # all of them begin differently
-    assert equal(online[:2], [parameters(network) for network in agent.target_networks])
-    agent.update()
-    agent.reset()
-    weights = agent.weights()
-    assert (weights["num_resets"], weights["oldest_agent"]) == (1, 1)
-    other.load_weights(weights)
-    assert torch.equal(*(one.act(observations, torch.Generator().manual_seed(1)) for one in (agent, other)))
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
 REFUSED = [
@@ -602,12 +307,3 @@ def test_refused_arguments_have_a_line_and_what_is_just_right_is_accepted(argume
             drq.check_args(args)
         printed = capsys.readouterr().err
         assert end.value.code == 2 and printed.startswith("error: ") and message in printed and printed.count("\n") == 1
-
-
-@pytest.mark.parametrize("name, value", [
-    ("v_min", 1.0), ("v_max", -1.0), ("v_min", math.nan), ("v_min", -math.inf), ("v_max", 1e7), ("shrink", 1.1), ("shrink", -0.1),
-    ("n_step", 0), ("num_atoms", 0), ("num_atoms", 1_001), ("width", 0.0), ("width", 8.1),
-])  # fmt: skip
-def test_values_out_of_range_are_refused(name, value):
-    with pytest.raises(ValidationError, match=f"1 validation error for Args\n{name}\n"):
-        drq.Args(**{name: value})

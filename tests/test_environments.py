@@ -1,12 +1,30 @@
-"""Other people's environments in the three scripts that take them: odd ones work, broken ones are one line."""
+"""Environments in the three scripts that take any: what is stored, episodes that go on elsewhere, odd and broken ones."""
+
+import importlib.util
+import io
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from dm_control import suite
 from test_play import played, scores
 
-from conftest import ROOT, assert_same_end, error_line, load_module, load_script, only_run, read_csv, run_main, stop_when
+from agents import shortened
+from conftest import (
+    ROOT,
+    assert_same_end,
+    environment,
+    error_line,
+    load_module,
+    load_script,
+    only_run,
+    read_csv,
+    run_main,
+    stop_when,
+)
 
 LENGTH = 48  # of an episode
 
@@ -35,7 +53,7 @@ class Foreign(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.generator = np.random.RandomState(seed)
+            self.generator = np.random.RandomState(None if self.fault == "unrepeatable" else seed)
         self.place, self.num_steps = self.generator.standard_normal(), 0
         observation = self.observation("reset")
         return observation if self.fault == "reset without info" else (observation, {"episode": {"r": 0.0, "l": 0}})
@@ -43,7 +61,8 @@ class Foreign(gym.Env):
     def step(self, action):
         self.place += 0.1 * float(np.ravel(action)[0]) + self.generator.standard_normal()
         self.num_steps += 1
-        told = {"episode": {"r": float(self.num_steps), "l": self.num_steps}, "cost": 1.0}  # as some do it, in every step
+        told = {"episode": {"r": float(self.num_steps), "l": self.num_steps}}  # as some do it, in every step
+        told |= {} if self.fault == "no cost" else {"cost": float(self.num_steps % 2)}
         reward, terminated = np.array([1.0]), self.num_steps == LENGTH and self.fault != "no end"
         if self.fault == "four values from step":
             return self.observation("step"), reward, terminated, told
@@ -65,15 +84,23 @@ class Gray(Foreign):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    before = dict(gym.registry)
     for name, continuous in (("Discrete", False), ("Box", True)):
-        for fault in ("", *REFUSED, "boards", "no end", "integers as actions", "actions without bounds"):
+        for fault in (
+            "",
+            *REFUSED,
+            "boards",
+            "no end",
+            "no cost",
+            "unrepeatable",
+            "integers as actions",
+            "actions without bounds",
+        ):
             title = "".join(word.capitalize() for word in fault.split())
             gym.register(f"Foreign{name}{title}-v0", Foreign, kwargs={"continuous": continuous, "fault": fault})
         gym.register(f"Gray{name}-v0", Gray, kwargs={"continuous": continuous})
     yield
-    gym.registry.clear()
-    gym.registry.update(before)
+    for env_id in [env_id for env_id in gym.registry if env_id.startswith(("Foreign", "Gray"))]:
+        del gym.registry[env_id]
 
 
 REFUSED = {
@@ -89,8 +116,8 @@ QUICK = (
 SCRIPTS = {"rde_dqn": "Discrete", "rde_sac_dmc": "Box", "rde_sac_safety": "Box"}  # and the actions that they take
 
 
-def id_of(script: str, fault: str = "") -> str:
-    return f"Foreign{SCRIPTS[script]}{''.join(word.capitalize() for word in fault.split())}-v0"
+def id_of(script, fault: str = "") -> str:
+    return f"Foreign{SCRIPTS[getattr(script, '__name__', script)]}{''.join(word.capitalize() for word in fault.split())}-v0"
 
 
 # ------------------------------------------------------------------------------------------------------ odd ones, broken ones
@@ -109,31 +136,57 @@ def test_an_odd_environment_is_trained_in_and_evaluated_to_the_end(tmp_path, scr
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("fault", REFUSED)
-def test_a_broken_environment_is_one_line(tmp_path, script, fault):
-    env_id = id_of(script, fault)
-    line = error_line(run_main(load_script(script), *QUICK, "--env-id", env_id, "--runs-dir", tmp_path / "runs"), code=2)
-    assert f"--env-id {env_id}" in line and REFUSED[fault] in line and not (tmp_path / "runs").exists()
+CANNOT_BE_USED = [
+    *((script, id_of(script, fault), message) for script in SCRIPTS for fault, message in REFUSED.items()),
+    *((script, id_of(script, fault), "continuous ones within bounds") for script in ("rde_sac_dmc", "rde_sac_safety")
+      for fault in ("integers as actions", "actions without bounds")),
+    # Pictures that no video can be made of: in gray, or none at all.
+    *((script, f"Gray{actions}-v0 --capture-video", "draws no pictures in colour, (height, width, 3) uint8, but uint8 (20, 30)")
+      for script, actions in SCRIPTS.items()),
+    *((script, f"{id_of(script)} --capture-video", "render_mode") for script in SCRIPTS),
+    ("rde_dqn", "LunarLander-v2", "is not registered with Gymnasium; did you mean LunarLander-v3"),
+    ("rde_dqn", "LavaGapS5", "did you mean MiniGrid-LavaGapS5-v0"),
+    ("rde_dqn", "nothing-like-it", "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"),
+    ("rde_dqn", "no_module:Task-v0", "the module no_module cannot be imported"),
+    ("rde_dqn", "Pendulum-v1", "has continuous actions, Box(-2.0, 2.0, (1,), float32)"),
+    ("rde_dqn", "CarRacing-v3", "has pictures as observations, of shape (96, 96, 3)"),
+    ("rde_dqn", "CarRacing-v3", "for Atari's pictures there is rde_dqn_atari.py"),
+    ("rde_dqn", "AlienNoFrameskip-v4", "is an Atari game, and its observations are pictures; use rde_dqn_atari.py"),
+    ("rde_dqn", "Blackjack-v1", "has observations in Tuple(Discrete(32), Discrete(11), Discrete(2))"),
+    ("rde_dqn", "Reacher-v2", "does not work here: "),
+    ("rde_dqn", "MiniGrid-GoToDoor-5x5-v0 --actions move", "without an action that it needs; use --actions all"),
+    ("rde_dqn", "MiniGrid-DoorKey-5x5-v0 --actions move", "without an action that it needs; use --actions all"),
+    ("rde_dqn", "CartPole-v1 --actions move", "has a meaning in MiniGrid alone"),
+    ("rde_sac_safety", "ForeignBoxNoCost-v0", 'reports no cost: its step() gives neither info["cost"] nor six values'),
+    ("rde_sac_safety", "Pendulum-v1", "Pendulum-v1 reports no cost"),
+    ("rde_sac_safety", "CartPole-v1", "has actions in Discrete(2), and this script takes continuous ones within bounds (Box)"),
+    ("rde_sac_safety", "SafetyHalfCheetahVelocity-v0", "did you mean SafetyHalfCheetahVelocity-v1?"),
+    ("rde_sac_safety", "hopper-hop", "is no environment"),
+    ("rde_sac_safety", "nowhere:Walk-v0", "does not start: No module named 'nowhere'"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_pictures_that_no_video_can_be_made_of(tmp_path, script):
-    """In gray, or none at all."""
-    options = [*QUICK, "--capture-video", "--runs-dir", tmp_path / "runs", "--env-id"]
-    line = error_line(run_main(load_script(script), *options, f"Gray{SCRIPTS[script]}-v0"), code=2)
-    assert "draws no pictures in colour, (height, width, 3) uint8, but uint8 (20, 30)" in line
-    line = error_line(run_main(load_script(script), *options, id_of(script)), code=2)
-    assert "render_mode" in line and not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("script, env_id, message", CANNOT_BE_USED)
+def test_what_cannot_be_used_is_one_line_and_nothing_is_created(tmp_path, monkeypatch, script, env_id, message):
+    monkeypatch.chdir(tmp_path)
+    result = run_main(load_script(script), *QUICK, "--env-id", *env_id.split())
+    line = error_line(result, code=2)
+    assert message in line and (f"--env-id {env_id.split()[0]}" in line or "has a meaning" in line)
+    assert not result.stdout and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["rde_sac_dmc", "rde_sac_safety"])
-@pytest.mark.parametrize("fault", ["integers as actions", "actions without bounds"])
-def test_actions_that_sac_cannot_take(tmp_path, script, fault):
-    env_id = id_of(script, fault)
-    line = error_line(run_main(load_script(script), *QUICK, "--env-id", env_id, "--runs-dir", tmp_path / "runs"), code=2)
-    assert f"--env-id {env_id} has actions in Box(" in line and "continuous ones within bounds" in line
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("script, env_id, package, other", [
+    ("rde_dqn", "MiniGrid-LavaGapS5-v0", "minigrid", "CartPole-v1"),
+    ("rde_sac_safety", "SafetyPointMaze-v0", "gymnasium-robotics", "SafetyHalfCheetahVelocity-v1"),
+])  # fmt: skip
+def test_a_package_that_is_missing(monkeypatch, script, env_id, package, other):
+    """Is named, if the environment needs it."""
+    script, find_spec = load_script(script), importlib.util.find_spec
+    missing = lambda name, *more: None if name == package.replace("-", "_") else find_spec(name, *more)
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    line = error_line(run_main(script, "--env-id", env_id), code=2)
+    assert line.endswith(f"--env-id {env_id} needs the package {package}: pip install {package}")
+    script.check_args(script.Args(env_id=other))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -177,72 +230,240 @@ def test_an_episode_is_played_to_its_end(tmp_path):
     assert scores(lines) == [("48", "48")] * 2  # return and length
 
 
-# --------------------------------------------------------------------------------------- an episode is its seed and its actions
+# ----------------------------------------------------------------------------------------------- what is played and stored
 
 
 class Diary:
-    """All episodes of a script's tasks: (seed, actions, observations, rewards, end)."""
+    """All episodes of a script's tasks, (task, seed, actions, observations, ends), and what a run does with them."""
 
-    def __init__(self, monkeypatch, task: type):
-        self.episodes, begin, step = [], task.begin, task.step
-        diary = self
+    def __init__(self, monkeypatch, script, task: type):
+        self.episodes, self.stored, self.updates, self.acts, self.envs = [], [], [], [], []
+        begin, step, add, update = task.begin, task.step, script.ReplayBuffer.add, script.Agent.update
+        act, restore = script.Agent.act, script.Run.restore
 
         def begun(env, seed):
-            begin(env, seed)
-            diary.episodes.append((id(env), seed, [], [env.observation.copy()], []))
+            result = begin(env, seed)
+            self.episodes.append((id(env), seed, [], [env.observation.copy()], []))
+            return result
 
         def stepped(env, action):
             result = step(env, action)
-            _, _, actions, observations, ends = next(e for e in reversed(diary.episodes) if e[0] == id(env))
+            _, _, actions, observations, ends = next(e for e in reversed(self.episodes) if e[0] == id(env))
             actions.append(np.array(action))
             observations.append(result[0].copy())
-            ends.append(result[1:4])
+            ends.append([*result[1:4], result[4].get("cost")])
             return result
+
+        def acted(agent, *arguments, counted=False, **more):
+            self.acts += [len(self.stored)] if counted else []
+            return act(agent, *arguments, counted=counted, **more)
 
         monkeypatch.setattr(task, "begin", begun)
         monkeypatch.setattr(task, "step", stepped)
+        monkeypatch.setattr(script.Agent, "act", acted)
+        monkeypatch.setattr(script.Agent, "update", lambda agent: (self.updates.append(len(self.stored)), update(agent)))
+        monkeypatch.setattr(
+            script.ReplayBuffer, "add", lambda _, *row: (self.stored.append([np.copy(part) for part in row]), add(_, *row))
+        )
+        monkeypatch.setattr(script.Run, "restore", lambda run, parts: (self.envs.extend(parts["envs"]), restore(run, parts))[1])
 
 
-TASKS = [
-    ("rde_dqn", "CartPole-v1", "Task", "--total-timesteps 300"), ("rde_dqn", "LunarLander-v3", "Task", "--total-timesteps 500"),
-    ("rde_dqn", "ForeignDiscrete-v0", "Task", ""), ("rde_dqn", "MinAtar/Breakout-v1", "Task", "--total-timesteps 300"),
-    ("rde_sac_dmc", "Pendulum-v1", "GymnasiumTask", "--max-episode-steps 60 --total-timesteps 250"),
-    ("rde_sac_dmc", "ForeignBox-v0", "GymnasiumTask", ""),
-    ("rde_sac_dmc", "BipedalWalker-v3", "GymnasiumTask", "--max-episode-steps 60 --total-timesteps 400"),
+# The number of steps, and a limit of episodes, or none.
+PLAYED = [
+    ("rde_dqn", "CartPole-v1", 300, 0), ("rde_dqn", "LunarLander-v3", 400, 60), ("rde_dqn", "ForeignDiscrete-v0", 200, 0),
+    ("rde_dqn", "MinAtar/Breakout-v1", 300, 0), ("rde_dqn", "MiniGrid-LavaGapS5-v0", 300, 12),
+    ("rde_sac_dmc", "Pendulum-v1", 250, 30), ("rde_sac_dmc", "ForeignBox-v0", 200, 0), ("rde_sac_dmc", "BipedalWalker-v3", 400, 60),
+    ("rde_sac_safety", "ForeignBox-v0", 200, 0), ("rde_sac_safety", "SafetyHopperVelocity-v1", 300, 12),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, env_id, task, more", TASKS)
-def test_the_episodes_of_a_run_are_those_of_their_seeds_in_fresh_environments(tmp_path, monkeypatch, name, env_id, task, more):
+@pytest.mark.parametrize("name, env_id, num_steps, limit", PLAYED)
+def test_what_is_played_is_stored_and_is_that_of_the_seeds_in_fresh_environments(
+    tmp_path, monkeypatch, name, env_id, num_steps, limit
+):
+    """Of two environments side by side. A truncation is stored as no end, with its own last observation, from which it
+    bootstraps. Gradient steps come before the loop step's transitions; actions before learning are uniform ones in SAC."""
     if env_id.startswith("MinAtar/"):
         pytest.importorskip("minatar")
     script = load_script(name)
-    options = [*QUICK, "--env-id", env_id, "--runs-dir", tmp_path, "--eval-episodes", "1", *more.split()]
+    task = {"rde_dqn": "Task", "rde_sac_dmc": "GymnasiumTask", "rde_sac_safety": "ConstrainedTask"}[name]
+    options = [*QUICK, "--env-id", env_id, "--num-envs", 2, "--total-timesteps", num_steps, "--eval-episodes", 1]
+    options += ["--max-episode-steps", limit] if limit else []
     with monkeypatch.context() as patched:
-        diary = Diary(patched, getattr(script, task))
-        result = run_main(script, *options)
+        diary = Diary(patched, script, getattr(script, task))
+        result = run_main(script, *options, "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    args = script.Args(env_id=env_id, **({"max_episode_steps": 60} if "--max-episode-steps" in more else {}))
-    seeds = np.random.default_rng(first := script.derive_seed(1, script.ENVIRONMENT, 0))
-    (trained,) = {env for env, seed, actions, *_ in diary.episodes if seed == first and len(actions) > 1}  # not the check's
-    training = [(seed, len(actions)) for env, seed, actions, *_ in diary.episodes if env == trained]
-    assert len(training) > 2 and sum(length for _, length in training) >= int(options[-1] if more else 200)
-    assert [seed for seed, _ in training] == [first] + [int(seeds.integers(2**31)) for _ in training[1:]]
+    due = lambda step: max(0, step - 100) // 4
+    loop_steps = range(0, num_steps, 2)
+    assert diary.updates == [step for step in loop_steps for _ in range(due(step + 2) - due(step))]
+    assert name == "rde_dqn" or diary.acts == list(range(100, num_steps, 2))
+    cut_off = 0
+    for i, env in enumerate(diary.envs):
+        episodes = [episode for episode in diary.episodes if episode[0] == id(env)]
+        first, rows = script.derive_seed(1, script.ENVIRONMENT, i), iter(diary.stored[i::2])
+        seeds = gym.utils.seeding.np_random(first)[0] if name == "rde_sac_safety" else np.random.default_rng(first)
+        expected = [] if name == "rde_sac_safety" else [first]
+        expected += [int(seeds.integers(2**31)) for _ in range(len(episodes) - len(expected))]
+        assert [seed for _, seed, *_ in episodes] == expected and len(episodes) > 2
+        for _, _, actions, observations, ends in episodes:
+            for k, (action, (reward, terminated, truncated, cost)) in enumerate(zip(actions, ends, strict=True)):
+                observation, stored_action, stored_reward, *stored_cost, stored_end, next_observation = next(rows)
+                assert np.array_equal(observation, observations[k]) and np.array_equal(next_observation, observations[k + 1])
+                assert np.array_equal(stored_action.ravel(), action.ravel())
+                assert (stored_reward, stored_end) == (reward, terminated)
+                assert stored_cost == ([] if cost is None else [cost])
+                cut_off += truncated and not terminated
+        assert next(rows, None) is None
+    assert cut_off > 0 or not limit
+    if name != "rde_dqn":
+        exploration = np.random.default_rng(script.derive_seed(1, script.EXPLORATION))
+        expected = np.concatenate([exploration.uniform(-1, 1, (2, *env.action_space.shape)) for _ in range(50)])
+        assert np.array_equal([row[1] for row in diary.stored[:100]], expected.astype(np.float32))
+    fresh = script.make_env(script.Args(env_id=env_id, **{"max_episode_steps": limit} if limit else {}))
     for _, seed, actions, observations, ends in diary.episodes:
-        env = script.make_env(args)
-        assert np.array_equal(env.reset(seed=seed)[0], observations[0])
+        fresh.begin(seed)
+        assert np.array_equal(fresh.observation, observations[0])
         for action, expected, end in zip(actions, observations[1:], ends, strict=True):
-            observation, *result = env.step(action)
-            assert np.array_equal(observation, expected) and result[:3] == list(end)
-        env.close()
+            observation, *result = fresh.step(action)
+            assert np.array_equal(observation, expected) and result[:3] == end[:3]
+
+
+# --------------------------------------------------------------------------------------- an episode is its seed and its actions
+
+
+def make(name: str, env_id: str):
+    """With episodes of at most 100 steps, but for those of rde_dqn.py, whose own ones are short."""
+    return shortened(load_script(name).make_env(load_script(name).Args(env_id=env_id)), 100)
+
+
+def play(env, rng, num_steps: int) -> bytes:
+    """Random steps over the ends of episodes; all that happened."""
+    happened = io.BytesIO()
+    for _ in range(num_steps):
+        if isinstance(env.action_space, gym.spaces.Discrete):
+            action = rng.integers(env.action_space.n)
+        else:
+            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert observation.dtype == np.float32 and observation.shape == env.observation_space.shape
+        assert np.isfinite(observation).all() and ("episode" in info) == (terminated or truncated)
+        happened.write(
+            observation.tobytes() + repr((reward, terminated, truncated, info.get("episode"), info.get("cost"))).encode()
+        )
+        if terminated or truncated:
+            happened.write(env.reset()[0].tobytes())
+    return happened.getvalue()
+
+
+GO_ON = {
+    "rde_dqn": ["LunarLander-v3", "MiniGrid-LavaGapS5-v0", "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-DoorKey-5x5-v0",
+                "MiniGrid-Dynamic-Obstacles-6x6-v0", "CartPole-v1", "Acrobot-v1", "Taxi-v4", "FrozenLake-v1"],
+    "rde_sac_dmc": ["hopper-hop", "quadruped-run", "reacher-hard", "finger-turn_hard", "cartpole-balance", "fish-swim",
+                    "manipulator-insert_peg", "point_mass-hard", "swimmer-swimmer6", "Pendulum-v1"],
+    "rde_sac_safety": ["SafetyPointMaze-v0", "SafetyHopperVelocity-v1", "SafetySwimmerVelocity-v1"],
+}  # fmt: skip
+BENCHMARKING = ["-".join(names) for names in suite.BENCHMARKING]
+SEEDED = [("rde_sac_dmc", env_id, 10) for env_id in [*BENCHMARKING, "quadruped-walk", "humanoid_CMU-run"]]
+SEEDED += [
+    ("rde_sac_safety", env_id, 130) for env_id in ("SafetyPointMaze-v0", "SafetyHopperVelocity-v1", "SafetySwimmerVelocity-v1")
+]
+
+
+@pytest.mark.parametrize("name, env_id, num_steps", SEEDED)
+def test_an_episode_depends_on_its_seed_alone(name, env_id, num_steps):
+    """Also in an environment that has played before."""
+    env, other = make(name, env_id), make(name, env_id)
+    begun = lambda one, seed: one.reset(seed=seed)[0].tobytes() + play(one, np.random.default_rng(0), num_steps)
+    first, different, again, elsewhere = begun(env, 3), begun(env, 4), begun(env, 3), begun(other, 3)
+    assert first == again == elsewhere != different
+    if num_steps > 100:
+        assert len({env.reset(seed=3)[0].tobytes(), *(env.reset()[0].tobytes() for _ in range(5))}) == 6, (
+            "another one each time"
+        )
+
+
+# After how many steps it is stopped, and how many follow.
+MOMENTS = {"rde_dqn": (5, 777, 400), "rde_sac_dmc": (17, 133, 150), "rde_sac_safety": (17, 133, 150)}
+AT_THE_START = ("CartPole-v1", "hopper-hop", "SafetyPointMaze-v0")
+
+
+def outcome_of(key, state, env=None) -> bytes:
+    """In this test's process or another one: an environment, else a fresh one, goes on from the state."""
+    name, env_id, steps = key
+    env = env or make(name, env_id)
+    if env.spec is None:
+        env.reset(seed=0)
+    load_script(name).restored(env, state)
+    return play(env, np.random.default_rng(steps), MOMENTS[name][-1])
+
+
+def test_an_episode_goes_on_in_another_process(tmp_path):
+    """Stopped in the middle of the first episode and of a later one, the next steps, over the end of an episode, are equal to
+    the last bit. Also in an environment that is somewhere else."""
+    states, expected = {}, {}
+    for name, env_ids in GO_ON.items():
+        for env_id in env_ids:
+            for steps in (0,) * (env_id in AT_THE_START) + MOMENTS[name][:2]:
+                env, key = make(name, env_id), (name, env_id, steps)
+                env.reset(seed=steps)
+                play(env, np.random.default_rng(0), steps)
+                states[key] = load_script(name).state_of(env)
+                torch.save(states, tmp_path / "states.pt")  # as it is now: the environment plays on
+                states = torch.load(tmp_path / "states.pt", weights_only=True)
+                expected[key] = play(env, np.random.default_rng(steps), MOMENTS[name][-1])
+                assert outcome_of(key, states[key], env) == expected[key], key
+    code = (
+        "import sys, torch, test_environments as here\n"
+        "states = torch.load(sys.argv[1] + '/states.pt', weights_only=True)\n"
+        "torch.save({key: here.outcome_of(key, state) for key, state in states.items()}, sys.argv[1] + '/outcomes.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT / "tests", env=environment(), check=True)
+    outcomes = torch.load(tmp_path / "outcomes.pt", weights_only=True)
+    assert outcomes.keys() == expected.keys() and len(outcomes) == 2 * 22 + 3
+    for key, outcome in outcomes.items():
+        assert outcome == expected[key], key
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_environment_that_does_not_repeat_itself(script):
+    """It can be trained in, but a run that would not go on exactly is refused."""
+    script, env_id = load_script(script), id_of(script, "unrepeatable")
+    env, fresh = (script.make_env(script.Args(env_id=env_id)) for _ in range(2))
+    env.reset(seed=1)
+    play(env, np.random.default_rng(0), 5)
+    with pytest.raises(ValueError, match=f"^{env_id} does not play the same episode again from its seed"):
+        script.restored(fresh, script.state_of(env))
+
+
+STOPPED = [
+    (
+        "rde_dqn",
+        "--env-id MiniGrid-GoToDoor-5x5-v0 --total-timesteps 500 --reset-interval 60 --num-envs 2 --eval-interval 300",
+        310,
+    ),
+    ("rde_dqn", "--env-id LunarLander-v3 --optimizer rmsprop --total-timesteps 500 --num-envs 2", 310),
+    ("rde_dqn", "--env-id CartPole-v1 --epsilon-schedule exponential --epsilon-unit episode --total-timesteps 400", 310),
+    ("rde_sac_dmc", "--env-id Pendulum-v1 --max-episode-steps 60 --total-timesteps 260", 145),
+    # Box2D's world, made anew in every episode; here the fourth and later ones of 40 steps.
+    ("rde_sac_dmc", "--env-id BipedalWalker-v3 --max-episode-steps 40 --total-timesteps 260", 145),
+]
+
+
+@pytest.mark.parametrize("name, options, stop_at", STOPPED)
+def test_a_stopped_run_goes_on_exactly(tmp_path, name, options, stop_at):
+    """Stopped in the middle of episodes."""
+    script, command = load_script(name), [*QUICK, *options.split(), "--eval-episodes", "1", "--runs-dir"]
+    assert run_main(script, *command, tmp_path / "undisturbed").returncode == 0
+    in_the_middle = lambda run: run.global_step >= stop_at and all(len(env.actions) > 2 for env in run.parts["envs"])
+    stopped = stop_when(in_the_middle, script, *command, tmp_path / "stopped")
+    assert stopped.returncode == 143, stopped.stderr
+    result = run_main(script, *command, tmp_path / "stopped")
+    assert result.returncode == 0 and "continuing" in result.stdout, result.stderr
+    assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
+    assert len(read_csv(only_run(tmp_path / "stopped") / "episodes.csv")) >= 2
 
 
 # ------------------------------------------------------------------------------------------------- RDE+SAC on Gymnasium's tasks
-
-
-@pytest.fixture(scope="module")
-def sac():
-    return load_script("rde_sac_dmc")
 
 
 def test_actions_are_scaled_to_the_bounds(sac):
@@ -261,47 +482,6 @@ def test_actions_are_scaled_to_the_bounds(sac):
     for action in (-1.0, 0.25, 1.0):
         reward = ours.step(np.array([action], np.float32))[1]
         assert reward == bare.step(np.array([2 * action], np.float32))[1]
-
-
-@pytest.mark.parametrize(
-    "env_id, options, stop_at",
-    [
-        ("Pendulum-v1", "--total-timesteps 450", 312),
-        # Box2D's world, made anew in every episode; here the fourth and later ones of 40 steps.
-        ("BipedalWalker-v3", "--max-episode-steps 40 --total-timesteps 260", 145),
-    ],
-)
-def test_a_stopped_run_goes_on_exactly(tmp_path, sac, env_id, options, stop_at):
-    command = [*QUICK, "--env-id", env_id, *options.split(), "--eval-episodes", "1", "--runs-dir"]
-    assert run_main(sac, *command, tmp_path / "undisturbed").returncode == 0
-    stopped = stop_when(lambda run: run.global_step >= stop_at, sac, *command, tmp_path / "stopped")
-    assert stopped.returncode == 143 and f"stopped at step {stop_at};" in stopped.stderr
-    result = run_main(sac, *command, tmp_path / "stopped")
-    assert result.returncode == 0 and "continuing" in result.stdout, result.stderr
-    assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
-    assert len(read_csv(only_run(tmp_path / "stopped") / "episodes.csv")) >= 2
-
-
-def test_a_limit_truncates_and_bootstraps(tmp_path, sac, monkeypatch):
-    """The transition that is cut off is stored as no end, with its own last observation, not the next episode's first."""
-    stored, add = [], sac.ReplayBuffer.add
-
-    def watched(buffer, *row):
-        stored.append([np.copy(part) for part in row])
-        add(buffer, *row)
-
-    monkeypatch.setattr(sac.ReplayBuffer, "add", watched)
-    options = "--env-id Pendulum-v1 --max-episode-steps 30 --total-timesteps 120".split()
-    result = run_main(sac, *QUICK, *options, "--runs-dir", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert len(stored) == 120 and not any(terminated for *_, terminated, _ in stored)
-    episodes = read_csv(only_run(tmp_path) / "episodes.csv")
-    assert [int(row["global_step"]) for row in episodes] == [30, 60, 90, 120]
-    for step, (observation, *_, next_observation) in enumerate(stored[:-1], start=1):
-        assert np.array_equal(next_observation, stored[step][0]) == (step % 30 != 0)
-        # Pendulum turns by 0.05 s * 8 rad/s at most in a step: the last observation is a neighbour.
-        angle = np.arctan2(observation[1], observation[0]) - np.arctan2(next_observation[1], next_observation[0])
-        assert abs((angle + np.pi) % (2 * np.pi) - np.pi) < 0.41
 
 
 # ------------------------------------------------------------------------------------------------------ what a checkpoint keeps

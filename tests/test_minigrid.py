@@ -1,19 +1,14 @@
-"""rde_dqn.py's environments: what the agent sees of MiniGrid, rewards and ends, and episodes that are played again."""
+"""rde_dqn.py's environments: what the agent sees of MiniGrid, rewards and ends. That they go on elsewhere: test_environments.py."""
 
-import io
 import itertools
-import subprocess
-import sys
 
 import gymnasium as gym
 import minigrid  # noqa: F401  (registers its environments)
 import numpy as np
 import pytest
-import torch
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
-from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, Wall
 
-from conftest import ROOT, environment, load_script
+from conftest import load_script
 
 COLOURS = ["blue", "green", "grey", "purple", "red", "yellow"]  # in the order of the one-hot vector
 KINDS = ["key", "ball", "box", "door"]
@@ -45,33 +40,6 @@ def test_every_object_colour_and_state_has_its_number(script):
             expected = np.array([kind / 10, colour / 5, state / 2], np.float32)
             assert (encoded[3 * i : 3 * i + 3] == expected).all()
         assert not encoded[3 * len(part) :].any()
-
-
-def test_the_view_of_a_grid_made_by_hand(script):
-    """What lies where in front of the agent, which stands in the middle of the view's last row and looks up."""
-    env = make(script, "MiniGrid-Empty-16x16-v0")
-    env.reset(seed=1)
-    world = env.unwrapped
-    world.agent_pos, world.agent_dir = np.array((8, 10)), 3  # up
-    things = {
-        (8, 9): (Key("red"), "key", "red", 0), (7, 9): (Ball("green"), "ball", "green", 0),
-        (9, 9): (Box("purple"), "box", "purple", 0), (5, 8): (Goal(), "goal", "green", 0), (6, 8): (Lava(), "lava", "red", 0),
-        (7, 8): (Wall("grey"), "wall", "grey", 0), (8, 8): (Door("blue", is_open=True), "door", "blue", 0),
-        (10, 9): (Door("yellow", is_open=False), "door", "yellow", 1),
-        (11, 9): (Door("grey", is_locked=True), "door", "grey", 2),
-        (6, 9): (Floor("blue"), "floor", "blue", 0),
-    }  # fmt: skip
-    for position, (thing, *_) in things.items():
-        world.grid.set(*position, thing)
-    world.carrying = Ball("yellow")
-    observation = env.step(6)[0]  # "done": nothing moves
-    view = observation[:147].reshape(7, 7, 3)  # (column, row, channel)
-    for (x, y), (_, kind, colour, state) in things.items():
-        cell = view[x - 8 + 3, y - 10 + 6]
-        expected = np.array([OBJECT_TO_IDX[kind] / 10, COLOR_TO_IDX[colour] / 5, state / 2], np.float32)
-        assert (cell == expected).all(), (x, y)
-    assert (view[3, 6] == np.array([OBJECT_TO_IDX["ball"] / 10, COLOR_TO_IDX["yellow"] / 5, 0], np.float32)).all()
-    assert (observation[147:] == things_named(("green", None))).all()  # "get to the green goal square"
 
 
 def things_named(*things) -> np.ndarray:
@@ -202,16 +170,6 @@ def test_the_reward_of_minigrid_is_a_part_of_the_limit(script, argument, limit):
     assert info["episode"] == {"r": reward, "l": 5, "success": 1}
 
 
-def test_lava_terminates_without_success(script):
-    env = make(script, "MiniGrid-LavaGapS5-v0", actions="move")
-    assert env.action_space.n == 3
-    env.reset(seed=0)
-    world = env.unwrapped
-    world.grid.set(*world.front_pos, Lava())
-    _, reward, terminated, truncated, info = env.step(2)
-    assert (reward, terminated, truncated) == (0.0, True, False) and info["episode"] == {"r": 0.0, "l": 1, "success": 0}
-
-
 def test_actions_that_move(script):
     """Left, right, forward: the first three, and only those."""
     env = make(script, "MiniGrid-Empty-8x8-v0", actions="move")
@@ -240,69 +198,3 @@ def test_actions_and_numbers_that_do_not_begin_at_0(script):
     env = script.Task(Shifted())
     assert (env.reset()[0] == [1, 0, 0]).all() and env.action_space == gym.spaces.Discrete(2)
     assert (env.step(0)[0] == [1, 0, 0]).all() and (env.step(np.int64(1))[0] == [0, 1, 0]).all()
-
-
-# --------------------------------------------------------------------------------------------- episodes that go on elsewhere
-
-IDS = ["LunarLander-v3", "MiniGrid-LavaGapS5-v0", "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-DoorKey-5x5-v0",
-       "MiniGrid-Dynamic-Obstacles-6x6-v0", "CartPole-v1", "Acrobot-v1", "Taxi-v4", "FrozenLake-v1"]  # fmt: skip
-
-
-def play(env, rng, num_steps) -> bytes:
-    """Random steps over the ends of episodes; all that happened."""
-    happened = io.BytesIO()
-    for _ in range(num_steps):
-        observation, reward, terminated, truncated, info = env.step(rng.integers(env.action_space.n))
-        happened.write(observation.tobytes() + repr((reward, terminated, truncated, info.get("episode"))).encode())
-        if terminated or truncated:
-            happened.write(env.reset()[0].tobytes())
-    return happened.getvalue()
-
-
-def restored_and_played(script, states: dict) -> dict:
-    """In this test's process or another one: fresh environments go on from the states."""
-    outcomes = {}
-    for (env_id, steps), state in states.items():
-        env = make(script, env_id)
-        script.restored(env, state)
-        outcomes[env_id, steps] = play(env, np.random.default_rng(steps), 400)
-    return outcomes
-
-
-def test_an_episode_goes_on_in_another_process(script, tmp_path):
-    """Stopped in the middle of the first episode and of a later one: the next 400 steps are equal."""
-    states, expected = {}, {}
-    for env_id in IDS:
-        for steps in (5, 777):
-            env, rng = make(script, env_id), np.random.default_rng(0)
-            env.reset(seed=steps)
-            play(env, rng, steps)
-            while not env.actions:
-                play(env, rng, 1)
-            states[env_id, steps] = script.state_of(env)
-            assert len(states[env_id, steps]["episode"]["actions"]) == len(env.actions) < max(steps, 6)
-            torch.save(states, tmp_path / "states.pt")  # as it is now: the environment plays on
-            states = torch.load(tmp_path / "states.pt", weights_only=True)
-            expected[env_id, steps] = play(env, np.random.default_rng(steps), 400)
-    code = (
-        "import sys, torch, test_minigrid as here\n"
-        "states = torch.load(sys.argv[1] + '/states.pt', weights_only=True)\n"
-        "torch.save(here.restored_and_played(here.load_script('rde_dqn'), states), sys.argv[1] + '/outcomes.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT / "tests", env=environment(), check=True)
-    outcomes = torch.load(tmp_path / "outcomes.pt", weights_only=True)
-    assert len(outcomes) == 2 * len(IDS)
-    for key, outcome in outcomes.items():
-        assert outcome == expected[key], key
-
-
-def test_an_environment_that_does_not_repeat_itself_is_noticed(script):
-    env = make(script, "CartPole-v1")
-    env.reset(seed=1)
-    for action in (0, 1, 1):
-        env.step(action)
-    state = script.state_of(env)
-    fresh = make(script, "CartPole-v1")
-    fresh.unwrapped.gravity = 9.9
-    with pytest.raises(ValueError, match="CartPole-v1 does not play the same episode again from its seed"):
-        script.restored(fresh, state)

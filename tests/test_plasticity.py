@@ -1,5 +1,6 @@
 """What is measured of a network beside its scores. Networks that somebody changed: test_changed_copies.py."""
 
+import json
 import math
 
 import numpy as np
@@ -7,35 +8,24 @@ import pytest
 import torch
 from gymnasium.spaces import Discrete
 
-from agents import CPU, FRAMES, NUM_ACTIONS, AtariTransitions, dqn_agent
-from conftest import load_script, scalars
+from agents import CPU, FRAMES, make_agent, networks
+from conftest import load_script, model, scalars
 
 SCRIPTS = ["dqn_atari", "rde_drq_atari", "rnd_dqn_atari"]  # those whose networks differ
 dqn = load_script("dqn_atari")
 
 
-def network(name: str) -> tuple:
-    """A script, and a Q-network of it."""
-    script = load_script(name)
-    if name in ("rnd_dqn_atari", "rde_drq_atari"):  # their buffers sum over n steps
-        args = script.Args(buffer_size=200, n_step=3)
-        buffer = script.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(0), 3)
-        AtariTransitions(buffer, 0, terminated=0.2).store(50)
-        agent = script.Agent(args, FRAMES, Discrete(NUM_ACTIONS), buffer, CPU)
-    else:
-        agent = dqn_agent(script)
-    return script, agent.q_networks[0] if hasattr(agent, "q_networks") else agent.q_network
-
-
-def pictures(count: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 4, 84, 84), dtype=np.uint8))
+def layers_by_hand() -> tuple[torch.Tensor, torch.Tensor]:
+    """What two layers answer to a batch of two."""
+    linear = torch.tensor([[0.0, 0.0, 2.0, -4.0], [0.0, 0.1, 2.0, 4.0]])  # mean absolute values 0, 0.05, 2, 4
+    convolution = torch.zeros((2, 3, 2, 2))
+    convolution[0, 1, 0, 0], convolution[:, 2] = 8.0, 9.0  # 0, 1, 9
+    return linear, convolution
 
 
 def test_dormant_units_by_hand():
     """Layer by layer: a unit counts as a fraction of the mean of its own layer, whatever its sign, over space as well."""
-    linear = torch.tensor([[0.0, 0.0, 2.0, -4.0], [0.0, 0.1, 2.0, 4.0]])  # scores 0, 0.05, 2, 4; mean 1.5125
-    convolution = torch.zeros((2, 3, 2, 2))
-    convolution[0, 1, 0, 0], convolution[:, 2] = 8.0, 9.0  # scores 0, 1, 9; mean 3.33
+    linear, convolution = layers_by_hand()  # whose means are 1.5125 and 3.33
     assert dqn.dormant_units([linear]) == 1 / 4
     assert dqn.dormant_units([convolution]) == 1 / 3
     assert dqn.dormant_units([linear, convolution]) == 2 / 7
@@ -57,9 +47,7 @@ def test_ranks_of_known_singular_values(values, effective, stable):
 
 def test_active_units_by_hand():
     """The mean over all units of how often each is above 0, over the batch and its places."""
-    linear = torch.tensor([[0.0, -1.0, 2.0, 0.5], [0.0, 0.1, 2.0, -0.5]])  # 0, 1/2, 1, 1/2
-    convolution = torch.zeros((2, 3, 2, 2))
-    convolution[0, 1, 0, 0], convolution[:, 2] = 8.0, 9.0  # 0, 1/8, 1
+    linear, convolution = layers_by_hand()  # 0, 1/2, 1, 1/2 and 0, 1/8, 1
     assert dqn.active_units([linear]) == pytest.approx(2 / 4)
     assert dqn.active_units([convolution]) == pytest.approx((1 / 8 + 1) / 3)
     assert dqn.active_units([linear, convolution]) == pytest.approx((2 + 1 + 1 / 8) / 7)
@@ -69,8 +57,9 @@ def test_active_units_by_hand():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_plasticity_of_a_network(name):
     """The layers are those that the network itself computes with; the norm is that of all weights together."""
-    script, q_network = network(name)
-    observations, seen = pictures(8), []
+    script, seen = load_script(name), []
+    q_network = networks(make_agent(name, **{"width": 1.0} if "drq" in name else {}))[0]
+    observations = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 4, 84, 84), dtype=np.uint8))
     layers = [module for module in q_network.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))][:4]
     hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clamp(min=0))) for layer in layers]
     result = script.plasticity(q_network, observations)
@@ -125,10 +114,11 @@ def test_the_observations_are_those_of_the_game_whatever_the_run():
     assert not torch.equal(observations, dqn.random_observations("QbertNoFrameskip-v4"))
 
 
-@pytest.mark.parametrize("name, suffixes", [("sr", [""]), ("rde", ["_0", "_1"])])
+@pytest.mark.parametrize("name, suffixes", [("sr", [""]), ("rde", ["_0", "_1"]), ("drq", ["_0", "_1"]), ("rnd", [""])])
 def test_a_run_logs_it_with_its_evaluations(runs, name, suffixes):
     """One point at every evaluation, but for those right after a reset; of the networks as they are then."""
-    curves = scalars(runs(name).path)
+    path, script = runs(name).path, load_script(runs(name).script)
+    curves = scalars(path)
     steps = [step for step, _ in curves["eval/episodic_return"]]
     for suffix in suffixes:
         for tag, low, high in (("dormant_units", 0, 1), ("active_units", 0, 1), ("effective_rank", 1, 256),
@@ -136,11 +126,9 @@ def test_a_run_logs_it_with_its_evaluations(runs, name, suffixes):
             points = curves[f"plasticity/{tag}{suffix}"]
             assert [step for step, _ in points] == steps
             assert all(low <= value <= high for _, value in points)
-    script, weights = load_script(runs(name).script), torch.load(runs(name).path / "model.pt")
-    states = weights.get("q_networks") or [weights["q_network"]]
+    agent = script.Agent(script.Args(**json.loads((path / "args.json").read_text())["args"]), FRAMES, Discrete(4), None, CPU)
+    agent.load_weights(model(path))
     observations = script.random_observations("BreakoutNoFrameskip-v4")
-    for suffix, state in zip(suffixes, states, strict=True):
-        q_network = script.QNetwork(len(state["output.bias"])).to(memory_format=torch.channels_last)
-        q_network.load_state_dict(state)
+    for suffix, q_network in zip(suffixes, networks(agent), strict=True):
         for tag, value in script.plasticity(q_network, observations).items():
             assert curves[tag + suffix][-1][1] == pytest.approx(value, rel=1e-3)

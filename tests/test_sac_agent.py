@@ -1,42 +1,44 @@
-"""The quantities of RDE+SAC against references that share no code with the script, mostly in float64."""
+"""The agents of RDE+SAC and of safe RDE, also with --critic-norm layer, against references that share no code with them."""
 
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+import torch.nn.functional as F
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from agents import ACTION_DIM, OBSERVATION_DIM, Float64Networks, sac_agent, safety_agent, state_per_agent, updated
-from conftest import load_script
+from agents import ACTION_DIM, OBSERVATION_DIM, make_observations, next_batch, sac_agent, updated
+from conftest import equal, load_script
 
 BATCH_SIZE = 32
+NUM_CRITICS = {"rde_sac_dmc": 2, "rde_sac_safety": 3}  # of an agent: safe RDE has one of cost
+
+
+@pytest.fixture(params=NUM_CRITICS)
+def script(request):
+    return load_script(request.param)
+
+
+def state_per_agent(agent) -> list[dict[str, torch.Tensor]]:
+    """Every tensor of SAC agents' state, split into what belongs to each agent: [{name: tensor}, ...]."""
+    state = [{} for _ in range(agent.args.num_agents)]
+    modules = {"actors": agent.actors, "critics": agent.critics, "target_critics": agent.target_critics}
+    stacked = {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
+    stacked["log_alphas"] = agent.log_alphas.detach()
+    for name, tensor in stacked.items():
+        for i, part in enumerate(tensor.chunk(agent.args.num_agents)):
+            state[i][name] = part
+    for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
+        optimizer = getattr(agent, name)
+        for i, group in enumerate(optimizer.param_groups):
+            for number, parameter in enumerate(group["params"]):
+                for key, tensor in optimizer.state[parameter].items():
+                    state[i][f"{name}.{number}.{key}"] = tensor
+    return state
 
 
 # ------------------------------------------------------------------------------------------------- the squashed Gaussian
-
-
-def test_log_probabilities_against_torch_distributions(sac):
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64)
-    log_std = torch.rand(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64) * 3 - 2.5
-    noise = torch.randn(4, 50, ACTION_DIM, generator=generator, dtype=torch.float64)
-    actions, log_probs = sac.squashed_gaussian(mean, log_std, noise)
-    assert actions.shape == (4, 50, ACTION_DIM) and log_probs.shape == (4, 50)
-    # The transform keeps the unsquashed value in its cache, so the distribution does not lose it either.
-    distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
-    transform = distribution.transforms[0]
-    expected_actions = transform(mean + log_std.exp() * noise)
-    torch.testing.assert_close(actions, expected_actions)
-    torch.testing.assert_close(log_probs, Independent(distribution, 1).log_prob(expected_actions), rtol=1e-10, atol=1e-10)
-
-
-def test_density_integrates_to_one(sac):
-    """Probability per action, not per unsquashed value: the correction has the right sign."""
-    noise = torch.linspace(-8, 8, 40_001, dtype=torch.float64).unsqueeze(1)
-    actions, log_probs = sac.squashed_gaussian(torch.full_like(noise, 0.3), torch.full_like(noise, -0.2), noise)
-    assert torch.trapezoid(log_probs.exp(), actions.squeeze(1)).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("mean", [-60.0, -20.0, -9.5, 9.5, 20.0, 60.0])
@@ -64,19 +66,69 @@ def test_saturated_actions(sac, mean, log_std):
 # --------------------------------------------------------------------------------------------------- one gradient step
 
 
-def layer_gradients(stacked_parameters, networks):
-    """The gradients that an optimizer's group holds, as {(layer, "weight" or "bias", network): gradient}."""
-    depth, gradients = len(stacked_parameters) // 2, {}
-    for k in range(networks):
-        for layer in range(depth):
-            gradients[layer, "weight", k] = stacked_parameters[layer][k].T.double()
-            gradients[layer, "bias", k] = stacked_parameters[depth + layer][k, 0].double()
-    return gradients
+class Float64Networks:
+    """One SAC agent's networks in float64, a copy, computed with plain functions of PyTorch."""
+
+    def __init__(self, agent, index: int, num_critics: int):
+        self.actor = self.copy_layers(agent.actors, index)
+        numbers = range(num_critics * index, num_critics * (index + 1))
+        self.critics = [self.copy_layers(agent.critics, number) for number in numbers]
+        self.targets = [self.copy_layers(agent.target_critics, number) for number in numbers]
+        self.log_alpha = agent.log_alphas.detach()[index].double().requires_grad_()
+
+    @staticmethod
+    def copy_layers(stacked, network: int) -> list[list[torch.Tensor]]:
+        """Of every layer weight and bias, and gain and shift of the norm behind it if there is one."""
+        norms = [*stacked.norms, *[()] * (len(stacked.layers) - len(stacked.norms))]
+        layers = [(*layer, *norm) for layer, norm in zip(stacked.layers, norms, strict=True)]
+        parameters = [[parameter.detach()[network].double() for parameter in layer] for layer in layers]
+        return [[weight.T.clone().requires_grad_(), *(vector[0].clone().requires_grad_() for vector in vectors)]
+                for weight, *vectors in parameters]  # fmt: skip
+
+    @staticmethod
+    def mlp(layers, inputs: torch.Tensor) -> torch.Tensor:
+        for weight, bias, *norm in layers[:-1]:
+            inputs = F.linear(inputs, weight, bias)
+            inputs = torch.clamp(F.layer_norm(inputs, inputs.shape[-1:], *norm) if norm else inputs, min=0)
+        return F.linear(inputs, *layers[-1])
+
+    def policy(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (batch, action_dim) and their log-probabilities (batch,)."""
+        output = self.mlp(self.actor, observations)
+        mean, log_std = output[:, :ACTION_DIM], output[:, ACTION_DIM:].clamp(-20, 2)
+        distribution = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
+        actions = distribution.transforms[0](mean + log_std.exp() * noise)
+        return actions, distribution.log_prob(actions).sum(dim=1)
+
+    def values(self, critics, observations: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
+        """What each of the critics says, (batch,)."""
+        values = [self.mlp(critic, torch.cat([observations, actions], dim=1))[:, 0] for critic in critics]
+        assert {value.shape for value in values} == {(len(observations),)}
+        return values
 
 
-@pytest.mark.parametrize("num_agents", [1, 3])
-def test_gradient_step_against_float64(sac, num_agents):
-    agent = sac_agent(sac, num_agents)
+def move_norms(agent) -> None:
+    """To gains and shifts that are not those that it began with."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (*agent.critics.gains, *agent.critics.shifts):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "name, num_agents, multiplier, critic_norm",
+    [("rde_sac_dmc", 1, 0.0, "none"), ("rde_sac_dmc", 3, 0.0, "none"), ("rde_sac_dmc", 2, 0.0, "layer"),
+     ("rde_sac_safety", 1, 0.0, "none"), ("rde_sac_safety", 1, 0.7, "none"), ("rde_sac_safety", 3, 2.5, "none"),
+     ("rde_sac_safety", 3, 1e6, "none"), ("rde_sac_safety", 2, 2.5, "layer")],
+)  # fmt: skip
+def test_gradient_step_against_float64(name, num_agents, multiplier, critic_norm):
+    """All targets, losses and gradients. With a multiplier without end the actor's loss becomes the cost."""
+    script, num_critics = load_script(name), NUM_CRITICS[name]
+    safe = num_critics == 3
+    agent = sac_agent(script, num_agents, gamma=0.97, critic_norm=critic_norm, **{"gamma_cost": 0.9} if safe else {})
+    move_norms(agent)
+    if safe:
+        agent.multiplier.value.fill_(multiplier)
     for _ in range(3):  # so that targets differ from critics and alpha from 1
         agent.update()
     with torch.no_grad():
@@ -85,62 +137,75 @@ def test_gradient_step_against_float64(sac, num_agents):
             target += 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(4))
 
     # What update() will draw: the mini-batch, the noise of the policy, the noise of the policy in the next state.
-    generator = torch.Generator()
+    batch, generator = next_batch(agent), torch.Generator()
     generator.set_state(agent.buffer.generator.get_state())
-    buffer = copy.copy(agent.buffer)
-    buffer.generator = generator
-    batch = buffer.sample(BATCH_SIZE)
-    assert [tensor.shape for tensor in batch] == [
-        (BATCH_SIZE, OBSERVATION_DIM), (BATCH_SIZE, ACTION_DIM), (BATCH_SIZE,), (BATCH_SIZE,), (BATCH_SIZE, OBSERVATION_DIM)
+    torch.rand(BATCH_SIZE, dtype=torch.float64, generator=generator)
+    noise, next_noise = torch.empty(2, num_agents, BATCH_SIZE, ACTION_DIM).double()
+    for draws in (noise, next_noise):
+        draws.copy_(torch.empty(num_agents, BATCH_SIZE, ACTION_DIM).normal_(generator=generator))
+    assert [tensor.shape[1:] for tensor in batch] == [
+        (OBSERVATION_DIM,), (ACTION_DIM,), *[()] * num_critics, (OBSERVATION_DIM,)
     ]  # fmt: skip
-    assert 0 < batch[3].sum() < BATCH_SIZE
-    noise = torch.empty(num_agents, BATCH_SIZE, ACTION_DIM).normal_(generator=generator).double()
-    next_noise = torch.empty(num_agents, BATCH_SIZE, ACTION_DIM).normal_(generator=generator).double()
-    observations, actions, rewards, terminated, next_observations = (tensor.double() for tensor in batch)
+    observations, actions, rewards, *costs, terminated, next_observations = (tensor.double() for tensor in batch)
+    assert 0 < terminated.sum() < BATCH_SIZE and (not safe or set(costs[0].tolist()) == {0, 1})
 
-    references = [Float64Networks(agent, i, 2) for i in range(num_agents)]
-    metrics = updated(agent)
-    assert metrics.shape == (4, num_agents) and not metrics.requires_grad
+    references = [Float64Networks(agent, i, num_critics) for i in range(num_agents)]
+    computed = updated(agent)
+    assert computed.shape == (len(agent.METRICS), num_agents) and not computed.requires_grad
+    metrics = dict(zip(agent.METRICS, computed.double()))
+    assert not safe or agent.multiplier.value == multiplier, "no gradient step moves it"
     assert torch.equal(generator.get_state(), agent.buffer.generator.get_state())
+    close = lambda ours, theirs: torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-4, atol=3e-6)
 
     for i, reference in enumerate(references):
         alpha = reference.log_alpha.detach().exp()
         policy_actions, log_probs = reference.policy(observations, noise[i])
-        alpha_loss = -(reference.log_alpha * (log_probs.detach() - ACTION_DIM)).mean()
-        alpha_loss.backward()
+        (-(reference.log_alpha * (log_probs.detach() - ACTION_DIM)).mean()).backward()
         with torch.no_grad():
             next_actions, next_log_probs = reference.policy(next_observations, next_noise[i])
-            smaller_q = torch.min(*reference.values(reference.targets, next_observations, next_actions))
-            next_value = smaller_q - alpha * next_log_probs
-            td_target = torch.where(terminated == 1, rewards, rewards + 0.99 * next_value)
-        assert td_target.shape == (BATCH_SIZE,)
-        q_values = reference.values(reference.critics, observations, actions)
-        critic_loss = sum(((q_value - td_target) ** 2).mean() for q_value in q_values) / 2
-        critic_loss.backward()
+            *pair, last = reference.values(reference.targets, next_observations, next_actions)
+            next_q_values = torch.min(*(pair if safe else (*pair, last))) - alpha * next_log_probs
+            targets = [torch.where(terminated == 1, rewards, rewards + 0.97 * next_q_values)] * 2
+            targets += [torch.where(terminated == 1, costs[0], costs[0] + 0.9 * last)] if safe else []
+        values = reference.values(reference.critics, observations, actions)
+        losses = [((value - target) ** 2).mean() / 2 for value, target in zip(values, targets, strict=True)]
+        sum(losses).backward()
         # The actor's loss is taken with the critics after their step.
-        updated_critics = [Float64Networks.copy_layers(agent.critics, 2 * i + k) for k in range(2)]
-        policy_q_values = torch.min(*reference.values(updated_critics, observations, policy_actions))
-        actor_loss = (alpha * log_probs - policy_q_values).mean()
+        updated_critics = [Float64Networks.copy_layers(agent.critics, num_critics * i + k) for k in range(num_critics)]
+        first, second, *cost = reference.values(updated_critics, observations, policy_actions)
+        actor_loss = (alpha * log_probs - torch.min(first, second)).mean()
+        if safe:
+            actor_loss = (actor_loss + multiplier * cost[0].mean()) / (1 + multiplier)
         actor_loss.backward()
 
-        expected = torch.stack([critic_loss, sum(q_values).mean() / 2, actor_loss, alpha]).detach()
-        torch.testing.assert_close(metrics[:, i].double(), expected, rtol=1e-5, atol=1e-5)
-        slices = agent.alpha_optimizer.param_groups[i]["params"]
-        torch.testing.assert_close(slices[0].grad[0].double(), reference.log_alpha.grad, rtol=1e-5, atol=1e-5)
-        actor_gradients = layer_gradients([s.grad for s in agent.actor_optimizer.param_groups[i]["params"]], 1)
-        critic_gradients = layer_gradients([s.grad for s in agent.critic_optimizer.param_groups[i]["params"]], 2)
-        assert len(actor_gradients) == 6 and len(critic_gradients) == 12
-        for (layer, kind, _), gradient in actor_gradients.items():
-            torch.testing.assert_close(gradient, reference.actor[layer][kind == "bias"].grad, rtol=1e-4, atol=3e-6)
-        for (layer, kind, k), gradient in critic_gradients.items():
-            torch.testing.assert_close(gradient, reference.critics[k][layer][kind == "bias"].grad, rtol=1e-4, atol=3e-6)
-        for k in range(2):
-            targets = zip(
-                reference.targets[k], updated_critics[k], Float64Networks.copy_layers(agent.target_critics, 2 * i + k)
-            )
-            for before, critic, after in targets:
-                for old, new, moved in zip(before, critic, after):
-                    torch.testing.assert_close(moved, 0.995 * old + 0.005 * new, rtol=1e-6, atol=1e-7)
+        expected = {"critic_loss": losses[0] + losses[1], "q_values": (values[0] + values[1]).mean() / 2, "alpha": alpha,
+                    "actor_loss": actor_loss}  # fmt: skip
+        if safe:
+            expected |= {"cost_critic_loss": losses[2], "cost_values": values[2].mean()}
+        assert metrics.keys() == expected.keys()
+        for metric, value in expected.items():
+            torch.testing.assert_close(metrics[metric][i], value.detach(), rtol=1e-5, atol=1e-5)
+        if multiplier == 1e6:
+            close(metrics["actor_loss"][i], cost[0].mean())
+        assert actor_loss.abs() < 10
+
+        close(agent.alpha_optimizer.param_groups[i]["params"][0].grad[0], reference.log_alpha.grad)
+        for k, layers in enumerate([*reference.critics, reference.actor]):
+            optimizer, network = (agent.critic_optimizer, k) if k < num_critics else (agent.actor_optimizer, 0)
+            slices = optimizer.param_groups[i]["params"]
+            depth, normed = len(layers), critic_norm == "layer" and k < num_critics
+            assert depth == 3 and len(slices) == 2 * depth + 2 * (depth - 1) * normed
+            for layer, (weight, bias, *norm) in enumerate(layers):
+                close(slices[layer].grad[network].T, weight.grad)
+                close(slices[depth + layer].grad[network, 0], bias.grad)
+                assert len(norm) == 2 * (normed and layer < depth - 1)
+                for number, parameter in enumerate(norm):  # gains stand behind all biases, and then shifts
+                    close(slices[2 * depth + number * (depth - 1) + layer].grad[network, 0], parameter.grad)
+        for k in range(num_critics):
+            moved = Float64Networks.copy_layers(agent.target_critics, num_critics * i + k)
+            for before, critic, after in zip(reference.targets[k], updated_critics[k], moved):
+                for old, new, target in zip(before, critic, after):
+                    torch.testing.assert_close(target, 0.995 * old + 0.005 * new, rtol=1e-6, atol=1e-7)
 
 
 def test_metrics_with_bfloat16_are_near_those_without(sac):
@@ -160,50 +225,25 @@ def test_log_std_is_clamped(sac):
     assert (log_std[0] == 2).all() and (log_std[1] == -20).all()
 
 
-def test_terminated_does_not_bootstrap(sac):
-    """The critics' loss of terminated transitions does not know the next observation; that of all others does."""
-    losses = {}
-    for terminated in (True, False):
-        for shift in (0.0, 1.0):
-            agent = sac_agent(sac, 2, terminated=terminated)
-            agent.buffer.rows[:, -OBSERVATION_DIM:] += shift
-            losses[terminated, shift] = updated(agent)[0]
-    assert torch.equal(losses[True, 0.0], losses[True, 1.0])
-    assert (losses[False, 0.0] != losses[False, 1.0]).all()
-
-
-def test_agents_do_not_leak_into_one_another(sac):
-    untouched, changed = sac_agent(sac, 3), sac_agent(sac, 3)
-    with torch.no_grad():
-        for name, tensor in state_per_agent(changed)[1].items():
-            tensor += 0.1 * torch.ones_like(tensor)
-    for _ in range(3):
-        untouched.update()
-        changed.update()
-    for i, (expected, state) in enumerate(zip(state_per_agent(untouched), state_per_agent(changed))):
-        assert len(state) > 40
-        for name in state:
-            assert torch.equal(expected[name], state[name]) == (i != 1 or name.endswith(".step")), (i, name)
-
-
-def test_first_agent_starts_like_the_baseline(sac):
-    """RDE and SAC with the same seed are paired: agent 0 has the same weights; the other agents have weights of their own."""
-    baseline, ensemble = state_per_agent(sac_agent(sac, 1)), state_per_agent(sac_agent(sac, 3))
-    weights = [name for name in baseline[0] if "weights" in name]
-    for name in weights:
-        assert torch.equal(baseline[0][name], ensemble[0][name])
-        assert not torch.equal(ensemble[0][name], ensemble[1][name])
-    first, second = ensemble[0]["critics.weights.0"]
-    assert not torch.equal(first, second)
-
-
 # ------------------------------------------------------------------------------------------------------------- the reset
 
 
-def test_reset_renews_one_agent_and_nothing_of_the_others(sac):
-    agent = sac_agent(sac, 3)
+@pytest.mark.parametrize("critic_norm", ["none", "layer"])
+def test_reset_renews_one_agent_and_nothing_of_the_others(script, critic_norm):
+    """In safe RDE the multiplier and the counts of the whole training are nobody's."""
+    agent, shared, num_norms = sac_agent(script, 3, critic_norm=critic_norm), dict, 4 * (critic_norm == "layer")
+    move_norms(agent)
+    if script.__name__ == "rde_sac_safety":
+        agent.end_episodes([100.0])
+        agent.total_cost = 321.0
+        shared = lambda: (
+            copy.deepcopy(vars(agent.multiplier))
+            | {"counts": (agent.total_cost, agent.num_violations, agent.multiplier.value.data_ptr())}
+        )
+        assert shared()["value"] > 0 and shared()["integral"] == 75 and agent.num_violations == 1
     for _ in range(4):
         agent.update()
+    kept = shared()
     for expected_index in (0, 1, 2, 0):
         agent.update()
         state = state_per_agent(agent)
@@ -212,27 +252,31 @@ def test_reset_renews_one_agent_and_nothing_of_the_others(sac):
         assert agent.reset() == expected_index
         after = state_per_agent(agent)
         assert addresses == [{name: tensor.data_ptr() for name, tensor in part.items()} for part in after]
+        assert shared() == kept
         for i in range(3):
-            assert len(after[i]) == 3 * 6 + 1 + 3 * (6 + 6 + 1)
+            assert len(after[i]) == 3 * 6 + 1 + 3 * (6 + 6 + 1) + 5 * num_norms  # critics, targets, three of their moments
+            assert len(after[i]["critics.weights.0"]) == NUM_CRITICS[script.__name__]
             for name, tensor in after[i].items():
                 if i != expected_index:
                     assert torch.equal(tensor, before[i][name]), (i, name)
                 elif "optimizer" in name or name == "log_alphas":
                     assert before[i][name].any() and not tensor.any(), name
+                elif "gains" in name or "shifts" in name:  # some are still as new
+                    assert (tensor != before[i][name]).any(), name
                 else:
                     assert (tensor != before[i][name]).all(), name
         for name, tensor in after[expected_index].items():
             if name.startswith("target_critics"):
                 assert torch.equal(tensor, after[expected_index][name.removeprefix("target_")])
+            if name.startswith(("critics.gains", "critics.shifts")):
+                assert (tensor == float("gains" in name)).all()
     agent.update()
-    steps = [part["actor_optimizer.0.step"].item() for part in state_per_agent(agent)]
-    assert steps == [1, 3, 2]
+    for optimizer in ("actor", "critic"):
+        assert [part[f"{optimizer}_optimizer.0.step"].item() for part in state_per_agent(agent)] == [1, 3, 2]
 
 
-@pytest.mark.parametrize("name", ["rde_sac_dmc", "rde_sac_safety"])
-def test_what_somebody_adds_to_the_networks_is_reset_too(name, monkeypatch):
+def test_what_somebody_adds_to_the_networks_is_reset_too(script, monkeypatch):
     """A factor per network, here with a value of its own at the start: in every network of the agent, and in no other one."""
-    script = load_script(name)
     build, forward = script.StackedMLP.__init__, script.StackedMLP.forward
 
     def build_with_a_factor(stack, num_networks, *arguments):
@@ -244,22 +288,19 @@ def test_what_somebody_adds_to_the_networks_is_reset_too(name, monkeypatch):
 
     monkeypatch.setattr(script.StackedMLP, "__init__", build_with_a_factor)
     monkeypatch.setattr(script.StackedMLP, "forward", multiplied)
-    agent = (safety_agent if name == "rde_sac_safety" else sac_agent)(script, 3)
-    num_critics = len(agent.critics.factor) // 3
+    agent, num_critics = sac_agent(script, 3), NUM_CRITICS[script.__name__]
     for _ in range(3):
         agent.update()
-    before, start = state_per_agent(agent), torch.tensor(0.7)
+    before, start = copy.deepcopy(state_per_agent(agent)), torch.tensor(0.7)
     for state in before:
         for network in ("actors", "critics", "target_critics"):
             assert (state[f"{network}.factor"] != start).all(), "it learns"
-    before = copy.deepcopy(before)
     assert agent.reset() == 0
     after = state_per_agent(agent)
     for network, count in (("actors", 1), ("critics", num_critics), ("target_critics", num_critics)):
         factor = after[0][f"{network}.factor"]
         assert len(factor) == count and (factor == start).all()
-    for i in (1, 2):
-        assert all(torch.equal(tensor, before[i][part]) for part, tensor in after[i].items())
+    assert equal(after[1:], before[1:])
     moments = [tensor for part, tensor in after[0].items() if "optimizer" in part]
     assert len(moments) == 3 * (7 + 7 + 1) and not any(tensor.any() for tensor in moments)
     assert {"factor"} <= agent.weights()["actors"].keys() & agent.weights()["critics"].keys()
@@ -284,8 +325,7 @@ def test_new_weights_are_those_of_linear_layers(sac):
 
 def test_optimizer_is_an_adam_per_agent(sac):
     """Against separate torch.optim.Adam, one of which starts anew in the middle."""
-    agent = sac_agent(sac, 2)
-    rng = torch.Generator().manual_seed(3)
+    agent, rng = sac_agent(sac, 2), torch.Generator().manual_seed(3)
     parameters = list(agent.critics.parameters())
 
     def separate_adams(index):
@@ -311,62 +351,33 @@ def test_optimizer_is_an_adam_per_agent(sac):
 # ------------------------------------------------------------------------------------------------------------ the choice
 
 
-def test_selection_probabilities(sac):
-    q_values = torch.tensor([[1.0, 2.0, -4.0], [-3.0, -1.0, -2.0], [0.0, 0.0, 0.0], [1e-30, 2e-30, 0.0]])
-    probabilities = sac.selection_probabilities(q_values, sac.value_scale(q_values), 5.0)
-    exponents = 5.0 * np.array([[0.25, 0.5, -1.0], [-1.0, -1 / 3, -2 / 3], [0.0, 0.0, 0.0], [0.5, 1.0, 0.0]])
-    expected = np.exp(exponents) / np.exp(exponents).sum(1, keepdims=True)
-    np.testing.assert_allclose(probabilities.numpy(), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("num_resets", [0, 1, 2, 3])
-def test_the_oldest_agent_judges_with_its_smaller_critic(sac, num_resets):
-    agent = sac_agent(sac, 3, beta=3.0)
-    with torch.no_grad():
-        for parameter in [*agent.actors.parameters(), *agent.critics.parameters()]:
-            parameter *= 3  # so that proposals and judgements differ
-    for _ in range(num_resets):
-        agent.reset()
-    observation = torch.randn(OBSERVATION_DIM, generator=torch.Generator().manual_seed(5))
-    num_draws = 20_000
-    selection, random_actions = torch.Generator().manual_seed(6), torch.Generator()
-    choices = agent.act(observation.expand(num_draws, -1), selection, random_actions, deterministic=True)
-    assert choices.shape == (num_draws, ACTION_DIM + 1)
-    actions, acting_agents = choices[:, :-1], choices[:, -1].long()
-
-    proposals = []
-    for i in range(3):
-        mean = Float64Networks.mlp(Float64Networks(agent, i, 2).actor, observation.double())[:ACTION_DIM]
-        proposals.append(mean.tanh().detach())
-        assert (actions[acting_agents == i].double() - proposals[i]).abs().max() < 1e-5
-    expected = np.full(3, 1 / 3)
-    if num_resets:
-        judge = Float64Networks(agent, num_resets % 3, 2)
-        judgement = [
-            min(judge.mlp(critic, torch.cat([observation.double(), proposal])).item() for critic in judge.critics)
-            for proposal in proposals
-        ]
-        exponents = np.exp(3.0 * np.array(judgement) / np.abs(judgement).max())
-        expected = exponents / exponents.sum()
-        assert np.ptp(expected) > 0.02  # so that another judge would be noticed
-    frequencies = np.bincount(acting_agents.numpy(), minlength=3) / num_draws
-    np.testing.assert_allclose(frequencies, expected, atol=5 * 0.5 / math.sqrt(num_draws))
-
-
-def test_samples_of_the_policy(sac):
-    """Without `deterministic` the proposals are samples: unsquashed they have the policy's mean and deviation."""
-    agent = sac_agent(sac, 1)
-    with torch.no_grad():
-        agent.actors.biases[-1][0, 0, ACTION_DIM:] = -1.0
-    observation = torch.zeros(OBSERVATION_DIM)
-    choices = agent.act(observation.expand(20_000, -1), torch.Generator().manual_seed(2), torch.Generator())
-    actions, acting_agents = choices.split([ACTION_DIM, 1], 1)
-    mean, log_std = agent.policies(observation.unsqueeze(0))
-    unsquashed = torch.atanh(actions.double())
-    torch.testing.assert_close(unsquashed.mean(0).float(), mean[0, 0], rtol=0, atol=0.02)
-    torch.testing.assert_close(unsquashed.std(0).float(), log_std[0, 0].exp(), rtol=0.03, atol=0)
-    correlations = torch.corrcoef(unsquashed.T) - torch.eye(ACTION_DIM)
-    assert correlations.abs().max() < 0.05 and not acting_agents.any()
+@pytest.mark.parametrize("critic_norm", ["none", "layer"])
+def test_proposals_and_judgement_against_float64(script, critic_norm):
+    """Samples of the actors' policies, or their modes, and what the judge thinks of them by its own critics."""
+    agent = sac_agent(script, 3, critic_norm=critic_norm)
+    move_norms(agent)
+    for _ in range(20):
+        agent.update()
+    observations = make_observations(script.__name__, 50)
+    references = [Float64Networks(agent, i, NUM_CRITICS[script.__name__]) for i in range(3)]
+    noise = torch.empty(3, 50, ACTION_DIM).normal_(generator=torch.Generator().manual_seed(2)).double()
+    for factor in (1, 0):
+        with torch.no_grad():
+            proposals = [one.policy(observations.double(), factor * noise[i])[0] for i, one in enumerate(references)]
+        proposals = torch.stack(proposals, dim=1)
+        generators = torch.Generator().manual_seed(2), torch.Generator()
+        choice = agent.act(observations, *generators, deterministic=factor == 0)
+        acting_agents = choice[:, -1].long()
+        assert choice.shape == (50, ACTION_DIM + 1) and len(acting_agents.unique()) == 3
+        torch.testing.assert_close(choice[:, :-1].double(), proposals[torch.arange(50), acting_agents], rtol=0, atol=1e-5)
+    for agent.num_resets in range(4):
+        judge = references[agent.num_resets % 3]
+        judged = agent.judge(observations, proposals.float())
+        judged = judged if isinstance(judged, tuple) else (judged,)
+        for i in range(3):
+            first, second, *cost = judge.values(judge.critics, observations.double(), proposals[:, i])
+            for ours, expected in zip(judged, (torch.min(first, second), *cost), strict=True):
+                torch.testing.assert_close(ours[:, i].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_are_the_parameters_also_of_a_copy_that_is_moved(sac):

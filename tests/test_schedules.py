@@ -17,6 +17,7 @@ def test_epsilon_of_the_default_run(step, expected):
     args = rde.Args()
     duration = args.exploration_fraction * args.total_timesteps
     assert rde.linear_schedule(args.start_e, args.end_e, duration, step) == pytest.approx(expected, abs=1e-12)
+    assert rde.linear_schedule(1.0, 0.1, 0.0, step) == 0.1  # without a decay
 
 
 def test_the_three_scripts_explore_and_learn_alike_by_default():
@@ -24,10 +25,6 @@ def test_the_three_scripts_explore_and_learn_alike_by_default():
     assert {"start_e", "end_e", "exploration_fraction", "replay_ratio", "learning_starts", "eval_interval"} < set(names)
     for name in names:
         assert getattr(dqn.Args(), name) == getattr(sr.Args(), name) == getattr(rde.Args(), name), name
-
-
-def test_epsilon_without_a_decay():
-    assert rde.linear_schedule(1.0, 0.1, 0.0, 0) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -126,10 +123,10 @@ def test_an_interval_between_two_multiples_of_num_envs_is_neither_skipped_nor_do
 
 
 def test_no_reset_without_an_interval():
-    arguments = dict(total_timesteps=12_000, eval_interval=5_000)
-    events = simulate(rde, reset_interval=0, **arguments)
+    arguments = dict(total_timesteps=12_000, eval_interval=5_000, reset_interval=0)
+    events = simulate(rde, **arguments)
     assert events == [(5_000, 0, ["scheduled"]), (10_000, 0, ["scheduled"]), (12_000, 2_000, ["final"])]
-    assert simulate(sr, reset_interval=0, **arguments) == simulate(dqn, **arguments) == events
+    assert simulate(sr, **arguments) == simulate(dqn, total_timesteps=12_000, eval_interval=5_000) == events
 
 
 def test_when_checkpoints_and_weights_are_kept(tmp_path):

@@ -1,17 +1,13 @@
 """The scripts that train stable-baselines3's agents beside ours: the same steps, and one line for what they cannot do."""
 
-import csv
 import json
-import pathlib
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from conftest import ROOT, command, environment, load_script, run_script, snapshot
+from conftest import ROOT, Started, load_script, only_run, rows, run_script, snapshot
 
 DQN = (
     "--env-id BreakoutNoFrameskip-v4 --num-envs 4 --replay-ratio 0.25 --total-timesteps 1200 --learning-starts 1000 "
@@ -23,21 +19,16 @@ SAC = (
 ).split()
 
 
-def read_rows(folder: pathlib.Path, name: str) -> list[tuple]:
-    with open(folder / name, newline="") as file:
-        return [tuple(row.values()) for row in csv.DictReader(file)]
-
-
 @pytest.mark.parametrize("script, arguments, interval", [("dqn", DQN, 600), ("sac", SAC, 550)])
-def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, arguments, interval):
+def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, monkeypatch, capsys, script, arguments, interval):
     name = f"stable_baselines3_{script}"
     result = run_script(f"baselines/{name}", *arguments, "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.iterdir()
+    folder = only_run(tmp_path)
     steps = [(str(step), phase) for step, phase in ((interval, "scheduled"), (2 * interval, "final"))]
-    assert [row[:3] for row in read_rows(folder, "evaluations.csv")] == [(*step, episode) for step in steps for episode in "01"]
-    games = read_rows(folder, "episodes.csv")
-    assert games and all(0 < int(step) <= 2 * interval and float(length) > 0 for step, _, length, _ in games)
+    assert [row[:3] for row in rows(folder, "evaluations.csv")] == [(*step, episode) for step in steps for episode in "01"]
+    games = rows(folder, "episodes.csv")
+    assert games and all(0 < int(step) <= 2 * interval and float(length) > 0 for step, _, length in games)
     if script == "sac":  # an episode of the suite, of 1,000 points at most
         assert [row[0] for row in games] == ["1000"] and 0 < float(games[0][1]) <= 1_000
     # A finished run, and no other script's.
@@ -46,8 +37,10 @@ def test_a_run_is_evaluated_at_the_steps_of_ours(tmp_path, script, arguments, in
     assert torch.load(folder / "model.pt", weights_only=True) and not (folder / "checkpoint.pt").exists()
     assert (folder / f"{name}.py").read_text() == (ROOT / "baselines" / f"{name}.py").read_text()
     before = snapshot(folder)
-    result = run_script(f"baselines/{name}", *arguments, "--runs-dir", tmp_path)
-    assert result.returncode == 0 and "is finished" in result.stdout and snapshot(folder) == before
+    monkeypatch.setattr(sys, "argv", [str(ROOT / f"baselines/{name}.py"), *arguments, "--runs-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        load_script(f"baselines/{name}").main()
+    assert not end.value.code and "is finished" in capsys.readouterr().out and snapshot(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -75,15 +68,10 @@ def test_what_it_cannot_do_is_one_line(tmp_path, script, argument, message, monk
 
 
 def test_stopped(tmp_path):
-    process = subprocess.Popen(
-        command("baselines/stable_baselines3_sac", *SAC, "--total-timesteps", "1000000", "--runs-dir", tmp_path),
-        env=environment(), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 200
-    while not list(tmp_path.glob("*/evaluations.csv")) or "550," not in next(tmp_path.glob("*/evaluations.csv")).read_text():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and "without a final evaluation; it cannot be continued" in errors
-    assert not list(tmp_path.glob("*/model.pt"))
+    arguments = [*SAC, "--total-timesteps", "1000000", "--runs-dir", tmp_path / "runs"]
+    started = Started("baselines/stable_baselines3_sac", *arguments, log=tmp_path / "log.txt")
+    evaluated = lambda: any("550," in path.read_text() for path in tmp_path.glob("runs/*/evaluations.csv"))
+    started.wait_for(evaluated, 200)
+    assert started.end(signal.SIGINT) == 130
+    assert "without a final evaluation; it cannot be continued" in started.printed()
+    assert not list(tmp_path.glob("runs/*/model.pt"))
