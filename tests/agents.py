@@ -100,9 +100,6 @@ def sac_agent(
     return agent
 
 
-safety_agent = sac_agent  # the transitions of rde_sac_safety.py have costs
-
-
 def mlp_agent(script, num_agents: int, stored: int = 200, terminated: float = 0.3, **arguments):
     """A small agent of rde_dqn.py on random transitions. `learning_rate` and the like are those of the script, if not given."""
     args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "num_hidden_layers": 3, "batch_size": 32} | arguments)

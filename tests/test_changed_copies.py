@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from agents import dqn_agent, mlp_agent, networks, sac_agent, safety_agent, targets
+from agents import dqn_agent, mlp_agent, networks, sac_agent, targets
 from conftest import ROOT, equal, load_module, load_script, only_run, run_main, scalars
 
 atari, sr = load_script("rde_dqn_atari"), load_script("sr_dqn_atari")
@@ -226,7 +226,7 @@ def test_one_more_metric_is_a_name_and_a_value(tmp_path):
 # ----------------------------------------------------------------------------------------------- another order of resets
 
 
-AGENTS = {"rde_dqn_atari": dqn_agent, "rde_dqn": mlp_agent, "rde_sac_dmc": sac_agent, "rde_sac_safety": safety_agent}
+AGENTS = {"rde_dqn_atari": dqn_agent, "rde_dqn": mlp_agent, "rde_sac_dmc": sac_agent, "rde_sac_safety": sac_agent}
 
 
 @pytest.mark.parametrize("name", AGENTS)
