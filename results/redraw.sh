@@ -23,6 +23,7 @@ for study in "${@%/}"; do
         draw "$study" training_games
         for table in "$study"/bonus_*.csv; do "${PYTHON:-python}" ../plot_bonus.py "$table"; done
         ;;
+    pendulum_sac) draw "$study" learning_curves ;; # no resets
     alien_default) draw "$study" learning_curves training_games ;;
     freeway_*) draw "$study" learning_curves training_games ;; # its evaluations cannot measure a collapse
     cheetah_run_sac | mspacman_* | safety) draw "$study" learning_curves training_games collapse ;;

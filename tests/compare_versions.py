@@ -11,6 +11,7 @@ and the videos. The new version may log and keep more. Exit code 1 if anything d
 
 import argparse
 import csv
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -104,32 +105,25 @@ def rows(path: pathlib.Path) -> list[dict]:
         return [{name: value for name, value in row.items() if name != "wall_seconds"} for row in csv.DictReader(file)]
 
 
-def difference_of_rows(old: list[dict], new: list[dict]) -> str:
-    for number, (old_row, new_row) in enumerate(zip(old, new), start=1):
-        if old_row != new_row:
-            return f"row {number}: {old_row} became {new_row}"
-    return "" if len(old) == len(new) else f"{len(old)} rows became {len(new)}; the first ones are equal"
-
-
-def difference_of_values(old, new, name: str) -> str:
-    """The first difference between two values of a model: tensors, dicts and lists of them, or plain values."""
+def difference(old, new, name: str) -> str:
+    """The first difference between two values: tensors, dicts and lists of them, or plain values."""
     if type(old) is not type(new):
         return f"{name}: {type(old).__name__} became {type(new).__name__}"
     if isinstance(old, torch.Tensor):
         if (old.dtype, old.shape) != (new.dtype, new.shape):
             return f"{name}: {old.dtype} {tuple(old.shape)} became {new.dtype} {tuple(new.shape)}"
-        if torch.equal(old, new):
-            return ""
         unequal = old != new
+        if not unequal.any():
+            return ""
         return f"{name}: {int(unequal.sum())} of {old.numel()} numbers, the first {old[unequal][0]} became {new[unequal][0]}"
     if isinstance(old, (list, tuple)):
         if len(old) != len(new):
             return f"{name}: {len(old)} entries became {len(new)}"
-        old, new = dict(enumerate(old)), dict(enumerate(new))
+        old, new = dict(enumerate(old, start=1)), dict(enumerate(new, start=1))
     if isinstance(old, dict):
         if missing := old.keys() - new.keys():  # a new version may hold more
             return f"{name}: missing {sorted(missing)}"
-        return next(filter(None, (difference_of_values(old[key], new[key], f"{name}[{key!r}]") for key in old)), "")
+        return next(filter(None, (difference(old[key], new[key], f"{name}[{key!r}]") for key in old)), "")
     return "" if old == new else f"{name}: {old!r} became {new!r}"
 
 
@@ -140,41 +134,33 @@ def points(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: list(dict.fromkeys((event.step, event.value) for event in events.Scalars(tag))) for tag in tags}
 
 
-def difference_of_videos(old: pathlib.Path, new: pathlib.Path, by_bytes: bool) -> str:
+def videos(path: pathlib.Path, with_content: bool) -> list[tuple[str, str]]:
     """By their step and phase; how the recorder numbers the episodes of a process does not matter."""
-    old_videos, new_videos = (
-        {path.stem.split("-episode")[0]: path.read_bytes() for path in folder.glob("videos/*.mp4")} for folder in (old, new)
-    )
-    if old_videos.keys() != new_videos.keys() or not all(new_videos.values()):
-        return f"missing {sorted(old_videos.keys() - new_videos)}, added {sorted(new_videos.keys() - old_videos)}"
-    different = [name for name, video in sorted(old_videos.items()) if by_bytes and video != new_videos[name]]
-    return f"{different[0]} shows something else" if different else ""
+    files = [file for file in path.glob("videos/*.mp4") if file.stat().st_size]
+    digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest() if with_content else ""
+    return sorted((file.stem.split("-episode")[0], digest(file)) for file in files)
 
 
-def compare(old_folder: pathlib.Path, new_folder: pathlib.Path, case: str) -> tuple[dict[str, str], str]:
-    """What differs, by file, and how much was compared."""
+def compare(old_folder: pathlib.Path, new_folder: pathlib.Path, case: str) -> tuple[list[str], str]:
+    """What differs, and how much was compared."""
     with tempfile.TemporaryDirectory() as old_runs, tempfile.TemporaryDirectory() as new_runs:
         (old, old_error), (new, new_error) = run(old_folder, case, old_runs), run(new_folder, case, new_runs)
+        errors = {"the old version ended with": old_error, "the new version ended with": new_error}
         if old_error or new_error:
-            errors = {"the old version ended with": old_error, "the new version ended with": new_error}
-            return {name: error for name, error in errors.items() if error}, ""
-        differences, counts = {}, []
-        for name, what in (("episodes.csv", "episodes"), ("evaluations.csv", "scores")):
-            old_rows, new_rows = rows(old / name), rows(new / name)
-            differences[name] = difference_of_rows(old_rows, new_rows)
-            counts.append(f"{len(old_rows)} {what}")
-        models = (torch.load(path / "model.pt", weights_only=True) for path in (old, new))
-        differences["model.pt"] = difference_of_values(*models, "model")
-        old_points = points(old)
-        differences["TensorBoard"] = difference_of_values(old_points, points(new), "points")
-        counts.append(f"{sum(map(len, old_points.values()))} points")
+            return [f"{name} {error}" for name, error in errors.items() if error], ""
+        files = {"episodes.csv": rows, "evaluations.csv": rows, "TensorBoard": lambda path: points(path.parent)}
+        files["model.pt"] = lambda path: torch.load(path, weights_only=True)
+        contents = {name: (read(old / name), read(new / name)) for name, read in files.items()}
         if "--capture-video" in CASES[case][1]:
-            num_videos = len(list(old.glob("videos/*.mp4")))
-            # Atari's had the frames of the no-ops and FIREs, too, with which a game or life begins; what is evaluated has not.
-            by_bytes = not CASES[case][0].endswith("_atari")
-            differences["videos"] = difference_of_videos(old, new, by_bytes) if num_videos else "there are none"
-            counts.append(f"{num_videos} videos")
-    return {name: difference for name, difference in differences.items() if difference}, ", ".join(counts)
+            # Atari's had the frames of no-ops and FIREs, too, with which a game or life begins; what is evaluated has not.
+            with_content = not CASES[case][0].endswith("_atari")
+            contents["videos"] = videos(old, with_content), videos(new, with_content)
+    differences = [difference(*both, name) for name, both in contents.items()]
+    if contents.get("videos") == ([], []):
+        differences.append("videos: there are none")
+    num_points = sum(map(len, contents["TensorBoard"][0].values()))
+    counts = f"{len(contents['episodes.csv'][0])} episodes, {len(contents['evaluations.csv'][0])} scores, {num_points} points"
+    return list(filter(None, differences)), counts
 
 
 def main() -> None:
@@ -189,9 +175,7 @@ def main() -> None:
         differences, counts = compare(args.old_folder.resolve(), args.new_folder.resolve(), case)
         num_different += bool(differences)
         seconds, verdict = time.monotonic() - started, "DIFFERENT" if differences else "equal"
-        print(f"{case:30} {verdict:10} {seconds:5.0f} s  {counts}", flush=True)
-        for name, difference in differences.items():
-            print(f"    {name} {difference}", flush=True)
+        print(f"{case:30} {verdict:10} {seconds:5.0f} s  {counts}", *differences, sep="\n    ", flush=True)
     print(f"{len(args.case) - num_different} of {len(args.case)} cases are equal")
     sys.exit(num_different > 0)
 

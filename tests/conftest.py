@@ -23,6 +23,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: two workers share the cores
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -118,9 +119,8 @@ def no_gpu(request):
 
 
 def run_script(script: str, *arguments, timeout: float = 300) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(script, *arguments), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    settings = {"env": environment(), "capture_output": True, "text": True, "timeout": timeout, "check": False}
+    return subprocess.run(command(script, *arguments), **settings)
 
 
 @contextlib.contextmanager
@@ -198,23 +198,16 @@ def scalars(path: pathlib.Path, with_speed: bool = False) -> dict[str, list[tupl
     names, in which seconds stand; here by their times, because in tests a run goes on within a second. An evaluation that was
     played again after a kill stands there twice, with the same value.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     files = sorted(path.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
     with tempfile.TemporaryDirectory() as folder:
         for number, file in enumerate(files):
             shutil.copy(file, f"{folder}/events.out.tfevents.{number:010d}")
         events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: sorted({(event.step, event.value) for event in events.Scalars(tag)})
-        for tag in events.Tags()["scalars"]
-        if with_speed or tag != "charts/SPS"
-    }
+    tags = [tag for tag in events.Tags()["scalars"] if with_speed or tag != "charts/SPS"]
+    return {tag: sorted({(event.step, event.value) for event in events.Scalars(tag)}) for tag in tags}
 
 
 def model(path: pathlib.Path, name: str = "model.pt") -> dict:
-    import torch
-
     return torch.load(path / name, weights_only=True)
 
 
@@ -228,8 +221,6 @@ def tensors(content) -> list[torch.Tensor]:
 
 def equal(ours, theirs) -> bool:
     """Of two models, or parts of them, to the bit."""
-    import torch
-
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, torch.Tensor):
@@ -258,35 +249,34 @@ def snapshot(path: pathlib.Path) -> dict[str, bytes]:
 # -------------------------------------------------------------------------------------------------- runs that tests share
 
 
-def shared_folder(tmp_path_factory) -> pathlib.Path:
-    """Of all workers of this test session."""
-    path = tmp_path_factory.getbasetemp()
-    path = (path.parent if "PYTEST_XDIST_WORKER" in os.environ else path) / "shared"
-    path.mkdir(exist_ok=True)
-    return path
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Gives a folder of that name which all workers of this test session share, and whether the caller has to fill it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "shared"
+    shared.mkdir(exist_ok=True)
 
+    @contextlib.contextmanager
+    def made_once(name: str):
+        path, done = shared / name, shared / f"{name}.done"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait meanwhile
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+            yield path, not done.exists()
+            done.touch()
 
-@contextlib.contextmanager
-def made_once(path: pathlib.Path):
-    """Yields whether the folder has to be made by the caller; other workers wait meanwhile."""
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = pathlib.Path(f"{path}.done")
-        if to_be_made := not done.exists():
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir()
-        yield to_be_made
-        done.touch()
+    return made_once
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
+def runs(made_once):
     """Gives a finished run of RUNS that nobody stopped: its script, folder and what it printed. Made when it is asked for."""
 
     def get(name: str) -> types.SimpleNamespace:
-        path = shared_folder(tmp_path_factory) / name.replace(" ", "-")
         script, arguments = RUNS[name]
-        with made_once(path) as to_be_made:
+        with made_once(name.replace(" ", "-")) as (path, to_be_made):
             if to_be_made:
                 result = run_main(load_script(script), *arguments, "--runs-dir", path / "runs")
                 assert result.returncode == 0, result.stderr
@@ -324,19 +314,17 @@ def kill_when(condition, script, *arguments) -> None:
 
 def kill_by(change, script, *arguments) -> None:
     """A run in a process of its own, in which the change of the script's module leads to a kill -9."""
-    process = multiprocessing.get_context("spawn").Process(target=changed_main, args=(change, script.__name__, arguments))
+
+    def changed_main() -> None:
+        change(script)
+        sys.argv = [script.__file__, *map(str, arguments)]
+        script.main()
+
+    process = multiprocessing.get_context("fork").Process(target=changed_main)  # without the seconds of the imports
     process.start()
     process.join(120)
     process.kill()
     assert process.exitcode == -signal.SIGKILL
-
-
-def changed_main(change, name: str, arguments: list) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    script = load_script(name)
-    change(script)
-    sys.argv = [script.__file__, *map(str, arguments)]
-    script.main()
 
 
 class InEvaluation:
@@ -364,14 +352,12 @@ STOPPED_AT = 206  # in the middle of episodes, and between points of the curves
 
 
 @pytest.fixture
-def copy_of_stopped_run(tmp_path_factory, tmp_path):
+def copy_of_stopped_run(made_once, tmp_path):
     """The folder of RDE+DQN on CartPole (the cheapest run of RUNS) that was stopped by SIGTERM at that step."""
-    path = shared_folder(tmp_path_factory) / "stopped"
-    with made_once(path) as to_be_made:
+    with made_once("stopped") as (path, to_be_made):
         if to_be_made:
-            result = stop_when(
-                AtStep(STOPPED_AT), load_script("rde_dqn"), *arguments_of("cartpole"), "--runs-dir", path / "runs"
-            )
+            arguments = [*arguments_of("cartpole"), "--runs-dir", path / "runs"]
+            result = stop_when(AtStep(STOPPED_AT), load_script("rde_dqn"), *arguments)
             assert result.returncode == 143 and f"stopped at step {STOPPED_AT};" in result.stderr, result.stderr
     path = only_run(path / "runs")
     return pathlib.Path(shutil.copytree(path, tmp_path / "runs" / path.name))
@@ -391,11 +377,9 @@ class Started:
     """A process that trains, to be killed when something has happened."""
 
     def __init__(self, script: str, *arguments, log: pathlib.Path):
-        self.log = log
+        self.log, words = log, command(script, *arguments)
         with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                command(script, *arguments), env=environment(), stdout=file, stderr=subprocess.STDOUT
-            )
+            self.process = subprocess.Popen(words, env=environment(), stdout=file, stderr=subprocess.STDOUT)
 
     def begun(self) -> bool:
         """Whether it has said what it will do."""
@@ -413,12 +397,8 @@ class Started:
     def kill_after_checkpoint(self, runs_dir: pathlib.Path, number: int = 1) -> None:
         """As soon as so many checkpoints have been written, one over the other."""
         times = set()
-
-        def written() -> bool:
-            times.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
-            return len(times) >= number
-
-        self.wait_for(written)
+        written = lambda: times.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
+        self.wait_for(lambda: written() or len(times) >= number)
         assert self.end(signal.SIGKILL) == -signal.SIGKILL, self.printed()  # else it was faster
 
     def printed(self) -> str:

@@ -7,11 +7,12 @@ machine, stands in docs/runs.md alone. A test compares them.
 """
 
 import ast
-import importlib.util
 import pathlib
 import re
 
 from copies import ROOT, scripts
+
+from conftest import load_script
 
 BEGIN, END = "<!-- the arguments of the script -->", "<!-- end of the arguments -->"
 SHARED = ("the run", "the machine")
@@ -20,9 +21,7 @@ RUNS = ROOT / "docs" / "runs.md"
 
 def ranges(script: pathlib.Path) -> dict[str, str]:
     """What --help shows of the arguments that have one, as >= 0, <= 1."""
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script.stem, script)
     module.show_ranges()
     kinds = module.Args.__annotations__.items()
     metavars = {name: kind.__metadata__[-1].metavar for name, kind in kinds if hasattr(kind, "__metadata__")}
@@ -40,13 +39,11 @@ def table(script: pathlib.Path, shared: bool = False) -> str:
               if (match := re.fullmatch(r"    # -+ (.*)", line))}  # fmt: skip
     lines = ["| argument | default | range | meaning |", "|---|---|---|---|"]
     for field, docstring in zip(args.body[::2], args.body[1::2], strict=True):
-        group_begins = [titles.pop(number) for number in list(titles) if number < field.lineno]
-        if group_begins:
-            (title,) = group_begins
+        if begun := [titles.pop(number) for number in list(titles) if number < field.lineno]:
+            (title,) = begun
         if (title in SHARED) != shared:
             continue
-        if group_begins:
-            lines.append(f"| **{title}** | | | |")
+        lines += [f"| **{title}** | | | |"] if begun else []
         kind, default = ast.unparse(field.annotation), ast.get_source_segment(source, field.value)
         if choices := re.search(r"Literal\[(.*)\]", kind):
             range_of[field.target.id] = choices[1].replace("'", "")

@@ -62,10 +62,8 @@ def test_replay_buffer_is_measured():
 def test_table(tmp_path):
     """As a command, as short as it can be: every row and ratio is there, and the file holds the same."""
     options = "--num-agents 1 2 --num-sac-agents 1 --replay-ratios 1 --rounds 1 --seconds 0.02 --hidden-dim 8 --batch-size 16"
-    result = subprocess.run(
-        [sys.executable, ROOT / "benchmark_speed.py", *options.split(), "--csv", tmp_path / "speed.csv"],
-        capture_output=True, text=True, env=environment(), timeout=500, check=False,
-    )  # fmt: skip
+    command = [sys.executable, ROOT / "benchmark_speed.py", *options.split(), "--csv", tmp_path / "speed.csv"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)
     assert result.returncode == 0, result.stderr
     lines = [line[2:-2].split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
     assert [line[0] for line in lines] == [
@@ -84,9 +82,11 @@ def test_table(tmp_path):
     assert all(float(steps) * float(milliseconds) == pytest.approx(1e3, rel=0.05) for _, steps, milliseconds, _ in lines)
     with open(tmp_path / "speed.csv") as file:
         assert list(csv.reader(file))[1:] == lines
-    for text in ("DrQ, N = 1 over DQN, N = 1: ", "RND-DQN over DQN, N = 1: ", "SAC-Lag over SAC: ", "over MLP training loop, N = 1: ",
-                 "over stable-baselines3's DQN with MLPs (N = 1): ", "over emulator alone, 4 frames: ", "over naive loop, N = 2: ", "over stable-baselines3's DQN (N = 1): ",
-                 "update alone, N = 2: ", " times as long, with one competing process", "floor of one DQN agent's update: ", "floor of one SAC agent's update: ", "replay buffer of 100,000"):  # fmt: skip
+    for text in ("DrQ, N = 1 over DQN, N = 1: ", "RND-DQN over DQN, N = 1: ", "SAC-Lag over SAC: ",
+                 "over MLP training loop, N = 1: ", "over stable-baselines3's DQN with MLPs (N = 1): ",
+                 "over emulator alone, 4 frames: ", "over naive loop, N = 2: ", "over stable-baselines3's DQN (N = 1): ",
+                 "update alone, N = 2: ", " times as long, with one competing process", "replay buffer of 100,000",
+                 "floor of one DQN agent's update: ", "floor of one SAC agent's update: "):  # fmt: skip
         assert text in result.stdout
 
 

@@ -13,9 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from agents import dqn_agent, mlp_agent, networks, sac_agent, safety_agent, targets
-from conftest import ROOT, load_module, load_script, only_run, run_main, scalars
+from conftest import ROOT, equal, load_module, load_script, only_run, run_main, scalars
 
-atari, mlp = load_script("rde_dqn_atari"), load_script("rde_dqn")
+atari, sr = load_script("rde_dqn_atari"), load_script("sr_dqn_atari")
 
 
 # ------------------------------------------------------------------------------------------------------------------ a norm
@@ -33,121 +33,90 @@ class NormedAtari(atari.QNetwork):
         return self.output(features)
 
 
-class NormedMLP(mlp.QNetwork):
-    """With a LayerNorm after the first layer."""
-
-    def __init__(self, args, observation_dim: int, num_actions: int):
-        super().__init__(args, observation_dim, num_actions)
-        self.insert(1, nn.LayerNorm(args.hidden_dim))
-
-
 def normed_agent(script, monkeypatch, **arguments):
-    """An agent of two whose norms are not those that they began with, and the name of the norm."""
-    is_atari = script is atari
-    monkeypatch.setattr(script, "QNetwork", NormedAtari if is_atari else NormedMLP)
-    agent = dqn_agent(script, seed=2, num_agents=2, **arguments) if is_atari else mlp_agent(script, 2, **arguments)
-    generator, name = torch.Generator().manual_seed(3), "norm" if is_atari else "1"
+    """An agent whose norms are not those that they began with."""
+    monkeypatch.setattr(script, "QNetwork", NormedAtari)
+    agent, generator = dqn_agent(script, seed=2, **arguments), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for network in (*networks(agent), *targets(agent)):
-            for parameter in network.get_submodule(name).parameters():
+            for parameter in network.norm.parameters():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return agent, name
+    return agent
 
 
-def normed_q_values(script, weights: dict, x: torch.Tensor) -> torch.Tensor:
+def normed_q_values(weights: dict, x: torch.Tensor) -> torch.Tensor:
     """By plain function calls, in float64."""
-    linear = lambda name, x: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(name, x):
-        deviation = x - x.mean(dim=1, keepdim=True)
-        x = deviation / (deviation.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    if script is mlp:
-        x = norm("1", linear("0", x)).relu()
-        return linear("7", linear("5", linear("3", x).relu()).relu())
+    part = lambda name: (weights[f"{name}.weight"], weights[f"{name}.bias"])
     for layer, stride in ((0, 4), (2, 2), (4, 1)):
-        x = F.conv2d(x, weights[f"convolutions.{layer}.weight"], weights[f"convolutions.{layer}.bias"], stride).relu()
-    return linear("output", norm("norm", linear("hidden", x.flatten(1))).relu())
+        x = F.conv2d(x, *part(f"convolutions.{layer}"), stride).relu()
+    x = F.linear(x.flatten(1), *part("hidden"))
+    deviation = x - x.mean(dim=1, keepdim=True)
+    gain, shift = part("norm")
+    x = deviation / (deviation.square().mean(dim=1, keepdim=True) + 1e-5).sqrt() * gain + shift
+    return F.linear(x.relu(), *part("output"))
 
 
-@pytest.mark.parametrize("script", [atari, mlp], ids=lambda script: script.__name__)
-def test_the_gradients_of_a_norm_are_right(script, monkeypatch):
+def test_the_gradients_of_a_norm_are_right(monkeypatch):
     """Of all parameters, against float64, and the gradient's norm; the targets are computed with the norm, too."""
-    agent, name = normed_agent(script, monkeypatch, max_grad_norm=1e6)
+    agent = normed_agent(atari, monkeypatch, max_grad_norm=1e6)
     before, state = copy.deepcopy((networks(agent), targets(agent))), agent.buffer.generator.get_state()
-    batch = agent.buffer.sample(agent.args.batch_size)
+    frames, actions, rewards, terminated = (part.double() for part in agent.buffer.sample(agent.args.batch_size))
     agent.buffer.generator.set_state(state)
     agent.update()
-    if script is atari:
-        frames, actions, rewards, terminated = (part.double() for part in batch)
-        observations, next_observations = frames[:, :4] / 255, frames[:, 1:] / 255
-    else:
-        observations, actions, rewards, terminated, next_observations = (part.double() for part in batch)
     for i, (network, target) in enumerate(zip(*before, strict=True)):
         weights = {key: value.double().requires_grad_() for key, value in network.state_dict().items()}
         target_weights = {key: value.double() for key, value in target.state_dict().items()}
-        next_values = normed_q_values(script, target_weights, next_observations).amax(1)
+        next_values = normed_q_values(target_weights, frames[:, 1:] / 255).amax(1)
         td_targets = rewards + agent.args.gamma * (1 - terminated) * next_values
-        q_values = normed_q_values(script, weights, observations).gather(1, actions.long().view(-1, 1)).squeeze(1)
+        q_values = normed_q_values(weights, frames[:, :4] / 255).gather(1, actions.long().view(-1, 1)).squeeze(1)
         gradients = torch.autograd.grad(F.smooth_l1_loss(q_values, td_targets), list(weights.values()))
         for (key, parameter), gradient in zip(networks(agent)[i].named_parameters(), gradients, strict=True):
             assert gradient.any() and (parameter.grad - gradient).norm() < 1e-4 * gradient.norm(), key
             assert not torch.equal(parameter, network.get_parameter(key)), key
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert agent.metrics[2, i].item() == pytest.approx(norm.item(), rel=1e-4)
-    assert {f"{name}.weight", f"{name}.bias"} <= weights.keys() & agent.weights()["q_networks"][1].keys()
+    assert {"norm.weight", "norm.bias"} <= weights.keys() & agent.weights()["q_networks"][1].keys()
 
 
-@pytest.mark.parametrize("script, arguments, is_reset", [
-    (atari, {"reset_depth": "full"}, True), (atari, {"reset_depth": "last1"}, False), (atari, {"reset_depth": "last2"}, False),
-    (mlp, {}, True), (load_script("sr_dqn_atari"), {"reset_depth": "full"}, True),
-])  # fmt: skip
-def test_a_full_reset_takes_a_norm_too(script, arguments, is_reset, monkeypatch):
+@pytest.mark.parametrize("script, depth", [(atari, "full"), (atari, "last1"), (atari, "last2"), (sr, "full")])
+def test_a_full_reset_takes_a_norm_too(script, depth, monkeypatch):
     """last1 and last2 take the layers that they name."""
-    if script not in (atari, mlp):  # SR+DQN, whose network is the same
-        monkeypatch.setattr(script, "QNetwork", NormedAtari)
-        agent, name = dqn_agent(script, **arguments), "norm"
-        networks(agent)[0].norm.weight.data.fill_(2.0)
-        networks(agent)[0].norm.bias.data.fill_(2.0)
-    else:
-        agent, name = normed_agent(script, monkeypatch, **arguments)
+    agent = normed_agent(script, monkeypatch, reset_depth=depth)
     for _ in range(2):
         agent.update()
-    norm = lambda which, i=0: which(agent)[i].get_submodule(name)
-    before = copy.deepcopy(norm(networks))
+    (network, *others), (target, *other_targets) = networks(agent), targets(agent)
+    before, untouched = copy.deepcopy(network.norm), copy.deepcopy([*others, *other_targets])
     assert (before.weight != 1).all() and (before.bias != 0).all()
-    others = copy.deepcopy([which(agent)[1].state_dict() for which in (networks, targets)]) if len(networks(agent)) > 1 else []
     agent.reset()
-    assert bool((norm(networks).weight == 1).all() and (norm(networks).bias == 0).all()) == is_reset
-    assert is_reset or torch.equal(norm(networks).weight, before.weight)
-    assert torch.equal(norm(targets).weight, norm(networks).weight) and torch.equal(norm(targets).bias, norm(networks).bias)
-    for parameter in norm(networks).parameters():
+    if depth == "full":
+        assert (network.norm.weight == 1).all() and (network.norm.bias == 0).all()
+    else:
+        assert torch.equal(network.norm.weight, before.weight)
+    assert torch.equal(target.norm.weight, network.norm.weight) and torch.equal(target.norm.bias, network.norm.bias)
+    for parameter in network.norm.parameters():
         assert not any(moment.any() for moment in agent.optimizer.state[parameter].values())
-    for which, other in zip((networks, targets), others):
-        assert all(torch.equal(value, other[key]) for key, value in which(agent)[1].state_dict().items())
+    for other, expected in zip([*others, *other_targets], untouched, strict=True):
+        assert equal(other.state_dict(), expected.state_dict())
 
 
 def test_a_norm_all_of_whose_units_died_is_counted(monkeypatch):
     """512 of 672 units; the convolutions are as they were. Without the norm they would be alive."""
-    agent, _ = normed_agent(atari, monkeypatch)
-    network, observations = networks(agent)[0], torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8)
-    channels, x = [], atari.network_input(observations)
+    network = networks(normed_agent(atari, monkeypatch))[0]
+    observations, channels = torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8), []
+    x = atari.network_input(observations)
     for layer in network.convolutions:
         x = layer(x)
         channels += [x] if isinstance(layer, nn.ReLU) else []
-    alive, rates = (
-        atari.plasticity(network, observations),
-        [(layer > 0).double().mean(dim=(0, 2, 3)).sum() for layer in channels],
-    )
-    assert alive["plasticity/active_units"] > sum(rates).item() / 672 + 0.2
+    alive = atari.plasticity(network, observations)
+    active = sum((layer > 0).double().mean(dim=(0, 2, 3)).sum() for layer in channels).item() / 672
+    assert alive["plasticity/active_units"] > active + 0.2
+    assert alive["plasticity/effective_rank"] > 1 and alive["plasticity/stable_rank"] >= 1
     network.norm.weight.data.zero_()
     network.norm.bias.data.fill_(-1)
     dead = atari.plasticity(network, observations)
     assert dead["plasticity/dormant_units"] == pytest.approx((160 * atari.dormant_units(channels) + 512) / 672)
-    assert dead["plasticity/active_units"] == pytest.approx(sum(rates).item() / 672, rel=1e-5)
+    assert dead["plasticity/active_units"] == pytest.approx(active, rel=1e-5)
     assert dead["plasticity/effective_rank"] == 1 and dead["plasticity/stable_rank"] == 0
-    assert alive["plasticity/effective_rank"] > 1 and alive["plasticity/stable_rank"] >= 1
 
 
 # -------------------------------------------------------------------------------------------------------------- an encoder
@@ -214,19 +183,6 @@ def test_all_activations_of_a_residual_encoder_are_seen(name):
     assert measured["plasticity/active_units"] == pytest.approx(active / 43, rel=1e-5)
 
 
-def test_an_agent_learns_with_a_residual_encoder(monkeypatch):
-    monkeypatch.setattr(atari, "QNetwork", Impala)
-    agent = dqn_agent(atari, num_agents=2, batch_size=4, reset_depth="full")
-    before = [copy.deepcopy(network.state_dict()) for network in networks(agent)]
-    agent.update()
-    for network, old in zip(networks(agent), before):
-        assert all(not torch.equal(value, old[name]) for name, value in network.state_dict().items())
-    after = copy.deepcopy(networks(agent)[1].state_dict())
-    agent.reset()
-    assert all((value != before[0][name]).any() for name, value in networks(agent)[0].state_dict().items())
-    assert all(torch.equal(value, after[name]) for name, value in networks(agent)[1].state_dict().items())
-
-
 # ---------------------------------------------------------------------------------------------------- edits of a whole script
 
 
@@ -241,47 +197,28 @@ def changed(tmp_path, name: str, *edits: tuple[str, str]):
     return load_module(f"my_{name}_{tmp_path.name}", path)
 
 
-QUICK_ATARI = (
-    "--env-id BreakoutNoFrameskip-v4 --total-timesteps 120 --learning-starts 60 --batch-size 4 --buffer-size 100 "
-    "--eval-interval 0 --eval-episodes 1 --eval-epsilon 1 --replay-ratio 0.1"
-).split()
-QUICK_MLP = (
-    "--env-id CartPole-v1 --total-timesteps 300 --learning-starts 100 --batch-size 8 --buffer-size 200 --hidden-dim 8 "
-    "--eval-interval 0 --eval-episodes 1"
-).split()
-
-
 @pytest.mark.parametrize("name, layer", [("rde_dqn_atari", "outptu"), ("sr_dqn_atari", "head")])
 def test_a_wrong_name_of_a_layer_fails_at_the_start(tmp_path, name, layer):
     """And not hours later, at the first reset."""
     script = changed(tmp_path, name, ('"last1": ["output"]', f'"last1": ["{layer}"]'))
-    result = run_main(script, *QUICK_ATARI, "--runs-dir", tmp_path / "runs")
+    result = run_main(script, "--env-id", "BreakoutNoFrameskip-v4", "--runs-dir", tmp_path / "runs")
     assert result.returncode == 1 and layer in result.stderr.splitlines()[-1]
     assert not (only_run(tmp_path / "runs") / "checkpoint.pt").exists()
 
 
-METRIC = 'METRICS = ("td_loss", "q_values", "gradient_norm")'
-LARGEST = METRIC.replace(")", ', "largest_q_value")')
-
-
-@pytest.mark.parametrize("name, arguments, tags, edits", [
-    ("dqn_atari", [*QUICK_ATARI, "--replay-ratio", "1"], ["largest_q_value"],
-     [("q_values.detach().mean(), gradient_norm]", "q_values.detach().mean(), gradient_norm, q_values.detach().max()]")]),
-    ("rde_sac_dmc", [*QUICK_MLP, "--env-id", "cartpole-swingup"], ["largest_q_value_0", "largest_q_value_1"],
-     [("METRICS = (\"critic_loss\", \"q_values\", \"actor_loss\", \"alpha\")",
-       "METRICS = (\"critic_loss\", \"q_values\", \"actor_loss\", \"alpha\", \"largest_q_value\")"),
-      ("actor_losses.detach(), alphas.squeeze(1)]", "actor_losses.detach(), alphas.squeeze(1), q_values.detach().amax((1, 2))]")]),
-])  # fmt: skip
-def test_one_more_metric_is_a_name_and_a_value(tmp_path, name, arguments, tags, edits):
-    """From learning on to the log, over a checkpoint."""
-    if name != "rde_sac_dmc":
-        edits = [(METRIC, LARGEST), *edits]
-    script = changed(tmp_path, name, *edits)
-    result = run_main(script, *arguments, "--checkpoint-interval", "100", "--runs-dir", tmp_path / "runs")
+def test_one_more_metric_is_a_name_and_a_value(tmp_path):
+    """From learning on to the log, over a checkpoint. (In a script of networks that are not stacked: test_your_own_variant.py)"""
+    script = changed(
+        tmp_path, "rde_sac_dmc", ('"actor_loss", "alpha")', '"actor_loss", "alpha", "largest_q_value")'),
+        ("actor_losses.detach(), alphas.squeeze(1)]", "actor_losses.detach(), alphas.squeeze(1), q_values.detach().amax((1, 2))]"),
+    )  # fmt: skip
+    arguments = "--env-id cartpole-swingup --total-timesteps 300 --learning-starts 100 --batch-size 8 --buffer-size 200"
+    arguments += " --hidden-dim 8 --eval-interval 0 --eval-episodes 1 --checkpoint-interval 100"
+    result = run_main(script, *arguments.split(), "--runs-dir", tmp_path / "runs")
     assert result.returncode == 0, result.stderr
     curves = scalars(only_run(tmp_path / "runs"))
-    for tag in tags:
-        largest, mean = (dict(curves[f"losses/{of}"]) for of in (tag, tag.replace("largest_q_value", "q_values")))
+    for agent in (0, 1):
+        largest, mean = (dict(curves[f"losses/{name}_{agent}"]) for name in ("largest_q_value", "q_values"))
         assert largest.keys() == mean.keys() and len(largest) >= 1
         assert all(largest[step] > mean[step] for step in mean)
 
@@ -289,24 +226,19 @@ def test_one_more_metric_is_a_name_and_a_value(tmp_path, name, arguments, tags, 
 # ----------------------------------------------------------------------------------------------- another order of resets
 
 
-AGENTS = {
-    "rde_dqn_atari": dqn_agent, "rde_dqn": mlp_agent, "rde_sac_dmc": sac_agent, "rde_sac_safety": safety_agent
-}  # fmt: skip
+AGENTS = {"rde_dqn_atari": dqn_agent, "rde_dqn": mlp_agent, "rde_sac_dmc": sac_agent, "rde_sac_safety": safety_agent}
 
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_oldest_agent_is_what_the_weights_say(name):
     """In a copy that resets its agents in another order, for example those that act least, `num_resets` does not tell it."""
-    script = load_script(name)
-    make = lambda seed: dqn_agent(script, seed, num_agents=3) if name == "rde_dqn_atari" else AGENTS[name](script, 3, seed=seed)
-    agent = make(1)
+    agent, other = (AGENTS[name](load_script(name), num_agents=3, seed=seed) for seed in (1, 5))
     agent.num_resets = 4  # in the scripts' own order agent 1 would be the oldest
     agent.oldest.fill_(2)
     file = io.BytesIO()
     torch.save(agent.weights(), file)
     file.seek(0)
-    weights, other = torch.load(file, weights_only=True), make(5)
+    weights, address = torch.load(file, weights_only=True), other.oldest.data_ptr()
     assert (weights["oldest_agent"], weights["num_resets"]) == (2, 4)
-    address = other.oldest.data_ptr()
     other.load_weights(weights)
     assert other.oldest.tolist() == [2] and other.oldest.data_ptr() == address and other.num_resets == 4

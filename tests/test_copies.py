@@ -25,8 +25,7 @@ def test_what_the_scripts_share_is_equal():
 
 def test_every_script_is_one_of_these():
     """What trains has the two lines, in their order: so nothing is left out of the comparison."""
-    trains = [path for path in sorted(ROOT.glob("*.py")) if re.search(r"^def train\(", path.read_text(), re.MULTILINE)]
-    assert trains == SCRIPTS
+    assert [path for path in sorted(ROOT.glob("*.py")) if re.search(r"^def train\(", path.read_text(), re.MULTILINE)] == SCRIPTS
     for path in SCRIPTS:
         headings = [match[0].split()[-2:] for match in copies.HEADINGS.finditer(path.read_text())]
         assert headings == [["the", "line"], ["replay", "buffer"], ["second", "line"]]
@@ -93,17 +92,15 @@ def source_of(text: str, name: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_map_of_a_script_names_what_is_there_in_its_order(script):
-    text = script.read_text()
+    text, positions = script.read_text(), []
     rows = re.findall(r"^    (\S.*)$", ast.get_docstring(ast.parse(text)).split("Where is what:\n")[1], re.MULTILINE)
     defined = {name: node.lineno for node in ast.parse(text).body for name in names(node)}
     for number, line in enumerate(text.splitlines(), start=1):
         if heading := re.match("# =+ (the line|the second line)$", line):
             defined[f"-- {heading[1]} --"] = number
-    positions = []
     for row in rows:
         heading = re.match(r"-- [\w ]+ --", row)
-        words = [heading[0]] if heading else re.match(r"(?:\w+(?:, )?)+", row.split("  ")[0])[0].split(", ")
-        words = [word.split()[0] if not heading else word for word in words if word]
+        words = [heading[0]] if heading else re.match(r"(?:\w+(?:, )?)+", row)[0].removesuffix(", ").split(", ")
         assert words and all(word in defined for word in words), row
         positions += [defined[word] for word in words]
     assert positions == sorted(positions) and len(positions) >= 10
@@ -113,69 +110,46 @@ def test_the_map_of_a_script_names_what_is_there_in_its_order(script):
 def test_a_script_imports_no_other_file_of_the_repository(script):
     siblings = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
     for node in ast.walk(ast.parse(script.read_text())):
-        if isinstance(node, ast.Import):
-            assert not siblings & {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] not in siblings and node.level == 0
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules = [node.module]
+        assert not siblings & {name.split(".")[0] for name in modules}
 
 
 def run_copies(folder, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, folder / "tests" / "copies.py", *arguments], capture_output=True, text=True, check=False
-    )
-
-
-def copy_of_repository(folder) -> list[str]:
-    """The scripts and their tests, in another folder."""
-    (folder / "tests").mkdir()
-    for path in [*SCRIPTS, *ROOT.glob("tests/co*.py"), ROOT / "tests" / "test_copies.py"]:
-        shutil.copy(path, folder / path.relative_to(ROOT))
-    return [path.name for path in SCRIPTS]
+    command = [sys.executable, folder / "tests" / "copies.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("script, part", [("sr_dqn_atari", 1), ("dqn_atari", 2), ("rde_sac_dmc", 3), ("rde_dqn_atari", 0)])
 def test_a_copy_that_drifts_is_noticed_and_copied(script, part, tmp_path):
     """In the environments of a suite; in a kind of replay buffer; below the second line. Above the line nothing is touched."""
-    all_names, path = copy_of_repository(tmp_path), tmp_path / f"{script}.py"
+    (tmp_path / "tests").mkdir()
+    for file in [*SCRIPTS, ROOT / "tests" / "copies.py"]:
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    path = tmp_path / f"{script}.py"
     alike = {0: lambda other: False, 1: lambda other: copies.suite(other) == "atari", 3: lambda other: True,
              2: lambda other: copies.kind_of_buffer(other) == copies.kind_of_buffer(path)}[part]  # fmt: skip
-    reached = [name for name in all_names if name != path.name and alike(ROOT / name)]
+    reached = [other.name for other in SCRIPTS if other.name != path.name and alike(other)]
     assert bool(reached) == (part > 0)
-    parts = copies.parts(path)
-    parts[part] += "# drifted\n"
-    path.write_text("".join(parts))
-    before, expected = {name: (tmp_path / name).read_text() for name in all_names}, " ".join(reached) or "none"
+
+    def drifted(other) -> str:
+        parts = copies.parts(ROOT / other.name)
+        parts[part] += "# drifted\n"
+        return "".join(parts)
+
+    path.write_text(drifted(path))
+    texts = lambda: {file.name: file.read_text() for file in tmp_path.glob("*.py")}
+    before, expected = texts(), " ".join(reached) or "none"
     result = run_copies(tmp_path, path.name, "--check")
-    assert (result.returncode, result.stdout) == (int(bool(reached)), f"different: {expected}\n")
-    assert before == {name: (tmp_path / name).read_text() for name in all_names}
+    assert (result.returncode, result.stdout) == (int(bool(reached)), f"different: {expected}\n") and texts() == before
     result = run_copies(tmp_path, path.name)
     assert (result.returncode, result.stdout) == (0, f"changed: {expected}\n")
-    for name in set(all_names) - {path.name}:
-        parts = copies.parts(ROOT / name)
-        parts[part] += "# drifted\n" if name in reached else ""
-        assert (tmp_path / name).read_text() == "".join(parts)
+    assert texts() == before | {other.name: drifted(other) for other in SCRIPTS if other.name in reached}
     assert run_copies(tmp_path, path.name, "--check").returncode == 0
 
 
-def test_a_script_of_ones_own_is_looked_after_and_disturbs_nothing(tmp_path):
-    """A ninth one, with an idea above the line; then with a change below it, too."""
-    copy_of_repository(tmp_path)
-    text, path = (ROOT / "rde_dqn_atari.py").read_text(), tmp_path / "my_mean_judge_atari.py"
-    old = "judged = q_values.index_select(0, self.oldest).squeeze(0)"
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, "judged = q_values.mean(dim=0)"))
-    check = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_copies.py", "-k"]
-    result = subprocess.run(
-        [*check, "not drifts and not own"], cwd=tmp_path / "tests", capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0 and "my_mean_judge_atari" not in result.stdout, result.stdout
-    path.write_text(path.read_text() + "# drifted\n")
-    result = subprocess.run([*check, "share_is_equal"], cwd=tmp_path / "tests", capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "my_mean_judge_atari.py" in result.stdout
-
-
-def test_a_source_that_is_no_script(tmp_path):
-    result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "copies.py", "plot_benchmark.py"], capture_output=True, text=True, check=False
-    )
+def test_a_source_that_is_no_script():
+    result = run_copies(ROOT, "plot_benchmark.py")
     assert result.returncode == 2 and "plot_benchmark.py is not one of the scripts" in result.stderr

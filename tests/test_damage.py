@@ -18,8 +18,8 @@ def flip_a_bit_of_a_transition(path):
     (path / "checkpoint.pt").write_bytes(content)
 
 
-def cut_off_at(part: float):
-    return lambda path: os.truncate(path / "checkpoint.pt", int(os.path.getsize(path / "checkpoint.pt") * part))
+def cut_off(name: str, part: float):
+    return lambda path: os.truncate(path / name, int(os.path.getsize(path / name) * part))
 
 
 def rewritten(change):
@@ -40,29 +40,33 @@ class Command:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (flip_a_bit_of_a_transition, "BadZipFile: a checksum is wrong"),
-        (cut_off_at(0.5), "BadZipFile: File is not a zip file"),
-        (cut_off_at(0), "BadZipFile: File is not a zip file"),
-        (lambda path: (path / "checkpoint.pt").write_bytes(b"not a checkpoint" * 10), "BadZipFile: File is not a zip file"),
-        (lambda path: torch.save({"actors": 1}, path / "checkpoint.pt"), "KeyError: 'versions'"),
-        (lambda path: torch.save([1], path / "checkpoint.pt"), "TypeError: "),
-        (lambda path: torch.save(Command(), path / "checkpoint.pt"), "UnpicklingError: Weights only load failed"),
-        (rewritten(lambda content: content["versions"].update(torch="1")), "it was written with {'torch': '1'}, but here is {'"),
-        (rewritten(lambda content: content["versions"].update(device="cuda")), "'device': 'cuda'"),
-        (rewritten(lambda content: content["versions"].pop("numpy")), "it was written with {}, but here is {'numpy': '"),
-        (rewritten(lambda content: content["parts"].pop("buffer")), "KeyError: 'buffer'"),
-        (rewritten(lambda content: content["parts"]["run"].pop("agenda")), "KeyError: 'agenda'"),
-        (rewritten(lambda content: content["parts"].update(observations=torch.zeros(7, 3))), "observations does not fit"),
-        (rewritten(lambda content: content["parts"]["envs"].pop()), "ValueError: zip() argument 2 is shorter"),
-        (rewritten(lambda content: content["parts"]["agent"]["q_networks"].popitem()), "RuntimeError: Error(s) in load"),
-        (lambda path: os.truncate(path / "episodes.csv", os.path.getsize(path / "episodes.csv") - 1), "shorter than it was"),
-        (lambda path: os.truncate(path / "evaluations.csv", 9), "ValueError: evaluations.csv is shorter than it was then"),
-        (lambda path: (path / "evaluations.csv").unlink(), "FileNotFoundError: [Errno 2] No such file or directory: "),
-    ],
-)  # fmt: skip
+def write(content):
+    return lambda path: torch.save(content, path / "checkpoint.pt")
+
+
+NOT_A_ZIP = "BadZipFile: File is not a zip file"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (flip_a_bit_of_a_transition, "BadZipFile: a checksum is wrong"),
+    (cut_off("checkpoint.pt", 0.5), NOT_A_ZIP),
+    (cut_off("checkpoint.pt", 0), NOT_A_ZIP),
+    (lambda path: (path / "checkpoint.pt").write_bytes(b"not a checkpoint" * 10), NOT_A_ZIP),
+    (write({"actors": 1}), "KeyError: 'versions'"),
+    (write([1]), "TypeError: "),
+    (write(Command()), "UnpicklingError: Weights only load failed"),
+    (rewritten(lambda content: content["versions"].update(torch="1")), "it was written with {'torch': '1'}, but here is {'"),
+    (rewritten(lambda content: content["versions"].update(device="cuda")), "'device': 'cuda'"),
+    (rewritten(lambda content: content["versions"].pop("numpy")), "it was written with {}, but here is {'numpy': '"),
+    (rewritten(lambda content: content["parts"].pop("buffer")), "KeyError: 'buffer'"),
+    (rewritten(lambda content: content["parts"]["run"].pop("agenda")), "KeyError: 'agenda'"),
+    (rewritten(lambda content: content["parts"].update(observations=torch.zeros(7, 3))), "observations does not fit"),
+    (rewritten(lambda content: content["parts"]["envs"].pop()), "ValueError: zip() argument 2 is shorter"),
+    (rewritten(lambda content: content["parts"]["agent"]["q_networks"].popitem()), "RuntimeError: Error(s) in load"),
+    (cut_off("episodes.csv", 0.99), "shorter than it was"),
+    (cut_off("evaluations.csv", 0.1), "ValueError: evaluations.csv is shorter than it was then"),
+    (lambda path: (path / "evaluations.csv").unlink(), "FileNotFoundError: [Errno 2] No such file or directory: "),
+])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(copy_of_stopped_run, damage, message, monkeypatch):
     """The line says what is wrong; and nothing in the file is executed."""
     monkeypatch.chdir(copy_of_stopped_run.parent)
@@ -90,17 +94,14 @@ def test_lack_of_memory_is_not_called_damage(error, copy_of_stopped_run, monkeyp
 
 def test_a_bit_that_is_flipped_anywhere(copy_of_stopped_run, monkeypatch, capsys):
     """The checkpoint is refused, or loaded as it was (there are bits that hold nothing), wherever it is damaged."""
-    script, found = load_script("rde_dqn"), []
+    script, found, random_numbers = load_script("rde_dqn"), [], random.Random(1)
     monkeypatch.setattr(script.Run, "announce", lambda run, *rest: (found.append(run), sys.exit()))
     assert go_on("cartpole", copy_of_stopped_run).returncode == 0
-    (run,), path = found, copy_of_stopped_run / "checkpoint.pt"
+    (run,), path, num_refused = found, copy_of_stopped_run / "checkpoint.pt", 0
     expected, content = torch.load(path, weights_only=True)["parts"], path.read_bytes()
-    random_numbers, num_refused = random.Random(1), 0
     # Many at both ends: there are the pickled program and the directory of the archive.
-    positions = [random_numbers.randrange(len(content)) for _ in range(60)]
-    positions += [random_numbers.randrange(1_000) for _ in range(40)]
-    positions += [len(content) - 1 - random_numbers.randrange(3_000) for _ in range(100)]
-    for position in positions:
+    ranges = [range(len(content))] * 60 + [range(1_000)] * 40 + [range(len(content) - 3_000, len(content))] * 100
+    for position in map(random_numbers.choice, ranges):
         damaged = bytearray(content)
         damaged[position] ^= 1 << random_numbers.randrange(8)
         path.write_bytes(damaged)
@@ -116,8 +117,7 @@ def test_a_bit_that_is_flipped_anywhere(copy_of_stopped_run, monkeypatch, capsys
 def test_what_was_written_after_the_checkpoint_is_cut_off(copy_of_stopped_run, runs):
     """Rows in the CSVs, and half an event: of a process that was killed. The rest is as if it had never been there."""
     for file in copy_of_stopped_run.glob("e*"):
-        with open(file, "ab") as opened:
-            opened.write(b"1400,half a row")
+        file.write_bytes(file.read_bytes() + b"1400,half a row")
     result = go_on("cartpole", copy_of_stopped_run)
     assert result.returncode == 0, result.stderr
     assert_same_end(copy_of_stopped_run, runs("cartpole").path)

@@ -14,9 +14,8 @@ from conftest import arguments_of, assert_same_end, go_on, load_script, only_run
 def small_disk(path: pathlib.Path, size: str):
     """A real file system of that size; needs the right to mount."""
     path.mkdir(parents=True)
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small file system here")
     try:
         yield path
@@ -32,6 +31,7 @@ def fill(disk: pathlib.Path, free_kilobytes: int = 0) -> None:
     assert shutil.disk_usage(disk).free <= 1024 * free_kilobytes
 
 
+# Checkpoints are of steps 50, 100, ... 300, then the weights follow; the fifth write is the checkpoint at 250.
 # Checkpoints are of steps 50, 100, ... 300, then the weights follow; the fifth write is the checkpoint at 250.
 @pytest.mark.parametrize("number, kilobytes, written, step", [(5, 0, "checkpoint", 200), (5, 16, "checkpoint", 200),
                                                               (7, 0, "model", 300)])  # fmt: skip
@@ -58,11 +58,11 @@ def test_full_while_a_file_is_written(number, kilobytes, written, step, tmp_path
         assert error in result.stderr or "OSError: [Errno 28] No space left on device" in result.stderr
         assert (path / "checkpoint.pt").exists() and not (path / "model.pt").exists()
         (disk / "filler").unlink()
-        with monkeypatch.context() as patch:
-            if step == 300:
-                patch.setattr(script.Agent, "update", None)  # nothing is left to do but the final evaluation
-            result = go_on("cartpole", path)
+        if step == 300:
+            monkeypatch.setattr(script.Agent, "update", None)  # nothing is left to do but the final evaluation
+        result = go_on("cartpole", path)
         assert result.returncode == 0 and f"continuing {path} at step {step}, " in result.stdout, result.stderr
+        monkeypatch.undo()
         assert_same_end(path, runs("cartpole").path)
 
 

@@ -79,43 +79,38 @@ def test_every_environment_plays_one_whole_episode_beside_the_others():
 NUM_ACTIONS = 6
 
 
-def play(epsilon: float, seed: int = 1, count: int = 30_000):
-    """Actions for as many states, in all of which the greedy one is 2, and the generator's state before and after."""
+def play(epsilon: float, seed: int = 1):
+    """Actions for 30,000 states, in all of which the greedy one is 2, and whether the generator was drawn from."""
     generator = torch.Generator().manual_seed(seed)
     policy = rde.epsilon_greedy(lambda observations: torch.full((len(observations),), 2), epsilon, NUM_ACTIONS, generator)
     before, global_state = generator.get_state(), torch.get_rng_state()
-    actions = policy(torch.zeros(count, 1))
+    actions = policy(torch.zeros(30_000, 1))
     assert torch.equal(torch.get_rng_state(), global_state)
-    return actions, before, generator.get_state()
-
-
-def test_without_epsilon_nothing_is_drawn():
-    actions, before, after = play(0.0)
-    assert (actions == 2).all() and torch.equal(before, after)
+    return actions, not torch.equal(before, generator.get_state())
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.5, 1.0])
 def test_a_fraction_epsilon_of_the_actions_is_random(epsilon):
     """Uniformly among all actions, the greedy one too; every state draws for itself, from the generator that was given."""
-    actions, before, after = play(epsilon)
-    assert actions.shape == (30_000,) and actions.dtype == torch.int64 and not torch.equal(before, after)
+    actions, is_drawn_from = play(epsilon)
+    assert actions.shape == (30_000,) and actions.dtype == torch.int64 and is_drawn_from
     expected = np.full(NUM_ACTIONS, epsilon / NUM_ACTIONS) + (1 - epsilon) * (np.arange(NUM_ACTIONS) == 2)
     counts = np.bincount(actions.numpy(), minlength=NUM_ACTIONS)
     assert ((counts - 30_000 * expected) ** 2 / (30_000 * expected)).sum() < 25.7  # 5 degrees: probability 1e-4
     explored = (actions != 2).float().numpy()  # neighbours do not hang together
     assert abs(np.corrcoef(explored[:-1], explored[1:])[0, 1]) < 0.03
     assert torch.equal(actions, play(epsilon)[0]) and not torch.equal(actions, play(epsilon, seed=2)[0])
+    greedy_actions, is_drawn_from = play(0.0)
+    assert (greedy_actions == 2).all() and not is_drawn_from
 
 
-@pytest.mark.parametrize("script", ["dqn_atari", "rde_dqn_atari"])
-def test_eval_epsilon_is_that_of_the_evaluations(script):
+@pytest.mark.parametrize("script, more", [("dqn_atari", {}), ("rde_dqn_atari", {"num_agents": 1})])
+def test_eval_epsilon_is_that_of_the_evaluations(script, more):
     """Of all scripts' policies; at 0 they play what the agent acts."""
     observations = torch.zeros(200, 4, 84, 84, dtype=torch.uint8)
     for eval_epsilon, num_actions in ((0.0, 1), (1.0, 5)):
-        agent = dqn_agent(
-            load_script(script), stored=0, eval_epsilon=eval_epsilon, **{"num_agents": 1} if "rde" in script else {}
-        )
+        agent = dqn_agent(load_script(script), stored=0, eval_epsilon=eval_epsilon, **more)
         generator = torch.Generator().manual_seed(1)
         assert len(agent.evaluation_policy(generator)(observations).unique()) == num_actions
         untouched = torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
-        assert untouched == (eval_epsilon == 0 and "rde" not in script)  # an ensemble draws who acts
+        assert untouched == (eval_epsilon == 0 and not more)  # an ensemble draws who acts

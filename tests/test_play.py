@@ -12,24 +12,12 @@ import subprocess
 import sys
 import types
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from conftest import (
-    ROOT,
-    environment,
-    equal,
-    load_module,
-    load_script,
-    made_once,
-    model,
-    only_run,
-    read_csv,
-    run_main,
-    shared_folder,
-    snapshot,
-)
+from conftest import ROOT, environment, equal, load_module, load_script, model, only_run, read_csv, run_main, snapshot
 
 TINY = "--eval-interval 0 --batch-size 16 --learning-starts 100 --hidden-dim 8 --replay-ratio 0.25"
 # Whole runs with two resets each, so that the agents differ and the choice is not uniform.
@@ -40,9 +28,10 @@ RUNS = {
                  "--eval-episodes 4 --eval-epsilon 0.5 --num-agents 1"),
     "safety": ("rde_sac_safety", f"{TINY} --env-id SafetyPointMaze-v0 --total-timesteps 400 --reset-interval 60 "
                "--buffer-size 500 --eval-episodes 2"),
-    "drq": ("rde_drq_atari", "--env-id BreakoutNoFrameskip-v4 --width 0.1 --total-timesteps 300 --learning-starts 100 --buffer-size 300 "
-            "--replay-ratio 0.25 --batch-size 4 --eval-interval 0 --eval-episodes 2 --reset-interval 30 --eval-epsilon 0.3"),
 }  # fmt: skip
+
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -51,27 +40,24 @@ def play():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(made_once):
     """Gives the folder of a finished run of RUNS. Made when it is asked for."""
 
     def get(name: str) -> pathlib.Path:
-        path = shared_folder(tmp_path_factory) / f"play-{name}"
-        script, arguments = RUNS[name]
-        with made_once(path) as to_be_made:
+        with made_once(f"play-{name}") as (path, to_be_made):
             if to_be_made:
-                result = run_main(load_script(script), *arguments.split(), "--runs-dir", path / "runs")
+                result = run_main(load_script(RUNS[name][0]), *RUNS[name][1].split(), "--runs-dir", path)
                 assert result.returncode == 0, result.stderr
-        return only_run(path / "runs")
+        return only_run(path)
 
     return get
 
 
 def run(play, *arguments) -> types.SimpleNamespace:
     """`main` of play.py in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         monkeypatch.setattr(sys, "argv", ["play.py", *map(str, arguments)])
-        code = 0
         try:
             play.main()
         except SystemExit as end:
@@ -91,49 +77,40 @@ def scores(lines: list[str], player: str = "") -> list[tuple[str, ...]]:
     return [tuple(part.split()[-1] for part in line.split(": ")[1].split(", ")) for line in lines]
 
 
+def script_of(play, path: pathlib.Path, **changes):
+    """The script of a run, the run's arguments with these changes, one of its environments, and what makes its agents."""
+    script, args = play.import_script(str(path), play.Options(str(path)))
+    args = dataclasses.replace(args, **changes)
+    env = script.make_env(args)
+    return script, args, env, lambda: script.Agent(args, env.observation_space, env.action_space, None, CPU)
+
+
 # ---------------------------------------------------------------------------------------------------------------- scores
 
 
-def test_denormal_numbers_are_0_as_in_the_run(play, folder):
-    path = folder("cartpole")  # made in this process, too
-    torch.set_flush_denormal(False)
-    played(play, path, "--episodes", 1)
-    assert (torch.tensor(1.2e-38) * 0.9).item() == 0.0
-
-
-@pytest.mark.parametrize("name", ["minigrid", "safety", "cartpole", "drq"])
-def test_scores_of_the_final_evaluation(play, folder, name):
-    """With its seeds and its generator play.py's own functions give the very rows that the run left."""
-    path = folder(name)
-    script, args = play.import_script(str(path), play.Options(str(path)))
-    assert play.last_step(str(path)) == args.total_timesteps
-    envs = [script.make_env(args) for _ in range(args.eval_episodes)]
-    agent = script.Agent(args, envs[0].observation_space, envs[0].action_space, None, torch.device("cpu"))
-    play.load_weights(agent, str(path / "model.pt"))
-    play.Composition(script, agent)  # which must change nothing as long as the ensemble plays
-    generator, watched = torch.Generator(), []
-    policy = agent.evaluation_policy(generator)
-    episodes = play.play(script, policy, generator, envs, args.seed, args.total_timesteps, watched.append)
-    assert set(watched) == set(envs)
+@pytest.mark.parametrize("name", ["minigrid", "rde", "drq", "sac", "safety", "cartpole"])
+def test_scores_of_the_final_evaluation(play, folder, runs, name, monkeypatch):
+    """Exactly the values that the run left, by its weights alone, and in what is printed their first digits."""
+    path = folder(name) if name in RUNS else runs(name).path
     final = [row for row in read_csv(path / "evaluations.csv") if row["phase"] == "final"]
-    for key, column in {"r": "episodic_return", "success": "success", "cost": "cost"}.items():
-        if column in final[0]:
-            assert [episode[key] for episode in episodes] == [float(row[column]) for row in final]
-    # And so it is from the command line.
+    agents, load_weights, shown, summary = [], play.load_weights, [], play.summary
+    monkeypatch.setattr(play, "load_weights", lambda agent, file: (agents.append(agent), load_weights(agent, file)))
+    monkeypatch.setattr(play, "summary", lambda episodes: (shown.append(episodes), summary(episodes))[1])
     lines = scores(played(play, path, "--like-evaluation"))
+    for key, column in {"r": "episodic_return", "success": "success", "cost": "cost"}.items():
+        assert [episode.get(key) for episode in shown[-1]] == [float(row[column]) if column in row else None for row in final]
     assert [float(line[0]) for line in lines] == pytest.approx([float(row["episodic_return"]) for row in final], rel=1e-5)
+    assert equal(agents[0].weights(), model(path))
 
 
 def test_weights_that_were_kept_on_the_way(play, folder):
     """--checkpoint takes the weights that were kept at that step, and --like-evaluation its step."""
-    path = folder("minigrid")
-    by_step = {}
+    path, by_step = folder("minigrid"), {}
     for step in (200, 400, 600):
         agent = types.SimpleNamespace(load_weights=lambda weights: by_step.__setitem__(step, weights))
         file, found = play.find_weights(str(path), str(step))
-        assert found == step
         play.load_weights(agent, file)
-        assert equal(by_step[step], model(path, f"models/step_{step:08d}.pt"))
+        assert found == step and equal(by_step[step], model(path, f"models/step_{step:08d}.pt"))
     assert not equal(by_step[200], by_step[400]) and equal(by_step[600], model(path))
     assert play.find_weights(str(path), "final") == play.find_weights(str(path), "newest") == (str(path / "model.pt"), None)
     lines = played(play, path, "--checkpoint", 600, "--like-evaluation")
@@ -142,9 +119,12 @@ def test_weights_that_were_kept_on_the_way(play, folder):
 
 
 def test_an_episode_is_the_same_however_many_there_are(play, folder):
+    """And denormal numbers are 0, as in the run."""
     path = folder("cartpole")
     before = snapshot(path)
+    torch.set_flush_denormal(False)  # the run may have been made in this process, too
     three = scores(played(play, path, "--episodes", 3))
+    assert (torch.tensor(1.2e-38) * 0.9).item() == 0.0
     assert len(set(three)) > 1 and len(three) == 3 and three[:1] == scores(played(play, path))
     assert scores(played(play, path, "--episodes", 3, "--seed", 1)) != three
     assert snapshot(path) == before
@@ -159,16 +139,13 @@ def test_mean_and_deviation(play):
 def test_epsilon(play, folder):
     """In CartPole one step is one random number: with epsilon 1 the actions are those of the generator alone."""
     path = folder("cartpole")
-    script, args = play.import_script(str(path), play.Options(str(path)))
-    seed = script.derive_seed(0, script.EVALUATION, 0)
-    generator = torch.Generator().manual_seed(seed)
-    env = script.make_env(args)
+    script, _, env, _ = script_of(play, path)
+    generator = torch.Generator().manual_seed(script.derive_seed(0, script.EVALUATION, 0))
     env.reset(seed=script.derive_seed(0, script.EVALUATION, 0, 0))
     done, length = False, 0
     while not done:
         torch.rand(1, generator=generator)
-        action = torch.randint(2, (1,), generator=generator).item()
-        _, _, terminated, truncated, _ = env.step(action)
+        _, _, terminated, truncated, _ = env.step(torch.randint(2, (1,), generator=generator).item())
         done, length = terminated or truncated, length + 1
     assert scores(played(play, path, "--epsilon", 1)) == [(str(length), str(length))]
     assert scores(played(play, path, "--epsilon", 0.5)) == scores(played(play, path))  # the run's own
@@ -177,36 +154,28 @@ def test_epsilon(play, folder):
 # --------------------------------------------------------------------------------------------------------------- members
 
 
-@pytest.mark.parametrize("name", ["minigrid", "safety"])
-def test_a_member_alone(play, folder, name):
+@pytest.mark.parametrize("name, changes", [("minigrid", {"eval_epsilon": 0.0}), ("safety", {})])
+def test_a_member_alone(play, folder, name, changes):
     """Its proposals are taken always, and the actions are those of an agent all of whose members are that one."""
     path = folder(name)
-    script, args = play.import_script(str(path), play.Options(str(path)))
-    args = dataclasses.replace(args, **({"eval_epsilon": 0.0} if name == "minigrid" else {}))
-    env = script.make_env(args)
-    spaces = env.observation_space, env.action_space
-    agent, alone = (script.Agent(args, *spaces, None, torch.device("cpu")) for _ in range(2))
+    script, args, env, new_agent = script_of(play, path, **changes)
+    agent, alone, generator = new_agent(), new_agent(), torch.Generator()
     play.load_weights(agent, str(path / "model.pt"))
-    observations = torch.from_numpy(np.random.default_rng(0).normal(size=(64, *spaces[0].shape)).astype(np.float32))
-    generator = torch.Generator()
-    together = agent.evaluation_policy(generator)(observations)
-    composition = play.Composition(script, agent)
-    different = 0
+    observations = np.random.default_rng(0).normal(size=(64, *env.observation_space.shape))
+    act = lambda agent: agent.evaluation_policy(generator)(torch.from_numpy(observations.astype(np.float32)))
+    together, composition, different = act(agent), play.Composition(script, agent), 0
     for member in range(args.num_agents):
-        weights = torch.load(path / "model.pt", weights_only=True)
+        weights = model(path)
         for key, states in weights.items():  # every member gets this member's network
             if isinstance(states, list):
                 weights[key] = [states[member]] * args.num_agents
             elif key in ("actors", "critics"):
-                for name_of_tensor, tensor in states.items():
-                    each = len(tensor) // args.num_agents
-                    states[name_of_tensor] = tensor[each * member : each * (member + 1)].repeat(
-                        args.num_agents, *[1] * (tensor.ndim - 1)
-                    )
+                of_member = {name: tensor.chunk(args.num_agents)[member] for name, tensor in states.items()}
+                weights[key] = {name: torch.cat([tensor] * args.num_agents) for name, tensor in of_member.items()}
         alone.load_weights(weights)
         composition.member = member
-        actions = agent.evaluation_policy(generator)(observations)
-        torch.testing.assert_close(actions, alone.evaluation_policy(generator)(observations))
+        actions = act(agent)
+        torch.testing.assert_close(actions, act(alone))
         assert composition.acting == member and composition.values["p"][member] == 1.0 == sum(composition.values["p"])
         different += not torch.allclose(actions.float(), together.float())
     assert different  # else the members were alike
@@ -231,33 +200,30 @@ def test_all_of_them_in_a_table(play, folder):
 def test_what_a_reset_costs(play, folder, more, changed):
     """Scores and shares of three fresh networks, against an agent that is reset and evaluated by hand."""
     path = folder("minigrid")
-    lines = played(play, path, "--reset", "oldest", "--fresh-seeds", 3, "--episodes", 4, *more)
-    script, args = play.import_script(str(path), play.Options(str(path)))
-    args = dataclasses.replace(args, **changed)
+    heading, *lines = played(play, path, "--reset", "oldest", "--fresh-seeds", 3, "--episodes", 4, *more)
+    script, args, _, new_agent = script_of(play, path, **changed)
     envs, weights, means, shares = [script.make_env(args) for _ in range(4)], model(path), [], []
     fresh = weights["oldest_agent"]
-    assert lines[0].endswith(f"; agent {fresh} of 3 is reset")  # another one judges
+    assert heading.endswith(f"; agent {fresh} of 3 is reset")  # another one judges
     for seed in range(3):
-        agent = script.Agent(args, envs[0].observation_space, envs[0].action_space, None, torch.device("cpu"))
+        agent, acting = new_agent(), []
         agent.load_weights(weights)
         before = copy.deepcopy(agent.q_networks)
         torch.manual_seed(script.derive_seed(seed, script.INITIALISATION))
         assert agent.reset() == fresh
         same = [all(map(torch.equal, a.parameters(), b.parameters())) for a, b in zip(before, agent.q_networks)]
         assert same == [i != fresh for i in range(3)]
-        act, acting = agent.act, []
-        agent.act = lambda *inputs, act=act, acting=acting: (acting.append(act(*inputs)), acting[-1])[1]
+        agent.act = lambda *inputs, act=agent.act, acting=acting: (acting.append(act(*inputs)), acting[-1])[1]
         generator = torch.Generator().manual_seed(script.derive_seed(0, script.EVALUATION, 0))
-        policy = agent.evaluation_policy(generator)
-        episodes = script.evaluate(policy, envs, 0, 0, torch.device("cpu"), lambda env: None)
+        episodes = script.evaluate(agent.evaluation_policy(generator), envs, 0, 0, CPU, lambda env: None)
         returns = [episode["r"] for episode in episodes]
         means.append(np.mean(returns))
         shares.append(np.mean(torch.cat([choice[1] for choice in acting]).numpy() == fresh))
-        assert lines[1 + seed] == (
+        assert lines[seed] == (
             f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {shares[-1]:.0%}"
         )
     assert len(set(shares)) > 1 and (changed.get("beta") != 0 or abs(np.mean(shares) - 1 / 3) < 0.1)
-    assert lines[4:] == [
+    assert lines[3:] == [
         f"3 fresh network(s), 4 episode(s) each: return {np.mean(means):.4g} ± {np.std(means, ddof=1) / np.sqrt(3):.2f} "
         f"(standard error), the fresh agent acts in {np.mean(shares):.0%}"
     ]
@@ -276,20 +242,16 @@ def test_another_rule_is_played_without_a_reset_too(play, folder):
 
 def test_video(play, folder, tmp_path):
     """One per episode, of as many pictures as there are steps and the beginning, with a text below; and the same scores."""
-    path, videos = folder("minigrid"), tmp_path / "videos"
-    arguments = (path, "--episodes", 2, "--agent", 1)
-    lines = played(play, *arguments, "--video", videos, "--show-choice")
+    arguments = (folder("minigrid"), "--episodes", 2, "--agent", 1)
+    lines = played(play, *arguments, "--video", tmp_path, "--show-choice")
     assert scores(lines) == scores(played(play, *arguments))
     files = [f"MiniGrid-LavaGapS5-v0__rde_dqn__agent1__seed0-episode-{i}.mp4" for i in range(2)]
-    assert sorted(os.listdir(videos)) == files
-    import cv2
-
-    for file, score in zip(files, scores(lines)):
-        video = cv2.VideoCapture(str(videos / file))
-        frames = []
+    assert sorted(os.listdir(tmp_path)) == files
+    for file, (_, length, _) in zip(files, scores(lines)):
+        video, frames = cv2.VideoCapture(str(tmp_path / file)), []
         while (frame := video.read())[0]:
             frames.append(frame[1])
-        assert len(frames) in (int(score[1]), int(score[1]) + 1)  # MoviePy's rounding can lose the last one
+        assert len(frames) in (int(length), int(length) + 1)  # MoviePy's rounding can lose the last one
         assert frames[0].shape[0] >= 400 + 20 * 3
         text = [frame[-60:].max() for frame in frames]
         assert text[0] < 60 and min(text[1:]) > 150  # nothing was chosen before the first step
@@ -305,8 +267,10 @@ def test_what_stands_under_a_picture(play):
 
 
 def run_command(*arguments, **variables: str) -> subprocess.CompletedProcess:
+    variables = environment() | {"SDL_VIDEODRIVER": "x11"} | variables
+    if not variables["DISPLAY"]:
+        del variables["DISPLAY"]
     command = [sys.executable, ROOT / "play.py", *map(str, arguments)]
-    variables = {name: value for name, value in (environment() | variables).items() if value or name not in ("DISPLAY",)}
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
 
 
@@ -314,19 +278,17 @@ def run_command(*arguments, **variables: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", ["cartpole", pytest.param("safety", marks=pytest.mark.slow)])
 def test_window(play, folder, name):
     """On a display. A window of OpenGL's beside MuJoCo's pictures would be ended by the X server."""
-    path = folder(name)
     reader, writer = os.pipe()
     display = subprocess.Popen(["Xvfb", "-displayfd", str(writer)], pass_fds=[writer], stderr=subprocess.DEVNULL)
     os.close(writer)
     try:
         with os.fdopen(reader) as file:
-            number = file.readline().strip()
-        result = run_command(path, "--window", DISPLAY=f":{number}", SDL_VIDEODRIVER="x11")
+            result = run_command(folder(name), "--window", DISPLAY=f":{file.readline().strip()}")
     finally:
         display.terminate()
         display.wait()
     assert result.returncode == 0, result.stderr
-    assert scores(result.stdout.splitlines()) == scores(played(play, path))
+    assert scores(result.stdout.splitlines()) == scores(played(play, folder(name)))
 
 
 def test_closing_the_window_ends_it(play, monkeypatch):
@@ -347,7 +309,7 @@ def test_closing_the_window_ends_it(play, monkeypatch):
 
 
 def test_no_display(folder):
-    result = run_command(folder("cartpole"), "--window", DISPLAY="", WAYLAND_DISPLAY="", SDL_VIDEODRIVER="x11")
+    result = run_command(folder("cartpole"), "--window", DISPLAY="", WAYLAND_DISPLAY="")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2 and line.startswith("error: --window finds no display ("), result.stderr
 
@@ -362,67 +324,59 @@ def refused(play, *arguments) -> str:
     return line.removeprefix("error: ")
 
 
+WRONG_ARGUMENTS = {  # the run and, by what is said in the end, the arguments beside --video videos
+    "minigrid": {
+        "--video and --window exclude each other": ["--window"],
+        "--agent is 3, but must be one of ensemble, all, 0, 1, 2": ["--agent 3"],
+        "add --video FOLDER or --window": ["--video= --show-choice"],
+        "are weights of the steps 200, 400, 600": ["--checkpoint 300", "--checkpoint x", "--checkpoint -1"],
+        "leave out --video, --window, --like-evaluation and --agent": [
+            "--reset oldest", "--video= --reset oldest --like-evaluation", "--video= --reset oldest --agent all"],
+        "plays many episodes side by side and shows none; leave out --video and --window": ["--like-evaluation"],
+        "--video file: File exists": ["--video file"],
+    },
+    "cartpole": {
+        "--agent is 0, but the run has one agent alone": ["--agent 0"],
+        "--agent is all, but the run has one agent alone": ["--agent all"],
+        "the run has one agent alone, and nothing is chosen": [
+            "--show-choice", "--video= --reset oldest", "--selection value", "--beta 1"],
+        "are weights of no step (--keep-models)": ["--checkpoint 5"],
+    },
+    "safety": {"--epsilon is for discrete actions, and rde_sac_safety.py has none": ["--epsilon 0.1"]},
+}  # fmt: skip
+
+
 def test_wrong_arguments(play, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, single, safety = folder("minigrid"), folder("cartpole"), folder("safety")
-    video = ("--video", "videos")
-    assert refused(play, path, *video, "--window") == "--video and --window exclude each other"
-    for epsilon in ("-0.1", "1.1", "nan"):
-        assert "must lie in [0, 1]" in refused(play, path, *video, "--epsilon", epsilon)
-    assert "is for discrete actions" in refused(play, safety, *video, "--epsilon", "0.1")
-    assert refused(play, path, *video, "--agent", "3") == "--agent is 3, but must be one of ensemble, all, 0, 1, 2"
-    for who in ("0", "all"):
-        assert refused(play, single, *video, "--agent", who) == f"--agent is {who}, but the run has one agent alone"
-    assert "nothing is chosen" in refused(play, single, *video, "--show-choice")
-    assert "add --video FOLDER or --window" in refused(play, path, "--show-choice")
-    for step in ("300", "x", "-1"):
-        assert refused(play, path, *video, "--checkpoint", step).endswith("are weights of the steps 200, 400, 600")
-    assert refused(play, single, *video, "--checkpoint", "5").endswith("are weights of no step (--keep-models)")
-    assert "at least 1 episode" in refused(play, path, *video, "--episodes", "0")
-    assert "no negative seed" in refused(play, path, *video, "--seed", "-1")
-    for wrong in (("--fresh-seeds", "0"), ("--beta", "-1"), ("--beta", "nan")):
-        assert "at least 1 network, and no negative beta" in refused(play, path, *wrong)
-    for more in (video, ("--like-evaluation",), ("--agent", "all")):
-        assert "--reset plays the whole ensemble, and scores only" in refused(play, path, "--reset", "oldest", *more)
-    for more in (("--reset", "oldest"), ("--selection", "value"), ("--beta", "1")):
-        assert refused(play, single, *more).endswith("the run has one agent alone, and nothing is chosen")
-    assert "side by side" in refused(play, path, *video, "--like-evaluation")
-    assert not os.listdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert refused(play, path, "--video", tmp_path / "file") == f"--video {tmp_path / 'file'}: File exists"
+    for name, arguments_of in WRONG_ARGUMENTS.items():
+        for message, arguments in [(message, one) for message, several in arguments_of.items() for one in several]:
+            assert refused(play, folder(name), "--video", "videos", *arguments.split()).endswith(message), arguments
+    assert os.listdir(tmp_path) == ["file"]
+
+
+OUT_OF_RANGE = ["--epsilon -0.1", "--epsilon 1.1", "--epsilon nan", "--episodes 0", "--seed -1", "--fresh-seeds 0", "--beta -1",
+                "--beta nan"]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", OUT_OF_RANGE)
+def test_values_out_of_range(play, tmp_path, arguments):
+    result = run(play, tmp_path, *arguments.split())
+    assert result.code == 2 and not result.out and "Input should be " in result.err and "Traceback" not in result.err
+    assert arguments.split()[0][2:].replace("-", "_") in result.err
 
 
 def test_wrong_folders(play, folder, tmp_path):
     assert refused(play, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a folder"
     assert "args.json: No such file" in refused(play, tmp_path)
     path = pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "run"))
-    weights, content = (path / "model.pt").read_bytes(), json.loads((path / "args.json").read_text())
-
-    (path / "model.pt").write_bytes(weights[: len(weights) // 2])
-    assert refused(play, path) == f"{path / 'model.pt'} is damaged, cut off, or holds more than weights"
-    middle = len(weights) // 2
-    (path / "model.pt").write_bytes(weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :])
-    assert "is damaged" in refused(play, path)
-    shutil.copy(folder("cartpole") / "model.pt", path / "model.pt")
-    assert "are not those of this script's agent" in refused(play, path)
-    torch.save({"epsilon": 1}, path / "model.pt")
-    assert "are not those of this script's agent" in refused(play, path)
-
-    (path / "model.pt").unlink()
-    assert refused(play, path).endswith(
-        "is not finished, there is no model.pt; --checkpoint newest plays the weights of step 600"
-    )
-    assert "step_00000600.pt" in played(play, path, "--checkpoint", "newest")[0]
-    shutil.rmtree(path / "models")
-    assert refused(play, path, "--checkpoint", "newest").endswith("no weights were kept on the way (--keep-models)")
-
-    for script in ("nobody.py", "../rde_dqn.py", "/etc/passwd", 7):
-        (path / "args.json").write_text(json.dumps(content | {"script": script}))
-        assert refused(play, path).startswith(f"the run's script {script} is not in {ROOT}; say with --scripts-dir")
+    content = json.loads((path / "args.json").read_text())
+    for scripts_name in ("nobody.py", "../rde_dqn.py", "/etc/passwd", 7):
+        (path / "args.json").write_text(json.dumps(content | {"script": scripts_name}))
+        assert refused(play, path).startswith(f"the run's script {scripts_name} is not in {ROOT}; say with --scripts-dir")
     for text in ("", "[]", "{}"):
         (path / "args.json").write_text(text)
         assert refused(play, path).endswith("its args.json does not fit")
-    shutil.copy(folder("minigrid") / "model.pt", path / "model.pt")
     for args in ({"seed": -1}, {"seed": "x"}, {"beta": [1]}):
         (path / "args.json").write_text(json.dumps(content | {"args": args}))
         assert refused(play, path).startswith(f"the arguments in {path}/args.json do not fit {ROOT / 'rde_dqn.py'}: ")
@@ -431,34 +385,46 @@ def test_wrong_folders(play, folder, tmp_path):
     assert refused(play, path, "--run-script") == f"the run's script rde_dqn.py is not in {path}; leave out --run-script"
 
 
+def test_wrong_weights(play, folder, tmp_path):
+    path = pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "run"))
+    file, weights = path / "model.pt", (path / "model.pt").read_bytes()
+    middle = len(weights) // 2
+    for content in (weights[:middle], weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :]):
+        file.write_bytes(content)
+        assert refused(play, path) == f"{file} is damaged, cut off, or holds more than weights"
+    for content in (model(folder("cartpole")), {"epsilon": 1}):
+        torch.save(content, file)
+        assert "are not those of this script's agent" in refused(play, path)
+    file.unlink()
+    hint = "; --checkpoint newest plays the weights of step 600"
+    assert refused(play, path).endswith(f"is not finished, there is no model.pt{hint}")
+    assert "step_00000600.pt" in played(play, path, "--checkpoint", "newest")[0]
+    shutil.rmtree(path / "models")
+    assert refused(play, path, "--checkpoint", "newest").endswith("no weights were kept on the way (--keep-models)")
+
+
 def test_other_scripts(play, folder, tmp_path):
     """A changed script is warned about and played; with --run-script the text that made the run. What is no script is refused."""
-    path, scripts = folder("cartpole"), tmp_path / "scripts"
-    scripts.mkdir()
-    source, ours = (ROOT / "rde_dqn.py").read_text(), scores(played(play, path))
-    assert (path / "rde_dqn.py").read_text() == source
-    for changed, expected in (
-        (source + "\n# changed\n", ours),
-        (source.replace("features.float())", "-features.float())"), None),
-    ):
-        (scripts / "rde_dqn.py").write_text(changed)
-        result = run(play, path, "--scripts-dir", scripts)
-        assert result.code == 0 and (expected is None or scores(result.out.splitlines()) == expected)
-        assert result.err == (
-            f"warning: {scripts / 'rde_dqn.py'} is not the text that made the run, and is played as it is; "
-            "--run-script plays with the run's own text\n"
-        )
-        assert scores(played(play, path, "--scripts-dir", scripts, "--run-script")) == ours
-    (scripts / "rde_dqn.py").write_text("def evaluate(): pass")
-    assert "it has no Agent, Args, EVALUATION, SCRIPT, check_environment," in refused(play, path, "--scripts-dir", scripts)
-    (scripts / "rde_dqn.py").write_text("import no_such_package")
-    assert "cannot be imported: No module named" in refused(play, path, "--scripts-dir", scripts)
+    path, source = folder("cartpole"), (ROOT / "rde_dqn.py").read_text()
+    ours, other = scores(played(play, path)), tmp_path / "rde_dqn.py"
+    warning = f"warning: {other} is not the text that made the run, and is played as it is"
+    other.write_text(source.replace("features.float())", "-features.float())"))
+    assert run(play, path, "--scripts-dir", tmp_path).code == 0
+    other.write_text(source + "\n# changed\n")
+    result = run(play, path, "--scripts-dir", tmp_path)
+    assert result.code == 0 and scores(result.out.splitlines()) == ours
+    assert result.err == f"{warning}; --run-script plays with the run's own text\n"
+    assert scores(played(play, path, "--scripts-dir", tmp_path, "--run-script")) == ours
+    for text, message in (("def evaluate(): pass", "it has no Agent, Args, EVALUATION, SCRIPT, check_environment,"),
+                          ("import no_such_package", "cannot be imported: No module named")):  # fmt: skip
+        other.write_text(text)
+        assert message in refused(play, path, "--scripts-dir", tmp_path)
     # And a text in the run's folder that is not the one that made it.
     copied = pathlib.Path(shutil.copytree(path, tmp_path / "copied"))
     (copied / "rde_dqn.py").write_text(source + "\n# changed\n")
     result = run(play, copied, "--run-script")
     assert result.code == 0 and scores(result.out.splitlines()) == ours
-    assert result.err == f"warning: {copied / 'rde_dqn.py'} is not the text that made the run, and is played as it is\n"
+    assert result.err == f"{warning}\n".replace(str(other), str(copied / "rde_dqn.py"))
 
 
 def test_without_the_flag_nothing_in_a_folder_is_executed(play, folder, tmp_path):

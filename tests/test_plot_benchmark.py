@@ -1,7 +1,5 @@
 """plot_benchmark.py on run folders made here: its numbers against ones worked out by hand, and against rliable's."""
 
-import ast
-import csv
 import itertools
 import json
 import math
@@ -19,7 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from rliable import library, metrics
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from conftest import ROOT, load_script, read_csv
+
 sys.path.insert(0, str(ROOT))
 
 import plot_benchmark as plot  # noqa: E402
@@ -28,8 +27,20 @@ ALIEN, PONG, FREEWAY = "AlienNoFrameskip-v4", "PongNoFrameskip-v4", "FreewayNoFr
 DQN = {"exp_name": "dqn_atari"}
 SR = {"exp_name": "sr_dqn_atari", "reset_interval": 80, "reset_depth": "last1"}
 RDE = SR | {"exp_name": "rde_dqn_atari", "num_agents": 2, "beta": 50.0}
-FINAL = (100, "final", (1.0, 2.0))
 NOTHING_PUBLISHED = pd.DataFrame({"env_id": [], "method": [], "score": [], "normalized": []})
+
+
+def final(*scores, step: int = 100) -> tuple:
+    return step, "final", scores
+
+
+def reset(step: int, before: tuple, after: tuple) -> list[tuple]:
+    return [(step, "before_reset", before), (step, "after_reset", after)]
+
+
+FINAL = final(1.0, 2.0)
+RESET_CURVE = [(50, "scheduled", (100.0, 300.0)), *reset(60, (400.0, 600.0), (900.0, 1100.0)),
+               *reset(80, (100.0, 300.0), (0.0, 100.0)), final(300.0, 310.0)]  # fmt: skip
 
 
 def write_run(parent, evaluations, name="", games=(), extra="", script_sha256=None, **args) -> pathlib.Path:
@@ -44,17 +55,13 @@ def write_run(parent, evaluations, name="", games=(), extra="", script_sha256=No
     version = {"script_sha256": script_sha256} if script_sha256 else {}
     (folder / "args.json").write_text(json.dumps({"args": args, "versions": {}, "device": "cpu"} | version))
     headings = [extra] if extra else []
-    with open(folder / "evaluations.csv", "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["global_step", "phase", "episode", "episodic_return", *headings])
-        for step, phase, scores in evaluations:
-            rows.writerows((step, phase, i, *(score if extra else (score,))) for i, score in enumerate(scores))
-    with open(folder / "episodes.csv", "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["global_step", "episodic_return", "episodic_length", "wall_seconds", *headings])
-        for step, score in games:
-            score, *value = score if extra else (score,)
-            rows.writerow((step, score, 400, f"{step}.25", *value))
+    values = lambda score: score if extra else (score,)
+    scores = [(step, phase, i, *values(score)) for step, phase, of_games in evaluations for i, score in enumerate(of_games)]
+    scores = pd.DataFrame(scores, columns=["global_step", "phase", "episode", "episodic_return", *headings])
+    scores.to_csv(folder / "evaluations.csv", index=False)
+    episodes = [(step, *values(score)[:1], 400, f"{step}.25", *values(score)[1:]) for step, score in games]
+    episodes = pd.DataFrame(episodes, columns=["global_step", "episodic_return", "episodic_length", "wall_seconds", *headings])
+    episodes.to_csv(folder / "episodes.csv", index=False)
     return folder
 
 
@@ -70,12 +77,17 @@ def tables(games: pd.DataFrame, **args) -> dict:
     return plot.tables_of(games, plot.comparable(games)[0], plot.collapses_of(games, args), NOTHING_PUBLISHED, args)
 
 
-def pictures(games: pd.DataFrame, published: pd.DataFrame = NOTHING_PUBLISHED, window: int = 2000) -> dict:
-    args = plot.Args(bootstrap_samples=50, reset_window=window)
+def pictures(games: pd.DataFrame, *names: str, published: pd.DataFrame = NOTHING_PUBLISHED, window: int = 2000) -> dict:
+    """All of them, or those of these names."""
+    args = plot.Args(bootstrap_samples=50, reset_window=window, pictures=names)
     figures = dict(plot.pictures_of(games, plot.comparable(games)[0], plot.collapses_of(games, args), published, args))
     for figure in figures.values():
         FigureCanvasAgg(figure).draw()
     return figures
+
+
+def picture(games: pd.DataFrame, name: str, **options):
+    return pictures(games, name, **options)[name]
 
 
 def lines_of(axes) -> dict:
@@ -87,23 +99,13 @@ def thin_lines(axes) -> list:
     return [line for line in axes.lines if line.get_linewidth() == 0.8]
 
 
-def band_of(axes, i: int = 0) -> np.ndarray:
-    """The corners of a method's band, (corners, 2)."""
-    return axes.collections[i].get_paths()[0].vertices
-
-
-def footnote(figure) -> str:
-    return figure.get_supxlabel()
-
-
 def table_of(folder: pathlib.Path) -> str:
     """table.md, its cells without the spaces that line them up."""
     return re.sub(r" +\|", " |", re.sub(r"\| +", "| ", (folder / "table.md").read_text(encoding="utf-8")))
 
 
-def read_csv(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def files_of(folder: pathlib.Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 @pytest.fixture
@@ -117,20 +119,11 @@ def call(monkeypatch):
     return call
 
 
-RESET_CURVE = [
-    (50, "scheduled", (100.0, 300.0)),
-    (60, "before_reset", (400.0, 600.0)),
-    (60, "after_reset", (900.0, 1100.0)),
-    (80, "before_reset", (100.0, 300.0)),
-    (80, "after_reset", (0.0, 100.0)),
-    (100, "final", (300.0, 310.0)),
-]
-
-
 # --------------------------------------------------------------------------------------------------------- what is read
 
 
 def test_run_by_hand(tmp_path):
+    """More evaluations at a reset have no weight in the mean over the run; a run with one evaluation has a mean, too."""
     write_run(tmp_path, RESET_CURVE, games=[(30, 7.0)], **SR)
     games = read(tmp_path)
     assert len(games) == 13 and set(zip(games.env_id, games.replay_ratio, games.method)) == {(ALIEN, 1.0, "SR+DQN")}
@@ -140,37 +133,32 @@ def test_run_by_hand(tmp_path):
         (50, "scheduled", 200.0, 2), (60, "before_reset", 500.0, 2), (60, "after_reset", 1000.0, 2),
         (80, "before_reset", 200.0, 2), (80, "after_reset", 50.0, 2), (100, "final", 305.0, 2),
     ]  # fmt: skip
-    (run,) = plot.runs_of(games).itertuples()
-    # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
-    assert run.value == 305.0 and run.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
     resets = plot.resets_of(games, 10)[lambda rows: rows.source == "evaluations"]
     assert resets[["step", "value_before", "value_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
+    write_run(tmp_path, [FINAL])
+    one, several = plot.runs_of(read(tmp_path)).itertuples()
+    # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
+    assert several.value == 305.0 and several.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
+    assert one.value == one.whole_run == 1.5
 
 
-def test_more_evaluations_at_a_reset_have_no_weight(tmp_path):
-    """Also a run with one evaluation has a mean."""
-    write_run(
-        tmp_path / "a", [(0, "scheduled", (4.0, 4.0)), (50, "before_reset", (4.0, 4.0)), (50, "after_reset", (4.0, 4.0)), FINAL]
-    )
-    write_run(tmp_path / "b", [FINAL], seed=2)
-    assert plot.runs_of(read(tmp_path)).whole_run.tolist() == [(50 * 4 + 50 * 2.75) / 100, 1.5]
-
-
-def test_without_models_from_folders_and_archives(tmp_path, call):
-    """An archive of run folders gives the same files as the folders, but for the CSV files, which it is."""
-    for seed in (1, 2):
-        write_run(tmp_path / "runs", RESET_CURVE, games=[(30, 7.0)], **SR, seed=seed)
+def test_an_archive_and_a_results_csv_give_what_their_folders_give(tmp_path, call):
+    """Without the CSV files, which they are. (A results.csv knows no single games; here nothing depends on them.)"""
+    for seed, env_id in itertools.product((1, 2), ("cheetah-run", "walker-run")):
+        curve = [*reset(50, (20.0, 20.0), (3.0 + seed, 3.0 + seed)), final(9.0, 9.0)]
+        write_run(tmp_path / "runs", curve, games=[(40, 8.0), (90, 5.0)], **SR, seed=seed, env_id=env_id)
     with tarfile.open(tmp_path / "runs.tar.xz", "w:xz") as archive:
         for folder in (tmp_path / "runs").iterdir():
             archive.add(folder, folder.name)
     call(tmp_path / "runs")
     call(tmp_path / "runs.tar.xz")
-    results = tmp_path / "runs" / "results"
-    names = {file.name for file in results.iterdir()}
-    assert {"results.csv", "training_games.csv", "table.md", "learning_curves.png", "collapse.png"} <= names
-    assert {file.name for file in tmp_path.iterdir()} == names - {"results.csv", "training_games.csv"} | {"runs", "runs.tar.xz"}
-    for name in names - {"results.csv", "training_games.csv"}:
-        assert (tmp_path / name).read_bytes() == (results / name).read_bytes(), name
+    call(tmp_path / "runs" / "results" / "results.csv", "--out-dir", tmp_path / "of_csv")
+    expected = files_of(tmp_path / "runs" / "results")
+    assert expected.pop("results.csv") and expected.pop("training_games.csv") and "table.md" in expected
+    assert expected.keys() > {"learning_curves.png", "training_games.png", "aggregate_curves.png", "collapse.png"}
+    assert files_of(tmp_path / "of_csv") == expected
+    del (of_archive := files_of(tmp_path))["runs.tar.xz"]
+    assert of_archive == expected
 
 
 def test_several_folders_are_one_study(tmp_path):
@@ -180,20 +168,6 @@ def test_several_folders_are_one_study(tmp_path):
     games = read(tmp_path / "a", tmp_path / "b", tmp_path / "alone")
     names = {f"{tmp_path}/a/run": 1, f"{tmp_path}/b/deeper/run": 2, f"{tmp_path}/alone": 3}
     assert {os.path.normpath(run): seed for run, seed in zip(games.run, games.seed)} == names
-
-
-def test_results_csv_is_read_as_well(tmp_path, call):
-    """What folders and their results.csv say is the same, where nothing depends on single games."""
-    for seed in (1, 2):
-        resets = [(50, "before_reset", (20.0, 20.0)), (50, "after_reset", (3.0 + seed, 3.0 + seed)), (100, "final", (9.0, 9.0))]
-        for env_id in ("cheetah-run", "walker-run"):
-            write_run(tmp_path / "runs", resets, games=[(40, 8.0), (90, 5.0)], **SR, seed=seed, env_id=env_id)
-    call(tmp_path / "runs", "--out-dir", tmp_path / "a")
-    call(tmp_path / "a" / "results.csv", "--out-dir", tmp_path / "b")
-    assert {file.name for file in (tmp_path / "b").iterdir()} == {file.name for file in (tmp_path / "a").glob("*[!v]")}
-    assert (tmp_path / "a" / "table.md").read_bytes() == (tmp_path / "b" / "table.md").read_bytes()
-    for picture in ("learning_curves.png", "training_games.png", "aggregate_curves.png", "collapse.png"):
-        assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
 
 
 def test_a_file_of_a_time_with_one_rule(tmp_path):
@@ -233,12 +207,10 @@ def test_method_names(args, label, tmp_path):
     assert read(tmp_path).method.unique().tolist() == [label]
 
 
-IN_ORDER = ["DQN", "SR+DQN", "RDE+DQN value@a", "RDE+DQN value@b", "RDE+DQN value β = 3", "RDE+DQN advantage"]
-IN_ORDER += ["RDE+DQN oldest alone", "Ensemble+DQN", "my idea"]
-
-
 def test_methods_in_their_order():
-    assert plot.in_order(reversed(IN_ORDER)) == IN_ORDER
+    methods = ["DQN", "SR+DQN", "RDE+DQN value@a", "RDE+DQN value@b", "RDE+DQN value β = 3", "RDE+DQN advantage",
+               "RDE+DQN oldest alone", "Ensemble+DQN", "my idea"]  # fmt: skip
+    assert plot.in_order(reversed(methods)) == methods
 
 
 def test_a_method_looks_alike_in_every_study():
@@ -249,35 +221,29 @@ def test_a_method_looks_alike_in_every_study():
     assert len({color for color, _ in whole}) == 5 and len(set(map(str, whole))) == 5
     for family in ("DQN", "SAC", "SAC-Lag", "DrQ", "RND-DQN"):
         for method, look in zip(names(family), whole):
-            assert plot.looks_of([method]) == {method: look}
+            variant = f"{method} tau 0.1"
+            assert plot.looks_of([method]) == {method: look} and plot.looks_of([variant]) == {variant: look}
             assert plot.looks_of([method, *names(family)[3:], "my idea"])[method] == look
-            assert plot.looks_of([f"{method} tau 0.1"]) == {f"{method} tau 0.1": look}
-            both = plot.looks_of([method, f"{method} tau 0.1"])
-            assert both[method] == look and both[f"{method} tau 0.1"] not in whole
+            both = plot.looks_of([method, variant])
+            assert both[method] == look and both[variant] not in whole
 
 
 def test_scores_are_those_of_the_scripts():
     """The table, and what a script logs as its human-normalized score."""
-    script = ast.parse((ROOT / "rde_dqn_atari.py").read_text()).body
-    (table,) = (node.value for node in script if isinstance(node, ast.Assign) and "RANDOM_AND" in ast.unparse(node.targets[0]))
-    assert ast.literal_eval(table) == plot.RANDOM_AND_HUMAN_SCORES
-    (function,) = (
-        node for node in script if isinstance(node, ast.FunctionDef) and "RANDOM_AND_HUMAN_SCORES[" in ast.unparse(node)
-    )
-    names = {"RANDOM_AND_HUMAN_SCORES": plot.RANDOM_AND_HUMAN_SCORES}
-    exec(compile(ast.Module([function], []), "script", "exec"), names)
-    for game in [*plot.RANDOM_AND_HUMAN_SCORES, "Tennis"]:
-        of_script = names[function.name](f"{game}NoFrameskip-v4", 12.5)
-        of_script = of_script.get("human_normalized_score") if isinstance(of_script, dict) else of_script
-        assert (plot.suite_of(f"{game}NoFrameskip-v4") == plot.ATARI) == (of_script is not None) == (game != "Tennis")
-        assert of_script is None or of_script == plot.normalized_score(f"{game}NoFrameskip-v4", 12.5)
+    script = load_script("rde_dqn_atari")
+    assert script.RANDOM_AND_HUMAN_SCORES == plot.RANDOM_AND_HUMAN_SCORES
+    for game in plot.RANDOM_AND_HUMAN_SCORES:
+        env_id = f"{game}NoFrameskip-v4"
+        assert script.normalized_scores(env_id, 12.5) == {"human_normalized_score": plot.normalized_score(env_id, 12.5)}
+        assert plot.suite_of(env_id) == plot.ATARI
+    assert script.normalized_scores("TennisNoFrameskip-v4", 12.5) == {}
 
 
 def test_scales_and_names():
     assert plot.normalized_score(ALIEN, 227.8 + 0.25 * (7127.7 - 227.8)) == pytest.approx(0.25)
     assert plot.normalized_score("hopper-hop", 250.0) == 0.25
-    env_ids = (ALIEN, "finger-turn_hard", "lander-v13", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
-    assert [plot.suite_of(env_id) for env_id in env_ids] == [plot.ATARI, plot.DMC, None, None, None]
+    env_ids = ("finger-turn_hard", "lander-v13", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
+    assert [plot.suite_of(env_id) for env_id in env_ids] == [plot.DMC, None, None, None]
     short = lambda *env_ids: [*plot.short_names(env_ids).values()]
     assert short("MiniGrid-LavaGapS5-v0", "MiniGrid-GoToDoor-5x5-v0") == ["LavaGapS5", "GoToDoor-5x5"]
     assert short("MiniGrid-LavaGapS5-v0", "LunarLander-v3") == ["MiniGrid-LavaGapS5", "LunarLander"]
@@ -290,33 +256,26 @@ def test_scales_and_names():
 
 def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
     """Where runs are kept, what has no effect, what an older script did not know, and null for a default."""
-    write_run(tmp_path, [FINAL], **SR, seed=1, cuda=True, runs_dir="a", beta=50.0)
-    write_run(
-        tmp_path / "b", [FINAL], **RDE | {"num_agents": 1, "beta": 7.0}, seed=2, cuda=False, runs_dir="b", selection="advantage"
-    )
-    write_run(tmp_path, [FINAL], seed=1, reset_depth="last1", reset_interval=0)
+    alone = RDE | {"num_agents": 1, "beta": 7.0, "selection": "advantage"}
+    write_run(tmp_path, [FINAL], **SR, cuda=True, runs_dir="a", beta=50.0)
+    write_run(tmp_path / "b", [FINAL], **alone, seed=2, cuda=False, runs_dir="b")
+    write_run(tmp_path, [FINAL], reset_depth="last1", reset_interval=0)
     write_run(tmp_path, [FINAL], seed=2, reset_depth="full", reset_interval=0, critic_norm="none")
-    write_run(tmp_path, [FINAL], **RDE, seed=1)
+    write_run(tmp_path, [FINAL], **RDE)
     write_run(tmp_path, [FINAL], **RDE | {"beta": None}, seed=2, selection="value")
     assert read(tmp_path).drop_duplicates("run").method.value_counts().to_dict() == {"DQN": 2, "SR+DQN": 2, "RDE+DQN value": 2}
 
 
-@pytest.mark.parametrize(
-    "name, values", [("tau", (0.1, 0.2)), ("kappa", (0.5, 1.0)), ("beta_cost", (50.0, 1.0)), ("reset_depth", ("last1", "full"))]
-)
-def test_most_runs_decide_which_arguments_count(tmp_path, name, values):
-    for seed, value in ((1, values[0]), (2, values[1]), (3, values[1])):
+@pytest.mark.parametrize("name, rare, usual", [("tau", 0.1, 0.2), ("kappa", 0.5, 1.0), ("beta_cost", 50.0, 1.0),
+                                               ("reset_depth", "last1", "full")])  # fmt: skip
+def test_most_runs_decide_which_arguments_count(tmp_path, name, rare, usual):
+    for seed, value in ((1, rare), (2, usual), (3, usual)):
         write_run(tmp_path, [FINAL], **RDE | {"seed": seed, name: value})
-    games, left_out, _ = plot.read_games([tmp_path])
-    assert (
-        list(games.seed.unique()) == [2, 3]
-        and len(left_out) == 1
-        and f"{name} {values[0]} instead of {values[1]}" in left_out[0]
-    )
+    games, (left_out,), _ = plot.read_games([tmp_path])
+    assert list(games.seed.unique()) == [2, 3] and f"{name} {rare} instead of {usual}" in left_out
 
 
-@pytest.fixture
-def two_versions(tmp_path):
+def test_versions_of_a_script_are_methods_of_their_own(tmp_path, capsys, call):
     """By the hash that older runs have, and by the script's text, which newer runs have."""
     write_run(tmp_path, [FINAL], seed=1, script_sha256="0123456789")
     write_run(tmp_path, [FINAL], seed=2)  # of neither
@@ -326,24 +285,14 @@ def two_versions(tmp_path):
         (folder / "args.json").write_text(json.dumps(content))
         (folder / "dqn.py").write_text(text)
     write_run(tmp_path, [FINAL], **SR, script_sha256="1" * 64)
-    return tmp_path
-
-
-def test_versions_of_a_script_are_methods_of_their_own(two_versions, capsys, call):
-    games, left_out, notes = plot.read_games([two_versions])
-    assert games.drop_duplicates("run").groupby("method").seed.apply(list).sort_values().tolist() == [
-        [1],
-        [1],
-        [2],
-        [3, 4],
-        [5],
-    ]
-    assert [name.split("@")[0] for name in plot.in_order(games.method)] == ["DQN"] * 4 + ["SR+DQN"] and left_out == []
-    (note,) = notes
+    games, left_out, (note,) = plot.read_games([tmp_path])
+    seeds = games.drop_duplicates("run").groupby("method").seed.apply(list)
+    assert sorted(seeds) == [[1], [1], [2], [3, 4], [5]] and left_out == []
+    assert [name.split("@")[0] for name in plot.in_order(games.method)] == ["DQN"] * 4 + ["SR+DQN"]
     assert re.fullmatch(r"DQN is of different versions of the script: @0123456, @\w{7}, @\w{7}, @unknown", note)
-    call(two_versions, "--pictures", "learning_curves")
-    assert capsys.readouterr().err == f"{note}\n" and f"- {note}\n" in (two_versions / "results" / "table.md").read_text()
-    games, left_out, notes = plot.read_games([two_versions], merge_versions=True)
+    call(tmp_path, "--pictures", "learning_curves")
+    assert capsys.readouterr().err == f"{note}\n" and f"- {note}\n" in (tmp_path / "results" / "table.md").read_text()
+    games, left_out, notes = plot.read_games([tmp_path], merge_versions=True)
     assert plot.in_order(games.method) == ["DQN", "SR+DQN"] and left_out == notes == []
 
 
@@ -384,13 +333,10 @@ def test_a_spoiled_folder_has_a_named_line(tmp_path, case):
         write_run(tmp_path, [FINAL], seed=seed, tau=1)
     file = write_run(tmp_path, [(50, "scheduled", (1.0, 2.0)), FINAL], name="spoiled", seed=2) / name
     text = change(file.read_text())
-    file.unlink()
-    if text is not None:
-        file.write_text(text)
-    games, left_out, _ = plot.read_games([tmp_path])
+    file.unlink() if text is None else file.write_text(text)
+    games, (line,), _ = plot.read_games([tmp_path])
     assert list(games.seed.unique()) == [1, 3]
-    assert len(left_out) == 1 and left_out[0].startswith("spoiled: ") and message in left_out[0], left_out
-    assert "\n" not in left_out[0]
+    assert line.startswith("spoiled: ") and message in line and "\n" not in line
 
 
 @pytest.mark.parametrize("options, message", [
@@ -443,8 +389,7 @@ def test_interval_is_rliables():
         samples.append(metrics.aggregate_iqm(scores[..., np.newaxis][seeds, np.arange(3)[:, np.newaxis], [0]]))
     assert point[0] == pytest.approx(metrics.aggregate_iqm(scores))
     np.testing.assert_allclose(interval[:, 0], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
-    again = plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)[1]
-    assert (interval == again).all()
+    assert (interval == plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)[1]).all()
 
 
 @pytest.mark.parametrize("seeds, games, has_one", [(4, 1, False), (5, 1, True), (4, 9, False), (3, 10, True), (2, 26, False)])
@@ -454,39 +399,26 @@ def test_few_seeds_have_no_interval(seeds, games, has_one):
     assert point[0] == pytest.approx(metrics.aggregate_iqm(scores[..., 0])) and np.isfinite(interval).all() == has_one
 
 
-def test_the_interval_covers_the_truth():
-    """Of 95 % intervals, about 95 % hold the true value (fewer with few seeds): not 50 %, not 100 %."""
-    random, args = np.random.default_rng(3), plot.Args(bootstrap_samples=200)
-    hits = 0
-    for _ in range(100):
-        _, (low, high) = plot.bootstrap(plot.interquartile_means, random.normal(size=(10, 4, 1)), args)
-        hits += low[0] <= 0 <= high[0]
-    assert 85 <= hits <= 99
+NUMBERS = [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.01234, "0.012"),
+           (0.0, "0.00"), (-20.66, "-20.7"), (math.nan, "-")]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "value, text",
-    [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.01234, "0.012"), (0.0, "0.00"),
-     (-20.66, "-20.7"), (math.nan, "-")],
-)  # fmt: skip
-def test_numbers(value, text):
-    assert plot.number(value) == text
+def test_numbers():
+    assert [plot.number(value) for value, _ in NUMBERS] == [text for _, text in NUMBERS]
+
+
+def mean_over_seeds(*values: float) -> str:
+    return plot.mean_over_seeds(pd.Series(values, dtype=float), plot.Args(bootstrap_samples=50))
 
 
 def test_means_with_what_stands_in_brackets():
     """The seeds' own values, and from five on the percentiles of 50 draws."""
-    args = plot.Args(bootstrap_samples=50)
-    mean = lambda *values: plot.mean_over_seeds(pd.Series(values, dtype=float), args)
-    assert [mean(2.0), mean(1.0, 2.0), mean(1.0, math.nan, 2.0), mean(math.nan)] == [
-        "2.00",
-        "1.50 (1.00, 2.00)",
-        "1.50 (1.00, 2.00)",
-        "-",
-    ]
+    assert mean_over_seeds(2.0) == "2.00" and mean_over_seeds(math.nan) == "-"
+    assert mean_over_seeds(1.0, 2.0) == mean_over_seeds(1.0, math.nan, 2.0) == "1.50 (1.00, 2.00)"
     values = np.random.default_rng(6).normal(22, 5, size=5)
     np.random.seed(0)
     low, high = np.percentile([values[np.random.choice(5, (5, 1))].mean() for _ in range(50)], [2.5, 97.5])
-    assert mean(*values) == f"{values.mean():.1f} ({low:.1f} to {high:.1f})"
+    assert mean_over_seeds(*values) == f"{values.mean():.1f} ({low:.1f} to {high:.1f})"
 
 
 # ------------------------------------------------------------------------------------------------------------ over games
@@ -494,44 +426,30 @@ def test_means_with_what_stands_in_brackets():
 
 def test_a_comparison_is_made_of_what_most_methods_have(tmp_path):
     seeds_of = {
-        "dqn": {ALIEN: (1, 2, 3), PONG: (1, 2), FREEWAY: (1, 2)},
-        "sr_dqn": {ALIEN: (1, 2, 3), PONG: (2, 3), FREEWAY: (2,)},
-        "dqn_tau_1": {ALIEN: (1,)},
-    }
-    for exp_name, games in seeds_of.items():
-        for env_id, seeds in games.items():
-            for seed in seeds:
-                run = (SR if "sr" in exp_name else DQN) | {"exp_name": exp_name}
-                write_run(tmp_path, [(100, "final", (seed, seed))], **run, env_id=env_id, seed=seed)
+        ("dqn", ALIEN): (1, 2, 3), ("dqn", PONG): (1, 2), ("dqn", FREEWAY): (1, 2), ("dqn_tau_1", ALIEN): (1,),
+        ("sr_dqn", ALIEN): (1, 2, 3), ("sr_dqn", PONG): (2, 3), ("sr_dqn", FREEWAY): (2,),
+    }  # fmt: skip
+    for (exp_name, env_id), seeds in seeds_of.items():
+        for seed in seeds:
+            run = (SR if "sr" in exp_name else DQN) | {"exp_name": exp_name}
+            write_run(tmp_path, [final(seed, seed)], **run, env_id=env_id, seed=seed)
     shared, notes = plot.comparable(read(tmp_path))
-    of = (
-        shared.drop_duplicates("run")
-        .groupby("method")
-        .apply(lambda rows: set(zip(rows.env_id, rows.seed)), include_groups=False)
-    )
     # Three games of two methods are more than one game of three.
-    assert of.to_dict() == {
-        "DQN": {(env_id, seed) for env_id in (ALIEN, PONG, FREEWAY) for seed in (1, 2)},
-        "SR+DQN": {(env_id, 2) for env_id in (ALIEN, PONG, FREEWAY)},
-    }
+    found = set(zip(shared.method, shared.env_id, shared.seed))
+    of_methods = [("DQN", 1), ("DQN", 2), ("SR+DQN", 2)]
+    assert found == {(method, env_id, seed) for method, seed in of_methods for env_id in (ALIEN, PONG, FREEWAY)}
     runs = plot.runs_of(shared[shared.method == "DQN"])
     expected = [[(seed - 227.8) / (7127.7 - 227.8), seed / 29.6, (seed + 20.7) / 35.3] for seed in (1, 2)]
     np.testing.assert_allclose(plot.scores_of(runs, "normalized"), expected)
-    assert all(note.startswith("not among those over games, replay ratio 1: ") for note in notes)
-    left_out = {re.search(r": (\w+)NoFrameskip-v4__(\w+)__(\d)__", note).groups() for note in notes}
-    assert left_out == {
-        ("Alien", "dqn_tau_1", "1"),
-        ("Alien", "dqn", "3"),
-        ("Alien", "sr_dqn", "1"),
-        ("Alien", "sr_dqn", "3"),
-        ("Pong", "sr_dqn", "3"),
-    }
+    pattern = r"not among those over games, replay ratio 1: (\w+)NoFrameskip-v4__(\w+)__(\d)__.*"
+    assert {re.fullmatch(pattern, note).groups() for note in notes} == {
+        ("Alien", "dqn_tau_1", "1"), ("Alien", "dqn", "3"), ("Alien", "sr_dqn", "1"), ("Alien", "sr_dqn", "3"),
+        ("Pong", "sr_dqn", "3")}  # fmt: skip
 
 
 def test_a_game_of_one_method_alone_is_not_averaged(tmp_path):
-    for exp, env_ids in ((DQN, (ALIEN, PONG, FREEWAY)), (SR, (ALIEN, PONG)), (RDE, (ALIEN, PONG))):
-        for env_id in env_ids:
-            write_run(tmp_path, [FINAL], **exp, env_id=env_id)
+    for exp, env_id in [*itertools.product((DQN, SR, RDE), (ALIEN, PONG)), (DQN, FREEWAY)]:
+        write_run(tmp_path, [FINAL], **exp, env_id=env_id)
     shared, notes = plot.comparable(read(tmp_path))
     assert set(shared.env_id) == {ALIEN, PONG} and shared.method.nunique() == 3
     assert notes == ["not among those over games, replay ratio 1: FreewayNoFrameskip-v4__dqn_atari__1__20260101-000100"]
@@ -542,24 +460,23 @@ def test_suites_and_replay_ratios_are_not_mixed(tmp_path):
     for run in ({"env_id": ALIEN}, {"env_id": PONG}, {"env_id": ALIEN, "replay_ratio": 4}, {"env_id": PONG, "replay_ratio": 4},
                 {"env_id": "TennisNoFrameskip-v4"},
                 sac | {"env_id": "hopper-hop"}, sac | {"env_id": "cheetah-run"}):  # fmt: skip
-        write_run(tmp_path, [(100, "final", (500.0, 500.0))], **run)
+        write_run(tmp_path, [final(500.0, 500.0)], **run)
     shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "at"])
     assert [(*key, set(rows.env_id)) for key, rows in shared] == [
         (plot.ATARI, "replay ratio 1", {ALIEN, PONG}), (plot.ATARI, "replay ratio 4", {ALIEN, PONG}),
         (plot.DMC, "replay ratio 1", {"hopper-hop", "cheetah-run"})]  # fmt: skip
-    rows = tables(read(tmp_path))["Over games"]
-    assert rows[-1] == (plot.DMC, "replay ratio 1", "SAC", 2, 1, "0.500")
+    assert tables(read(tmp_path))["Over games"][-1] == (plot.DMC, "replay ratio 1", "SAC", 2, 1, "0.500")
 
 
 def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
     write_run(tmp_path, RESET_CURVE, **SR)
-    freeway = [(50, "scheduled", (0.0, 0.0)), (60, "before_reset", (3.0, 3.0)), (60, "after_reset", (2.0, 2.0)),
-               (70, "scheduled", (0.0, 0.0)), (100, "final", (1.0, 1.0))]  # fmt: skip
+    freeway = [(50, "scheduled", (0.0, 0.0)), *reset(60, (3.0, 3.0), (2.0, 2.0)), (70, "scheduled", (0.0, 0.0)),
+               final(1.0, 1.0)]  # fmt: skip
     write_run(tmp_path, freeway, **SR, env_id=FREEWAY)
-    (axes,) = pictures(read(tmp_path))["aggregate_curves"].axes
+    (axes,) = picture(read(tmp_path), "aggregate_curves").axes
     alien, freeway = (np.array([200, 500, 305]) - 227.8) / 6899.9, np.array([0, 3, 1]) / 29.6
     np.testing.assert_allclose(lines_of(axes)["SR+DQN"], [[50, 60, 100], (alien + freeway) / 2])
-    assert "reset" not in footnote(axes.figure)
+    assert "reset" not in axes.figure.get_supxlabel()
 
 
 def test_training_curves_over_games_are_of_the_games_means(tmp_path):
@@ -569,7 +486,7 @@ def test_training_curves_over_games_are_of_the_games_means(tmp_path):
         means.append(plot.normalized_score(env_id, sum(seeds) / 2))
         for seed, score in enumerate(seeds):
             write_run(tmp_path, [FINAL], env_id=env_id, seed=seed, games=[(93, float(score))])
-    figure = pictures(read(tmp_path))["aggregate_training_games"]
+    figure = picture(read(tmp_path), "aggregate_training_games")
     np.testing.assert_allclose(lines_of(figure.axes[0])["DQN"], [[95, 100], [np.mean(sorted(means)[1:3])] * 2])
 
 
@@ -579,23 +496,18 @@ def test_probability_of_improvement_is_rliables(tmp_path):
     advantage = RDE | {"exp_name": "rde_dqn_selection_advantage", "selection": "advantage", "beta": None}
     oldest = RDE | {"exp_name": "rde_dqn_beta_1e9", "beta": 1e9}
     names = {"DQN": DQN, "SR+DQN": SR, "RDE+DQN value": RDE, "RDE+DQN advantage": advantage, "RDE+DQN oldest alone": oldest}
+    games = [ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"]  # no scale is needed
     for (name, exp), num_seeds in zip(names.items(), (5, 6, 7, 5, 5)):
-        for env_id in (ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"):  # no scale is needed
-            if exp is SR and env_id == FREEWAY:
-                continue  # then it is compared by the other two
+        for env_id in games if exp is not SR else [ALIEN, games[2]]:
             scores = random.integers(0, 4, (num_seeds, 2)).astype(float)  # with ties
             values["final", name, env_id], values["whole", name, env_id] = scores[:, 1], scores.mean(axis=1)
             for seed, (first, last) in enumerate(scores):
-                write_run(
-                    tmp_path, [(50, "scheduled", (first, first)), (100, "final", (last, last))], **exp, env_id=env_id, seed=seed
-                )
+                write_run(tmp_path, [(50, "scheduled", (first, first)), final(last, last)], **exp, env_id=env_id, seed=seed)
     rows = tables(read(tmp_path))["Probability of improvement"]
-    pairs = [(other, name) for name, other in itertools.combinations(names, 2)]
-    assert {row[1:3] for row in rows} == set(pairs) and len(rows) == 10
-    assert {row[3] for row in rows if "SR+DQN" in row} == {2} and {row[3] for row in rows if "SR+DQN" not in row} == {3}
+    assert sorted(row[1:3] for row in rows) == sorted((other, name) for name, other in itertools.combinations(names, 2))
     for at, name, other, num_games, *cells in rows:
-        assert at == "replay ratio 1"
-        env_ids = [ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"] if num_games == 3 else [ALIEN, "MiniGrid-LavaGapS5-v0"]
+        env_ids = [ALIEN, games[2]] if "SR+DQN" in (name, other) else games
+        assert (at, num_games) == ("replay ratio 1", len(env_ids))
         for cell, kind in zip(cells, ("final", "whole"), strict=True):
             pair = [np.array([values[kind, method, env_id] for env_id in env_ids]).T for method in (name, other)]
             by_hand = np.mean([[(x > y) + 0.5 * (x == y) for x in pair[0][:, game] for y in pair[1][:, game]]
@@ -610,66 +522,48 @@ def test_probability_of_improvement_is_rliables(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- collapse
 
 
-def collapse_rows(games: pd.DataFrame, window: int = 2000) -> list:
-    return list(plot.collapses_of(games, plot.Args(bootstrap_samples=50, reset_window=window)).itertuples())
+def collapse_rows(games: pd.DataFrame, source: str = "evaluations") -> list:
+    rows = plot.collapses_of(games, plot.Args(bootstrap_samples=50))
+    return list(rows[rows.source == source].itertuples())
 
 
 def test_collapse_by_hand(tmp_path):
     write_run(tmp_path, RESET_CURVE, **SR)
-    write_run(tmp_path, [(60, "before_reset", (0.0, 0.0)), (60, "after_reset", (10.0, 10.0)), FINAL], **SR, seed=2)
+    write_run(tmp_path, [*reset(60, (0.0, 0.0), (10.0, 10.0)), FINAL], **SR, seed=2)
     games = read(tmp_path)
     (first,), (second,), (both,) = (collapse_rows(games[games.seed.isin(seeds)]) for seeds in ((1,), (2,), (1, 2)))
-    assert (first.before, first.after, first.resets, first.change) == (350.0, 525.0, 2, 1.5) and first.source == "evaluations"
+    assert (first.before, first.after, first.resets, first.change) == (350.0, 525.0, 2, 1.5)
     assert math.isnan(second.change)  # 10 over 0
-    assert (
-        both.resets == 3 and both.change == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0)) and both.kind == "after / before"
-    )
+    assert both.resets == 3 and both.change == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
+    assert both.kind == "after / before"
     (row,) = tables(games)["Collapse of a reset"]
-    each = "250 → 505, 200 → 50.0"  # means of the seeds at step 60, and at step 80
-    assert row == (
-        "Alien",
-        "1",
-        "SR+DQN",
-        "evaluations",
-        3,
-        pytest.approx(700 / 3),
-        pytest.approx(1060 / 3),
-        "1.51 (1.50, -)",
-        each,
-        "- → -",
-    )
+    assert row[:5] == ("Alien", "1", "SR+DQN", "evaluations", 3)
+    assert row[5:7] == (pytest.approx(700 / 3), pytest.approx(1060 / 3)) and row[7] == "1.51 (1.50, -)"
+    assert row[8:] == ("250 → 505, 200 → 50.0", "- → -")  # means of the seeds at step 60, and at step 80; no cost
     assert tables(games[games.seed == 1])["Collapse of a reset"][0][7] == "1.50"
-    assert collapse_rows(games[games.phase == "final"]) == []
+    assert len(plot.collapses_of(games[games.phase == "final"], plot.Args())) == 0
 
 
 def test_where_scores_lie_below_zero_the_difference_counts(tmp_path):
     """A score below zero anywhere in the game decides for all methods in it."""
-    resets = [
-        (60, "before_reset", (10.0, 20.0)),
-        (60, "after_reset", (4.0, 6.0)),
-        (80, "before_reset", (-1.0, 2.0)),
-        (80, "after_reset", (9.0, 12.0)),
-        FINAL,
-    ]
-    write_run(tmp_path, resets, **SR, env_id=PONG)
-    write_run(tmp_path, [(60, "before_reset", (9.0, 10.0)), (60, "after_reset", (4.0, 5.0)), FINAL], **RDE, env_id=PONG)
-    write_run(tmp_path, [(60, "before_reset", (9.0, 10.0)), (60, "after_reset", (4.0, 5.0)), FINAL], **RDE, env_id=ALIEN)
+    write_run(tmp_path, [*reset(60, (10.0, 20.0), (4.0, 6.0)), *reset(80, (-1.0, 2.0), (9.0, 12.0)), FINAL], **SR, env_id=PONG)
+    for env_id in (PONG, ALIEN):
+        write_run(tmp_path, [*reset(60, (9.0, 10.0), (4.0, 5.0)), FINAL], **RDE, env_id=env_id)
     rows = {(row.env_id, row.method): (row.kind, row.change) for row in collapse_rows(read(tmp_path))}
     assert rows == {
         (PONG, "SR+DQN"): ("after − before", 0.0), (PONG, "RDE+DQN value"): ("after − before", -5.0),
         (ALIEN, "RDE+DQN value"): ("after / before", pytest.approx(4.5 / 9.5)),
     }  # fmt: skip
-    alien, pong = pictures(read(tmp_path))["collapse"].axes
+    alien, pong = picture(read(tmp_path), "collapse").axes
     assert (alien.get_xlabel(), pong.get_xlabel()) == ("after / before", "after − before")
     assert lines_of(pong)["RDE+DQN value"][0].tolist() == [-5.0]
 
 
 def test_the_same_game_played_again_counts_once_in_an_emulator(tmp_path):
     """Five games, four of them one and the same: on Atari the evaluation is two samples, on CartPole five."""
-    before, after = (60, "before_reset", (10.0, 10.0, 10.0, 10.0, 30.0)), (60, "after_reset", (5.0, 5.0, 5.0, 5.0, 5.0))
-    final = (100, "final", (1.0, 1.0, 1.0, 1.0, 4.0))
+    curve = [*reset(60, (10.0, 10.0, 10.0, 10.0, 30.0), (5.0,) * 5), final(1.0, 1.0, 1.0, 1.0, 4.0)]
     for env_id, mean in ((ALIEN, 20.0), ("CartPole-v1", 14.0), ("Acrobot-v1", 14.0)):
-        write_run(tmp_path / env_id, [before, after, final], **SR, eval_episodes=5, env_id=env_id)
+        write_run(tmp_path / env_id, curve, **SR, eval_episodes=5, env_id=env_id)
         (row,) = collapse_rows(read(tmp_path / env_id))
         assert (row.before, row.after) == (mean, 5.0)
         assert plot.runs_of(read(tmp_path / env_id)).value.tolist() == [1.6]
@@ -677,15 +571,14 @@ def test_the_same_game_played_again_counts_once_in_an_emulator(tmp_path):
 
 def test_training_games_around_a_reset_by_hand(tmp_path):
     """Those that ended in the window before it (its own step included), and in the window after it."""
-    resets = [(5000, "before_reset", (1.0, 2.0)), (5000, "after_reset", (1.0, 3.0)), (9000, "before_reset", (1.0, 2.0)),
-              (9000, "after_reset", (1.0, 3.0)), (10_000, "final", (1.0, 2.0))]  # fmt: skip
+    curve = [*reset(5000, (1.0, 2.0), (1.0, 3.0)), *reset(9000, (1.0, 2.0), (1.0, 3.0)), final(1.0, 2.0, step=10_000)]
     games = [(2999, 1000.0), (3000, 900.0), (3001, 10.0), (5000, 30.0), (5001, 8.0), (7000, 4.0), (7001, 90.0), (9000, 500.0)]
-    write_run(tmp_path, resets, games=games, **SR, total_timesteps=10_000)
+    write_run(tmp_path, curve, games=games, **SR, total_timesteps=10_000)
     of_training = lambda window: plot.resets_of(read(tmp_path), window)[lambda rows: rows.source == "training games"]
     assert of_training(2000)[["value_before", "value_after"]].fillna(-1).values.tolist() == [[20.0, 6.0], [295.0, -1]]
-    rows = [row for row in collapse_rows(read(tmp_path)) if row.source == "training games"]
-    assert [(row.resets, row.before, row.after) for row in rows] == [(1, 20.0, 6.0)]  # the second has none after it
     assert of_training(1).value_before.tolist() == [30.0, 500.0]  # another window
+    (row,) = collapse_rows(read(tmp_path), "training games")
+    assert (row.resets, row.before, row.after) == (1, 20.0, 6.0)  # the second has none after it
 
 
 @pytest.mark.parametrize("lowest, kind", [(10, "after / before"), (-100, "after − before")])
@@ -696,8 +589,8 @@ def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path, lowest, 
         scores = random.uniform(lowest, 100, size=(2, 2)).round(1)  # (resets, before and after)
         sums.append(scores.sum(axis=0))
         games = [(step + 5 * side, score) for step, row in zip((50, 80), scores) for side, score in enumerate(row)]
-        resets = [(step, phase, (1.0, 2.0)) for step in (50, 80) for phase in ("before_reset", "after_reset")]
-        write_run(tmp_path, [*resets, FINAL], games=games, **SR, seed=seed)
+        curve = [*reset(50, (1.0, 2.0), (1.0, 2.0)), *reset(80, (1.0, 2.0), (1.0, 2.0)), FINAL]
+        write_run(tmp_path, curve, games=games, **SR, seed=seed)
     row = plot.collapses_of(read(tmp_path), plot.Args(bootstrap_samples=200, reset_window=10)).iloc[1]
     change = lambda sums: sums[1] / sums[0] if kind == "after / before" else (sums[1] - sums[0]) / 2
     np.random.seed(0)
@@ -710,64 +603,58 @@ def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path, lowest, 
 
 def test_picture_of_a_collapse(tmp_path):
     """A panel for every game, in it a row for every method with its name; its mean, and circles for seeds or their interval."""
-    for seed, after in enumerate((0.0, 100.0, 50.0, 50.0, 50.0)):
-        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
-        write_run(tmp_path, resets, **RDE, seed=seed)
-        if seed < 2:
-            write_run(tmp_path, resets, **SR, seed=seed)
-            write_run(tmp_path, resets, **SR, seed=seed, env_id=FREEWAY)
-    figure = pictures(read(tmp_path))["collapse"]
+    for seed, after in enumerate((0.0, 200.0, 50.0, 50.0, 50.0)):
+        curve = [*reset(60, (100.0, 100.0), (after, after)), FINAL]
+        write_run(tmp_path, curve, **RDE, seed=seed)
+        for env_id in (ALIEN, FREEWAY) if seed < 2 else ():
+            write_run(tmp_path, curve, **SR, seed=seed, env_id=env_id)
+    figure = picture(read(tmp_path), "collapse")
     alien, freeway = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Alien", "Freeway"]
     assert [text.get_text() for text in alien.get_yticklabels()] == ["SR+DQN", "RDE+DQN value"]
     assert not any(text.get_text() for text in freeway.get_yticklabels()) and not figure.legends  # one or the other
     for axes in (alien, freeway):
-        assert lines_of(axes)["SR+DQN"].tolist() == [[0.5], [2]]  # the upper row
-        assert any(line.get_xdata().tolist() == [0.0, 1.0] and set(line.get_ydata()) == {2} for line in axes.lines)
+        assert lines_of(axes)["SR+DQN"].tolist() == [[1.0], [2]]  # the upper row
+        assert any(line.get_xdata().tolist() == [0.0, 2.0] and set(line.get_ydata()) == {2} for line in axes.lines)
         assert any(list(line.get_xdata()) == [1, 1] for line in axes.lines)
-        assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 1
-    assert lines_of(alien)["RDE+DQN value"].tolist() == [[0.5], [1]] and "RDE+DQN value" not in lines_of(freeway)
+        assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 2  # no seed lies outside
+    assert lines_of(alien)["RDE+DQN value"].tolist() == [[0.7], [1]] and "RDE+DQN value" not in lines_of(freeway)
     row = collapse_rows(read(tmp_path))[1]
-    assert any(line.get_xdata().tolist() == [row.low, row.high] for line in alien.lines if math.isfinite(row.low))
-    assert "circles: single seeds" in footnote(figure) and "lines: 95 % intervals" in footnote(figure)
-
-
-def test_no_seed_lies_outside_the_picture_of_a_collapse(tmp_path):
-    for seed, after in ((1, 0.0), (2, 200.0)):
-        resets = [(60, "before_reset", (100.0, 100.0)), (60, "after_reset", (after, after)), FINAL]
-        write_run(tmp_path, resets, **RDE, seed=seed)
-    (axes,) = pictures(read(tmp_path))["collapse"].axes
-    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 2
+    assert math.isfinite(row.low) and any(line.get_xdata().tolist() == [row.low, row.high] for line in alien.lines)
+    assert "circles: single seeds" in figure.get_supxlabel() and "lines: 95 % intervals" in figure.get_supxlabel()
 
 
 # ------------------------------------------------------------------------------------------------------ success and cost
 
+LAVA = "MiniGrid-LavaGapS5-v0"
+SUCCESSES = np.array([(10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2), (1, 2, 3, 4), (5, 5, 5, 5)])  # of 20, (seeds, evaluations)
+
 
 @pytest.fixture
 def minigrid(tmp_path):
-    """Success of five seeds at 20, 40, 60, 80 steps, in twentieths, with a return of 0.5 where there is success."""
-    for seed, rates in enumerate(((10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2), (1, 2, 3, 4), (5, 5, 5, 5))):
+    """Success of five seeds at 20, 40, 60, 80 steps, with a return of 0.5 where there is success."""
+    for seed, rates in enumerate(SUCCESSES):
         evaluations = [(step, "final" if step == 80 else "scheduled", [(0.5, 1)] * rate + [(0, 0)] * (20 - rate))
                        for step, rate in zip((20, 40, 60, 80), rates)]  # fmt: skip
-        args = {"env_id": "MiniGrid-LavaGapS5-v0", "exp_name": "rde_dqn", "total_timesteps": 80, "eval_episodes": 20}
+        args = {"env_id": LAVA, "exp_name": "rde_dqn", "total_timesteps": 80, "eval_episodes": 20}
         write_run(tmp_path, evaluations, games=[(10, (0.5, 1)), (70, (0.5, 1))], extra="success", seed=seed, **args)
     return tmp_path
 
 
-def test_where_success_is_logged_it_is_what_is_compared(minigrid, call, capsys):
+def test_where_success_is_logged_it_is_what_is_compared(minigrid, call):
     (row,) = tables(read(minigrid))["Scores"]
-    final = np.array([0.95, 0.9, 0.1, 0.2, 0.25])
-    np.random.seed(0)
-    low, high = np.percentile([final[np.random.choice(5, (5, 1))].mean() for _ in range(50)], [2.5, 97.5])
     assert row[:5] == ("LavaGapS5", "1", "DQN", 5, "success")
-    assert row[5] == f"0.480 ({plot.number(low)} to {plot.number(high)})"
+    assert row[5] == mean_over_seeds(0.95, 0.9, 0.1, 0.2, 0.25) and row[5].startswith("0.480 (")
     assert row[6].startswith("0.303 (") and row[7] == "1.00 (1.00 to 1.00)"  # (0.875 + 0.25 + 1 / 60 + 0.125 + 0.25) / 5
-    (axes,) = pictures(read(minigrid))["learning_curves"].axes
+    (axes,) = picture(read(minigrid), "learning_curves").axes
     assert axes.get_ylabel() == "evaluation success" and axes.get_title(loc="left") == "LavaGapS5"
-    scores = np.array([(10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2), (1, 2, 3, 4), (5, 5, 5, 5)])[:, np.newaxis] / 20
+    assert axes.get_ylim() == (-0.03, 1.03)
+    assert axes.figure.get_supxlabel() == "replay ratio 1; bands: 95 % intervals over seeds"
+    scores = SUCCESSES[:, np.newaxis] / 20
     np.testing.assert_allclose(lines_of(axes)["DQN"], [[20, 40, 60, 80], scores.mean(axis=(0, 1))])
     interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores, plot.Args(bootstrap_samples=50))[1]
-    assert {*zip([20, 40, 60, 80] * 2, interval.ravel())} <= {*map(tuple, band_of(axes))}
+    corners_of_the_band = axes.collections[0].get_paths()[0].vertices
+    assert {*zip([20, 40, 60, 80] * 2, interval.ravel())} <= {*map(tuple, corners_of_the_band)}
     call(minigrid)
     rows = read_csv(minigrid / "results" / "results.csv")
     assert [row["success"] for row in rows[:4]] == ["0.5", "0.9", "1", "0.95"] and "cost" not in rows[0]
@@ -775,36 +662,29 @@ def test_where_success_is_logged_it_is_what_is_compared(minigrid, call, capsys):
     assert "## Cost" not in (minigrid / "results" / "table.md").read_text()
 
 
-def test_resets_are_measured_by_success_as_well(tmp_path):
-    """Their tasks are drawn anew: two failures are not the same game."""
-    before, after = (60, "before_reset", ((0, 0), (0, 0), (0.6, 1))), (60, "after_reset", ((0, 0), (0, 0), (0, 0)))
-    final = (100, "final", ((0, 0), (0, 0), (0, 0)))
-    write_run(tmp_path, [before, after, final], **SR, eval_episodes=3, extra="success", env_id="MiniGrid-LavaGapS5-v0")
+def test_resets_and_improvement_are_measured_by_success_as_well(tmp_path):
+    """Tasks are drawn anew: two failures are not the same game. Equal success at another return is a tie."""
+    curve = [*reset(60, ((0, 0), (0, 0), (0.6, 1)), ((0, 0),) * 3), final((0.5, 1), (0, 0), (0, 0))]
+    write_run(tmp_path, curve, **SR, eval_episodes=3, extra="success", env_id=LAVA)
     (row,) = collapse_rows(read(tmp_path))
     assert row.before == pytest.approx(1 / 3) and row.after == 0
-
-
-def test_the_probability_of_improvement_is_that_of_the_measure_in_the_table(tmp_path):
-    """Equal success at another return is a tie."""
-    for exp, value in ((DQN, 0.5), (RDE, 0.9)):
-        write_run(tmp_path, [(100, "final", ((value, 1), (0, 0)))], **exp, extra="success", env_id="MiniGrid-LavaGapS5-v0")
-    assert tables(read(tmp_path))["Probability of improvement"] == [
-        ("replay ratio 1", "RDE+DQN value", "DQN", 1, "0.500", "0.500")
-    ]
+    other = [*reset(60, ((0, 0), (0, 0), (0.9, 1)), ((0, 0),) * 3), final((0.9, 1), (0, 0), (0, 0))]
+    write_run(tmp_path, other, **RDE, eval_episodes=3, extra="success", env_id=LAVA)
+    improvement = tables(read(tmp_path))["Probability of improvement"]
+    assert improvement == [("replay ratio 1", "RDE+DQN value", "SR+DQN", 1, "0.500", "0.500")]
 
 
 def test_a_run_without_success_beside_one_with_it(minigrid, call):
     """Then the score is what both have, in this game."""
-    for env_id in ("MiniGrid-LavaGapS5-v0", "MiniGrid-LavaGapS6-v0"):
+    for env_id in (LAVA, "MiniGrid-LavaGapS6-v0"):
         foreign = {"env_id": env_id, "exp_name": "ppo", "total_timesteps": 80}
-        write_run(minigrid, [(40, "scheduled", (0.1, 0.2)), (80, "final", (0.3, 0.4))], games=[(60, 0.5)], **foreign)
+        write_run(minigrid, [(40, "scheduled", (0.1, 0.2)), final(0.3, 0.4, step=80)], games=[(60, 0.5)], **foreign)
     (own, foreign, other) = tables(read(minigrid))["Scores"]
-    assert (
-        (own[4], foreign[4], other[4]) == ("score", "score", "score") and own[5].startswith("0.240 (") and foreign[5] == "0.350"
-    )
+    assert (own[4], foreign[4], other[4]) == ("score", "score", "score")
+    assert own[5].startswith("0.240 (") and foreign[5] == "0.350"
     call(minigrid)
-    names = {file.name for file in (minigrid / "results").iterdir()}
-    assert {"learning_curves.png", "training_games.png", "results.csv", "table.md"} <= names
+    files = files_of(minigrid / "results")
+    assert {"learning_curves.png", "training_games.png", "results.csv", "table.md"} <= files.keys()
     rows = [row for row in read_csv(minigrid / "results" / "results.csv") if row["method"] == "ppo"]
     assert [row["success"] for row in rows] == ["", "", "", ""]
 
@@ -812,9 +692,8 @@ def test_a_run_without_success_beside_one_with_it(minigrid, call):
 @pytest.fixture
 def safety(tmp_path):
     for seed in (1, 2):
-        evaluations = [(50, "before_reset", ((100.0 * seed, 30.0), (200.0, 10.0))),
-                       (50, "after_reset", ((20.0, 40.0), (20.0, 60.0))),
-                       (100, "final", ((300.0, 5.0), (310.0, 5.0)))]  # fmt: skip
+        evaluations = [*reset(50, ((100.0 * seed, 30.0), (200.0, 10.0)), ((20.0, 40.0), (20.0, 60.0))),
+                       final((300.0, 5.0), (310.0, 5.0))]  # fmt: skip
         games = [(10, (1.0, 50.0)), (41, (3.0, 25.0)), (60, (5.0, 26.0 * seed)), (100, (7.0, 0.0))]  # at the limit is not above
         args = {"env_id": "SafetyHopperVelocity-v1", "exp_name": "rde_sac_safety", "cost_limit": 25.0}
         args |= {"num_agents": 2, "reset_interval": 5, "beta": 50.0}
@@ -826,40 +705,29 @@ def test_cost_by_hand(safety):
     runs = plot.runs_of(read(safety))
     assert runs.total_cost.tolist() == [101.0, 127.0] and runs.violations.tolist() == [2, 2] and runs.games.tolist() == [4, 4]
     (row,) = tables(read(safety))["Cost"]
-    assert row == (
-        "HopperVelocity",
-        "1",
-        "RDE+SAC-Lag value",
-        2,
-        "25",
-        "114 (101, 127)",
-        "4.00 (4.00, 4.00)",
-        "2.00 (2.00, 2.00)",
-    )
+    assert row[:5] == ("HopperVelocity", "1", "RDE+SAC-Lag value", 2, "25")
+    assert row[5:] == ("114 (101, 127)", "4.00 (4.00, 4.00)", "2.00 (2.00, 2.00)")
     assert tables(read(safety).assign(cost_limit=math.inf))["Cost"][0][4] == "inf"
-
-
-def test_cost_around_a_reset_by_hand(safety):
-    costs = lambda **args: [row[-1] for row in tables(read(safety), **args)["Collapse of a reset"]]
-    assert costs() == ["20.0 → 50.0", "37.5 → 19.5"] and costs(reset_window=10)[1] == "25.0 → 39.0"
+    of_resets = lambda **args: [row[-1] for row in tables(read(safety), **args)["Collapse of a reset"]]
+    assert of_resets() == ["20.0 → 50.0", "37.5 → 19.5"] and of_resets(reset_window=10)[1] == "25.0 → 39.0"
 
 
 def test_cost_beside_return_with_its_limit(safety):
     for name, label, last in (("training_games", "training", 0.0), ("learning_curves", "evaluation", 5.0)):
-        returns, costs = pictures(read(safety))[name].axes
+        returns, costs = picture(read(safety), name).axes
         assert (returns.get_ylabel(), costs.get_ylabel()) == (f"{label} score", f"{label} cost")
         assert costs.get_title(loc="left") == "HopperVelocity: cost" and returns.get_xlim() == costs.get_xlim()
         assert set(lines_of(returns)) == {"RDE+SAC-Lag value"} and set(lines_of(costs)) == {"RDE+SAC-Lag value", "cost limit"}
-        limit = next(line for line in costs.lines if line.get_label() == "cost limit")
-        assert list(limit.get_ydata()) == [25.0, 25.0] and lines_of(costs)["RDE+SAC-Lag value"][1, -1] == last
-    assert 50.0 in lines_of(pictures(read(safety))["learning_curves"].axes[1])["RDE+SAC-Lag value"][1]
-    costs = pictures(read(safety).assign(cost_limit=math.inf))["training_games"].axes[1]
+        assert lines_of(costs)["cost limit"][1].tolist() == [25.0, 25.0]
+        assert lines_of(costs)["RDE+SAC-Lag value"][1, -1] == last
+    assert 50.0 in lines_of(costs)["RDE+SAC-Lag value"][1]
+    costs = picture(read(safety).assign(cost_limit=math.inf), "training_games").axes[1]
     assert set(lines_of(costs)) == {"RDE+SAC-Lag value"}
 
 
 def test_a_limit_may_be_infinite_or_absent(tmp_path):
     for seed, limit in ((1, {}), (2, {"cost_limit": None}), (3, {"cost_limit": math.inf})):
-        write_run(tmp_path / str(seed), [(100, "final", ((1.0, 0.0), (2.0, 0.0)))], extra="cost", seed=seed, **limit)
+        write_run(tmp_path / str(seed), [final((1.0, 0.0), (2.0, 0.0))], extra="cost", seed=seed, **limit)
         assert set(read(tmp_path / str(seed)).cost_limit) == {math.inf}
 
 
@@ -867,51 +735,42 @@ def test_a_limit_may_be_infinite_or_absent(tmp_path):
 
 
 @pytest.fixture
-def published(tmp_path):
-    """Published scores of two games, of one a single method's."""
-    file = tmp_path / "published.csv"
-    file.write_text(
-        "# A comment.\ngame,method,score,source\nAlien,BBF,1173.2,somewhere\nAlien,DER,802.3,\nFreeway,BBF,25.5,\nPong,BBF,1,\n"
-    )
-    for env_id, score in ((ALIEN, 500.0), (FREEWAY, 10.0)):
-        for seed in (1, 2):
-            write_run(tmp_path / "runs", [FINAL], games=[(50, 1.0), (90, score * seed)], env_id=env_id, seed=seed)
-    return file
+def own_games(tmp_path):
+    for (env_id, score), seed in itertools.product(((ALIEN, 500.0), (FREEWAY, 10.0)), (1, 2)):
+        write_run(tmp_path / "runs", [FINAL], games=[(50, 1.0), (90, score * seed)], env_id=env_id, seed=seed)
+    return tmp_path / "runs"
 
 
-def test_published_scores_stand_beside_training_games(published, tmp_path, call):
-    call(tmp_path / "runs", "--out-dir", tmp_path / "out", "--references", published)
-    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    part = table[table.index("## Published scores, beside training games") :]
+def test_published_scores_stand_beside_training_games(own_games, tmp_path, call):
+    """Of two games, of one a single method's."""
+    (tmp_path / "published.csv").write_text("# A comment.\ngame,method,score,source\nAlien,BBF,1173.2,somewhere\n"
+                                            "Alien,DER,802.3,\nFreeway,BBF,25.5,\nPong,BBF,1,\n")  # fmt: skip
+    call(own_games, "--out-dir", tmp_path / "out", "--references", tmp_path / "published.csv")
+    part = table_of(tmp_path / "out").partition("## Published scores, beside training games")[2]
     assert "beside the TRAINING games" in part and "not beside its evaluations" in part
     own, bbf = [(750 - 227.8) / 6899.9, 15 / 29.6], [(1173.2 - 227.8) / 6899.9, 25.5 / 29.6]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
-    assert rows[1:] == [
-        ["Alien", "DQN, replay ratio 1", "750", f"{own[0]:.3f}"],
-        ["Alien", "BBF (published)", "1173", f"{bbf[0]:.3f}"],
-        ["Alien", "DER (published)", "802", f"{(802.3 - 227.8) / 6899.9:.3f}"],
-        ["Freeway", "DQN, replay ratio 1", "15.0", f"{own[1]:.3f}"],
-        ["Freeway", "BBF (published)", "25.5", f"{bbf[1]:.3f}"],
-        ["IQM of 2 games, replay ratio 1", "DQN", "-", f"{np.mean(own):.3f}"],
-        ["IQM of 2 games, replay ratio 1", "BBF (published)", "-", f"{np.mean(bbf):.3f}"],  # DER is not known of Freeway
+    assert [line for line in part.splitlines() if line.startswith("| ")][1:] == [
+        f"| Alien | DQN, replay ratio 1 | 750 | {own[0]:.3f} |",
+        f"| Alien | BBF (published) | 1173 | {bbf[0]:.3f} |",
+        f"| Alien | DER (published) | 802 | {(802.3 - 227.8) / 6899.9:.3f} |",
+        f"| Freeway | DQN, replay ratio 1 | 15.0 | {own[1]:.3f} |",
+        f"| Freeway | BBF (published) | 25.5 | {bbf[1]:.3f} |",
+        f"| IQM of 2 games, replay ratio 1 | DQN | - | {np.mean(own):.3f} |",
+        f"| IQM of 2 games, replay ratio 1 | BBF (published) | - | {np.mean(bbf):.3f} |",  # DER is not known of Freeway
     ]
 
 
-def test_published_scores_are_lines_in_the_picture_over_games(published, tmp_path):
+def test_published_scores_are_lines_in_the_picture_over_games(own_games):
     """Also of a published method of the same name."""
-    scores = [
-        (ALIEN, "DQN (published)", 600.0, 0.1),
-        (FREEWAY, "DQN (published)", 9.0, 0.3),
-        (ALIEN, "DER (published)", 8.0, 0.0),
-    ]
+    scores = [(ALIEN, "DQN (published)", 600.0, 0.1), (FREEWAY, "DQN (published)", 9.0, 0.3),
+              (ALIEN, "DER (published)", 8.0, 0.0)]  # fmt: skip
     published = pd.DataFrame(scores, columns=["env_id", "method", "score", "normalized"])
-    figure = pictures(read(tmp_path / "runs"), published)["aggregate_training_games"]
+    figure = picture(read(own_games), "aggregate_training_games", published=published)
     (axes,) = figure.axes
     assert set(lines_of(axes)) == {"DQN", "DQN (published)"} and lines_of(axes)["DQN (published)"][1].tolist() == [0.2, 0.2]
     own, level = (next(line for line in axes.lines if line.get_label() == name) for name in ("DQN", "DQN (published)"))
-    assert (
-        own.get_color() != level.get_color() and level.get_linestyle() == ":" and "published: evaluations" in footnote(figure)
-    )
+    assert own.get_color() != level.get_color() and level.get_linestyle() == ":"
+    assert "published: evaluations" in figure.get_supxlabel()
 
 
 def test_the_published_scores_that_come_along(tmp_path, call):
@@ -931,27 +790,23 @@ def test_the_published_scores_that_come_along(tmp_path, call):
 # -------------------------------------------------------------------------------------------------------- the whole of it
 
 
+METHODS = ["DQN", "SR+DQN", "RDE+DQN value β = 3"]
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """2 games x 3 methods x 2 replay ratios x 2 seeds, and an unfinished run; and what one call makes of it.
 
     Called by a notebook, in a terminal that knows ASCII, and with paths in the home folder.
     """
-    path = tmp_path_factory.mktemp("study")
-    random = np.random.default_rng(0)
-    for env_id in (ALIEN, FREEWAY):
-        for exp in (DQN, SR, RDE | {"beta": 3.0}):
-            for replay_ratio in (1.0, 4.0):
-                for seed in (1, 2):
-                    scores = random.uniform(10, 20, size=(6, 2)).round(2)
-                    evaluations = [(step, phase, own) for (step, phase, _), own in zip(RESET_CURVE, scores)]
-                    if exp is DQN:
-                        evaluations = [
-                            (step, "final" if step == 100 else "scheduled", own)
-                            for step, phase, own in evaluations
-                            if phase != "after_reset"
-                        ]
-                    write_run(path / "runs", evaluations, **exp, env_id=env_id, replay_ratio=replay_ratio, seed=seed)
+    path, random = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+    for env_id, exp, ratio, seed in itertools.product((ALIEN, FREEWAY), (DQN, SR, RDE | {"beta": 3.0}), (1.0, 4.0), (1, 2)):
+        scores = random.uniform(10, 20, size=(6, 2)).round(2)
+        evaluations = [(step, phase, own) for (step, phase, _), own in zip(RESET_CURVE, scores)]
+        if exp is DQN:
+            evaluations = [(step, "final" if step == 100 else "scheduled", own) for step, phase, own in evaluations
+                           if phase != "after_reset"]  # fmt: skip
+        write_run(path / "runs", evaluations, **exp, env_id=env_id, replay_ratio=ratio, seed=seed)
     write_run(path / "runs", [(50, "scheduled", (1.0, 2.0))], name="stopped", seed=3)
     odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii", "HOME": str(path)}
     result = subprocess.run(
@@ -982,40 +837,32 @@ def test_the_short_table_fits_with_long_names(tmp_path, call, capsys):
 
 def test_results_csv(study):
     path, _ = study
-    rows = read_csv(path / "out" / "results.csv")
+    rows = pd.read_csv(path / "out" / "results.csv")
     columns = "run env_id method replay_ratio seed global_step phase episodes score human_normalized_score"
-    assert list(rows[0]) == columns.split() and len(rows) == 2 * 2 * 2 * (4 + 6 + 6)
-    assert len({row["run"] for row in rows}) == 24 and sum(row["phase"] == "final" for row in rows) == 24
-    for row in rows:
-        scores = [float(e["episodic_return"]) for e in read_csv(path / "runs" / row["run"] / "evaluations.csv")
-                  if (e["global_step"], e["phase"]) == (row["global_step"], row["phase"])]  # fmt: skip
-        low, high = {ALIEN: (227.8, 7127.7), FREEWAY: (0.0, 29.6)}[row["env_id"]]
-        assert int(row["episodes"]) == 2 == len(scores) and float(row["score"]) == pytest.approx(sum(scores) / 2)
-        assert float(row["human_normalized_score"]) == pytest.approx((float(row["score"]) - low) / (high - low))
-        assert f"__{row['seed']}__" in row["run"] and row["method"] in ("DQN", "SR+DQN", "RDE+DQN value β = 3")
-        assert row["replay_ratio"] in ("1", "4")
+    assert list(rows) == columns.split() and len(rows) == 2 * 2 * 2 * (4 + 6 + 6) and set(rows.episodes) == {2}
+    assert rows.run.nunique() == 24 == sum(rows.phase == "final") and set(rows.method) == set(METHODS)
+    assert set(rows.replay_ratio) == {1, 4}
+    for row in rows.itertuples():
+        scores = pd.read_csv(path / "runs" / row.run / "evaluations.csv").groupby(["global_step", "phase"]).episodic_return
+        assert row.score == pytest.approx(scores.mean()[row.global_step, row.phase]) and f"__{row.seed}__" in row.run
+        assert row.human_normalized_score == pytest.approx(plot.normalized_score(row.env_id, row.score))
 
 
 def test_table(study):
+    """Of one method and game its cells; of all the rows."""
     path, _ = study
-    table = table_of(path / "out")
-    rows = [row for row in read_csv(path / "out" / "results.csv")
-            if (row["env_id"], row["method"], row["replay_ratio"]) == (FREEWAY, "RDE+DQN value β = 3", "4")]  # fmt: skip
-    final = [float(row["score"]) for row in rows if row["phase"] == "final"]
-    before, after = (
-        np.mean([float(r["score"]) for r in rows if r["phase"] == phase]) for phase in ("before_reset", "after_reset")
-    )
-    assert (
-        f"| Freeway | 4 | RDE+DQN value β = 3 | 2 | score | {np.mean(final):.1f} ({final[0]:.1f}, {final[1]:.1f}) | " in table
-    )
+    table, rows = table_of(path / "out"), pd.read_csv(path / "out" / "results.csv")
+    own = rows[(rows.env_id == FREEWAY) & (rows.method == METHODS[2]) & (rows.replay_ratio == 4)]
+    first, second = own.score[own.phase == "final"]
+    before, after = (own.score[own.phase == phase].mean() for phase in ("before_reset", "after_reset"))
+    assert f"| Freeway | 4 | {METHODS[2]} | 2 | score | {(first + second) / 2:.1f} ({first:.1f}, {second:.1f}) | " in table
     collapse = f"{before:.1f} | {after:.1f} | {plot.number(after / before)} ("
-    assert f"| Freeway | 4 | RDE+DQN value β = 3 | evaluations | 4 | {collapse}" in table
+    assert f"| Freeway | 4 | {METHODS[2]} | evaluations | 4 | {collapse}" in table
     assert table.endswith("- 24 runs\n- left out: stopped: not finished: there is no complete final evaluation\n")
     lines = table.splitlines()
     methods = [line.split(" | ")[2] for line in lines if line.startswith("| Alien | 1 | ")]
-    assert methods == ["DQN", "SR+DQN", "RDE+DQN value β = 3", "SR+DQN", "RDE+DQN value β = 3"]  # scores, then collapse
-    scores = [float(row["human_normalized_score"]) for row in read_csv(path / "out" / "results.csv")
-              if (row["method"], row["replay_ratio"], row["phase"]) == ("DQN", "1", "final")]  # fmt: skip
+    assert methods == [*METHODS, *METHODS[1:]]  # scores, then collapse
+    scores = rows.human_normalized_score[(rows.method == "DQN") & (rows.replay_ratio == 1) & (rows.phase == "final")]
     iqm = sum(sorted(scores)[1:3]) / 2  # of 4 scores, the middle two
     assert f"| human-normalized | replay ratio 1 | DQN | 2 | 2 | {plot.number(iqm)} |" in lines
     assert sum(line.startswith(("| replay ratio 1 | ", "| replay ratio 4 | ")) for line in lines) == 6  # three pairs each
@@ -1023,20 +870,16 @@ def test_table(study):
 
 
 def test_the_same_runs_give_the_same_files(study, tmp_path, call):
-    path, _ = study
     np.random.seed(99)
-    call(path / "runs", "--out-dir", tmp_path / "out")
-    names = sorted(
-        ["aggregate_curves.png", "collapse.png", "learning_curves.png", "results.csv", "table.md", "training_games.csv"]
-    )
-    for folder in (path / "out", tmp_path / "out"):
-        assert sorted(file.name for file in folder.iterdir()) == names
-    for name in names:
-        assert (path / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    call(study[0] / "runs", "--out-dir", tmp_path)
+    assert files_of(tmp_path) == files_of(study[0] / "out")
+    assert files_of(tmp_path).keys() == {"aggregate_curves.png", "collapse.png", "learning_curves.png", "results.csv",
+                                         "table.md", "training_games.csv"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def figures(study):
+    """All pictures of the study, as if its runs had training games."""
     games = plot.read_games([study[0] / "runs"])[0]
     training = [run[plot.RUN + ["at", "total_timesteps", "cost_limit", "measure"]].to_dict()
                 | {"phase": "training", "evaluation": -1, "step": step, "score": float(step * len(run.method) + run.seed)}
@@ -1056,102 +899,71 @@ def nothing_covers_another(figure) -> None:
         assert figure.bbox.x0 <= box.x0 + 1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
 
 
+FOOTNOTES = {
+    "learning_curves": "thin lines: single seeds; ▼ right after a reset",
+    "training_games": "thin lines: single seeds; training games: means over a tenth of the run",
+    "aggregate_curves": "",
+    "collapse": "dots: all resets of all seeds; circles: single seeds; dashed: nothing is lost",
+}
+
+
 @pytest.mark.parametrize("name", [*plot.CURVES, *plot.COLLAPSES])
 def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
-    figure, methods = figures[name], ["DQN", "SR+DQN", "RDE+DQN value β = 3"]
-    assert figure.bbox.width == 1800
+    """A method looks alike in all of them; panels that are compared share their axis; below it says what there is."""
+    figure, looks = figures[name], plot.looks_of(METHODS)
+    assert figure.bbox.width == 1800 and figure.get_supxlabel() == FOOTNOTES.get(name, figure.get_supxlabel())
     assert all(axes.get_xlabel() and axes.get_title(loc="left") for axes in figure.axes)
     if name.startswith("collapse"):
-        rows = [f"{method}, replay ratio {ratio}" for ratio in (1, 4) for method in methods[1:]]
+        rows = [f"{method}, replay ratio {ratio}" for ratio in (1, 4) for method in METHODS[1:]]
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == rows and not figure.legends
     else:
         (legend,) = figure.legends
-        assert [text.get_text() for text in legend.get_texts()] == methods
+        assert [text.get_text() for text in legend.get_texts()] == METHODS
         assert len(figure.axes) == (2 if name.startswith("aggregate") else 4)
         for axes, replay_ratio in zip(figure.axes, (1, 4, 1, 4)):
             assert axes.get_title(loc="left").endswith(f", replay ratio {replay_ratio}") and axes.get_ylabel()
-            assert list(lines_of(axes)) == methods
+            assert list(lines_of(axes)) == METHODS
+    if name in ("learning_curves", "training_games"):
+        one, four, *freeway = (axes.get_ylim() for axes in figure.axes)
+        assert one == four and freeway[0] == freeway[1] and (one != freeway[0] or name == "training_games")
+    for line in [line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"]:
+        assert to_hex(line.get_color()).upper() == looks[line.get_label().split(", replay ratio")[0]][0].upper()
     nothing_covers_another(figure)
-
-
-def test_footnotes_name_what_is_there(figures, minigrid, tmp_path):
-    """The replay ratio where there is one; thin lines, bands, triangles, windows of training games."""
-    assert footnote(figures["learning_curves"]) == "thin lines: single seeds; ▼ right after a reset"
-    assert footnote(figures["training_games"]) == "thin lines: single seeds; training games: means over a tenth of the run"
-    assert footnote(figures["aggregate_curves"]) == ""
-    assert footnote(figures["collapse"]) == "dots: all resets of all seeds; circles: single seeds; dashed: nothing is lost"
-    assert footnote(pictures(read(minigrid))["learning_curves"]) == "replay ratio 1; bands: 95 % intervals over seeds"
-    write_run(tmp_path / "one", [FINAL], replay_ratio=0.25)
-    assert footnote(pictures(read(tmp_path / "one"))["learning_curves"]) == "replay ratio 0.25"
 
 
 @pytest.mark.parametrize("num_seeds, num_thin, alpha", [(1, 0, None), (2, 4, 0.5), (3, 6, 0.25), (4, 8, 0.25), (5, 0, None)])
 def test_few_seeds_are_lines_and_many_a_band(tmp_path, num_seeds, num_thin, alpha):
+    """And below stands the replay ratio, if there is one."""
     for exp, seed in itertools.product((DQN, SR), range(num_seeds)):
-        write_run(tmp_path, [(50, "scheduled", (seed, seed)), FINAL], **exp, seed=seed)
-    (axes,) = pictures(read(tmp_path))["learning_curves"].axes
-    assert len(thin_lines(axes)) == num_thin and {line.get_alpha() for line in thin_lines(axes)} == (
-        {alpha} if alpha else set()
-    )
+        write_run(tmp_path, [(50, "scheduled", (seed, seed)), FINAL], **exp, seed=seed, replay_ratio=0.25)
+    (axes,) = picture(read(tmp_path), "learning_curves").axes
+    assert [line.get_alpha() for line in thin_lines(axes)] == [alpha] * num_thin
     assert [len(band.get_paths()) for band in axes.collections] == [num_seeds == 5] * 2
-
-
-def test_panels_that_are_compared_share_their_axis(figures, minigrid):
-    for name in ("learning_curves", "training_games"):
-        one, four, *freeway = (axes.get_ylim() for axes in figures[name].axes)
-        assert one == four and freeway[0] == freeway[1] and (one != freeway[0] or name == "training_games")
-    assert pictures(read(minigrid))["learning_curves"].axes[0].get_ylim() == (-0.03, 1.03)
-
-
-def at_of(games: pd.DataFrame) -> dict:
-    return (
-        games.drop_duplicates("run")
-        .groupby("at")
-        .apply(lambda rows: sorted(zip(rows.method, rows.replay_ratio)), include_groups=False)
-        .to_dict()
-    )
+    meaning = "bands: 95 % intervals over seeds" if num_seeds == 5 else "thin lines: single seeds" if num_thin else ""
+    assert axes.figure.get_supxlabel() == "; ".join(filter(None, ["replay ratio 0.25", meaning]))
 
 
 def test_methods_of_equal_cost_stand_in_one_panel(tmp_path):
     """If for every ensemble there are single agents of its cost; else a replay ratio is what is compared."""
     for exp, replay_ratio in ((DQN, 1), (SR, 1), (SR, 2), (RDE, 1)):
         write_run(tmp_path, RESET_CURVE, **exp, replay_ratio=replay_ratio, name=f"{exp['exp_name']}{replay_ratio}")
-    assert at_of(read(tmp_path)) == {
-        "replay ratio × agents = 1": [("DQN", 1), ("SR+DQN", 1)],
-        "replay ratio × agents = 2": [("RDE+DQN value", 1), ("SR+DQN", 2)],
-    }  # fmt: skip
-    one, two = pictures(read(tmp_path))["learning_curves"].axes
+    compared = lambda games: set(zip(games["at"], games.method, games.replay_ratio))
+    assert compared(read(tmp_path)) == {
+        ("replay ratio × agents = 1", "DQN", 1), ("replay ratio × agents = 1", "SR+DQN", 1),
+        ("replay ratio × agents = 2", "RDE+DQN value", 1), ("replay ratio × agents = 2", "SR+DQN", 2)}  # fmt: skip
+    one, two = picture(read(tmp_path), "learning_curves").axes
     assert set(lines_of(one)) == {"DQN", "SR+DQN"} and set(lines_of(two)) == {"SR+DQN", "RDE+DQN value"}
     write_run(tmp_path, RESET_CURVE, **RDE, replay_ratio=2, name="rde2")  # nothing costs 4
-    assert at_of(read(tmp_path)) == {
-        "replay ratio 1": [("DQN", 1), ("RDE+DQN value", 1), ("SR+DQN", 1)],
-        "replay ratio 2": [("RDE+DQN value", 2), ("SR+DQN", 2)],
-    }  # fmt: skip
+    assert compared(read(tmp_path)) == {
+        ("replay ratio 1", "DQN", 1), ("replay ratio 1", "RDE+DQN value", 1), ("replay ratio 1", "SR+DQN", 1),
+        ("replay ratio 2", "RDE+DQN value", 2), ("replay ratio 2", "SR+DQN", 2)}  # fmt: skip
 
 
 def test_short_studies_have_plain_steps(tmp_path):
     for total, label, last in ((9_999, "environment steps", 9_999), (10_000, "environment steps (thousands)", 10)):
-        write_run(tmp_path / str(total), [(total, "final", (1.0, 2.0))], total_timesteps=total, games=[(total, 1.0)])
+        write_run(tmp_path / str(total), [final(1.0, 2.0, step=total)], total_timesteps=total, games=[(total, 1.0)])
         for figure in pictures(read(tmp_path / str(total))).values():
             assert figure.axes[0].get_xlabel() == label and figure.axes[0].lines[-2].get_xdata()[-1] == last
-
-
-def test_a_method_looks_alike_in_all_pictures_of_a_study(figures):
-    looks = plot.looks_of(["DQN", "SR+DQN", "RDE+DQN value β = 3"])
-    for name, figure in figures.items():
-        for axes in figure.axes:
-            for line in axes.lines:
-                method = line.get_label().split(", replay ratio")[0]
-                if method[0] != "_":
-                    assert to_hex(line.get_color()).upper() == looks[method][0].upper(), name
-
-
-def test_resets_are_marked(figures):
-    """A triangle at the mean over seeds of the score right after each reset, none for DQN."""
-    triangles = [
-        line for line in figures["learning_curves"].axes[0].lines if line.get_marker() == "v" and len(line.get_xdata())
-    ]
-    assert [list(line.get_xdata()) for line in triangles] == [[60, 80], [60, 80]]
 
 
 def test_training_curve_by_hand(tmp_path):
@@ -1167,7 +979,7 @@ def test_training_curve_by_hand(tmp_path):
         (1, 5): 2.0, (1, 10): 14 / 3, (1, 15): 8.0, (1, 20): 6.0, (1, 100): 7.0,
         (2, 5): 5.0, (2, 10): 5.0, (2, 15): 20.0, (2, 20): 20.0, (2, 100): 1.0,
     }  # fmt: skip
-    (axes,) = pictures(games[games.seed < 3])["training_games"].axes
+    (axes,) = picture(games[games.seed < 3], "training_games").axes
     steps = [5, 10, 15, 20, 100]  # only where both seeds have games
     np.testing.assert_allclose(lines_of(axes)["DQN"], [steps, [3.5, (14 / 3 + 5) / 2, 14.0, 13.0, 4.0]])
 
@@ -1182,6 +994,7 @@ def test_training_scores_by_hand(tmp_path):
 
 
 def test_learning_curve_is_the_mean_over_seeds(study, figures):
+    """With a triangle right after each reset, and none for DQN."""
     games = plot.read_games([study[0] / "runs"])[0]
     rows = plot.evaluations_of(games[(games.env_id == ALIEN) & (games.replay_ratio == 1) & (games.method == "SR+DQN")])
     scores = [of_run.score.to_numpy() for _, of_run in rows.groupby("run")]
@@ -1189,6 +1002,9 @@ def test_learning_curve_is_the_mean_over_seeds(study, figures):
     np.testing.assert_allclose(lines_of(axes)["SR+DQN"], [[50, 60, 60, 80, 80, 100], np.mean(scores, axis=0)])
     curves = [line.get_ydata() for line in thin_lines(axes) if len(line.get_ydata()) == 6]
     assert all(any(np.allclose(curve, own) for curve in curves) for own in scores)
+    triangles = [line.get_data() for line in axes.lines if line.get_marker() == "v" and len(line.get_xdata())]
+    assert [list(steps) for steps, _ in triangles] == [[60, 80]] * 2
+    np.testing.assert_allclose(triangles[0][1], np.mean(scores, axis=0)[[2, 4]])
 
 
 @pytest.mark.parametrize("num_games", [1, 3, 5, 10])
@@ -1196,10 +1012,9 @@ def test_many_games_and_many_methods_fit(tmp_path, num_games):
     for game in [*plot.RANDOM_AND_HUMAN_SCORES][:num_games]:
         for exp in (SR, RDE, RDE | {"exp_name": "rde_dqn_tau_0.00125_reset-interval_80000"}):
             write_run(tmp_path, RESET_CURVE, **exp, env_id=f"{game}NoFrameskip-v4")
-    figures = pictures(read(tmp_path))
-    assert [len(figures[name].axes) for name in ("learning_curves", "collapse")] == [num_games, num_games]
-    for name in ("learning_curves", "collapse"):
-        nothing_covers_another(figures[name])
+    for figure in pictures(read(tmp_path), "learning_curves", "collapse").values():
+        assert len(figure.axes) == num_games
+        nothing_covers_another(figure)
 
 
 def test_odd_names_stop_nothing(tmp_path, call):
@@ -1216,42 +1031,30 @@ def test_one_run_is_enough(tmp_path, call):
     """One seed of one game of an unknown scale."""
     write_run(tmp_path / "runs", [FINAL], env_id="my/odd game-v0", name="one")
     call(tmp_path / "runs" / "one", "--out-dir", tmp_path / "out")
-    names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["learning_curves.png", "results.csv", "table.md", "training_games.csv"]
+    assert files_of(tmp_path / "out").keys() == {"learning_curves.png", "results.csv", "table.md", "training_games.csv"}
 
 
 # ---------------------------------------------------------------------------------------------------- results/redraw.sh
 
 
-def test_a_study_is_drawn_again(tmp_path):
+def test_a_study_is_drawn_again(tmp_path, call):
     """From its archive, or its results.csv, into its folder, with the pictures that it has and nothing else."""
     (tmp_path / "plot_benchmark.py").symlink_to(ROOT / "plot_benchmark.py")
     results = tmp_path / "results"
     for study in ("mine", "cheetah_run_sac", "lunar_lander"):
-        write_run(tmp_path / study, RESET_CURVE, games=[(30, 7.0)], **SR)
         (results / study).mkdir(parents=True)
         (results / study / "collapse_training_games.png").write_text("of another time")
     (results / "redraw.sh").write_text((ROOT / "results" / "redraw.sh").read_text())
+    write_run(tmp_path / "runs", RESET_CURVE, games=[(30, 7.0)], **SR)
     with tarfile.open(results / "mine" / "runs.tar.xz", "w:xz") as archive:
-        archive.add(tmp_path / "mine", ".")
-    subprocess.run(
-        [sys.executable, ROOT / "plot_benchmark.py", tmp_path / "cheetah_run_sac", "--out-dir", results / "cheetah_run_sac"],
-        check=True,
-    )
+        archive.add(tmp_path / "runs", ".")
+    call(tmp_path / "runs", "--out-dir", results / "cheetah_run_sac")
     subprocess.run(["bash", results / "redraw.sh"], env=os.environ | {"PYTHON": sys.executable}, check=True)
-    names = {
-        study: {file.name for file in (results / study).iterdir()} for study in ("mine", "cheetah_run_sac", "lunar_lander")
-    }
-    assert names["mine"] == {"runs.tar.xz", "table.md", "learning_curves.png", "collapse.png"}
-    assert names["cheetah_run_sac"] == {
-        "results.csv",
-        "training_games.csv",
-        "table.md",
-        "learning_curves.png",
-        "training_games.png",
-        "collapse.png",
-    }
-    assert names["lunar_lander"] == {"collapse_training_games.png"}
+    drawn = {"table.md", "learning_curves.png", "collapse.png"}
+    assert files_of(results / "mine").keys() == drawn | {"runs.tar.xz"}
+    of_csv = {"results.csv", "training_games.csv", "training_games.png"}
+    assert files_of(results / "cheetah_run_sac").keys() == drawn | of_csv
+    assert files_of(results / "lunar_lander").keys() == {"collapse_training_games.png"}
 
 
 def test_the_packed_studies_are_read_whole():

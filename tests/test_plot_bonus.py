@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from conftest import ROOT, run_script
+from conftest import ROOT, load_script, only_run, run_main
 
 sys.path.insert(0, str(ROOT))
 
@@ -26,13 +26,9 @@ RUN = (
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bonus")
-    assert run_script("rnd_dqn_atari", *RUN, "--runs-dir", folder).returncode == 0
-    return next(folder.iterdir())
-
-
-def plot(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["plot_bonus.py", *map(str, arguments)])
-    plot_bonus.main()
+    result = run_main(load_script("rnd_dqn_atari"), *RUN, "--runs-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return only_run(folder)
 
 
 def test_screens_are_those_that_differ_most():
@@ -42,13 +38,20 @@ def test_screens_are_those_that_differ_most():
     assert sorted(plot_bonus.different_screens(frames, 10)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path, monkeypatch):
-    """Of the models since learning starts; each by its own predictor, statistics and deviation, here written out."""
-    plot(monkeypatch, run_folder, "--screens", 3, "--steps", 50, "--out-dir", tmp_path)
-    table = pd.read_csv(tmp_path / "bonus.csv")
-    assert (tmp_path / "bonus.png").stat().st_size > 10_000
+def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path):
+    """Of the models since learning starts; each by its own predictor, statistics and deviation, here written out.
+
+    As a command, with a notebook's backend, and paths in the home folder.
+    """
+    (tmp_path / "run").symlink_to(run_folder)
+    odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(tmp_path)}
+    command = [sys.executable, ROOT / "plot_bonus.py", *"~/run --screens 3 --steps 50 --out-dir ~/out".split()]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | odd, check=True)
+    assert set(os.listdir(tmp_path / "out")) == {"bonus.png", "bonus.csv", "screens.png"}
+    assert (tmp_path / "out" / "bonus.png").stat().st_size > 10_000
+    table = pd.read_csv(tmp_path / "out" / "bonus.csv")
     assert sorted(table.step.unique()) == [100, 150, 200]
-    assert table.groupby(["step", "kind"]).screen.apply(list).map(lambda screens: screens == [0, 1, 2]).all()
+    assert set(table.groupby(["step", "kind"]).screen.apply(tuple)) == {(0, 1, 2)}
 
     args, models = plot_bonus.load(run_folder)
     env = plot_bonus.rnd.make_env(args)
@@ -57,82 +60,56 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path, monkeypatch):
     frames = plot_bonus.played_screens(args, agent, 50, 0.3)
     assert frames.shape == (50, 84, 84) and np.array_equal(frames, plot_bonus.played_screens(args, agent, 50, 0.3))
     screens = frames[plot_bonus.different_screens(frames, 3)].astype(np.float64)
+    deviation_of = lambda moments: (moments["squares"] / moments["count"]).sqrt().numpy()
     for step, weights in models.items():
-        state = weights["rnd"]
-        deviation = (state["frame_moments"]["squares"] / state["frame_moments"]["count"]).sqrt().numpy()
+        of_frames, scale = weights["rnd"]["frame_moments"], deviation_of(weights["rnd"]["return_moments"])
         agent.load_weights(weights)
-        scale = (state["return_moments"]["squares"] / state["return_moments"]["count"]).sqrt().item()
         for kind, shown in (("screen", screens), ("upside down", screens[:, ::-1])):
-            inputs = ((shown - state["frame_moments"]["mean"].numpy()) / np.maximum(deviation, 1e-4)).clip(-5, 5)
+            inputs = ((shown - of_frames["mean"].numpy()) / np.maximum(deviation_of(of_frames), 1e-4)).clip(-5, 5)
             inputs = torch.tensor(inputs, dtype=torch.float32).unsqueeze(1)
             with torch.no_grad():
-                errors = (agent.rnd.predictor(inputs) - agent.rnd.target(inputs)).square().mean(dim=1)
+                errors = (agent.rnd.predictor(inputs) - agent.rnd.target(inputs)).square().mean(dim=1).numpy()
             rows = table[(table.step == step) & (table.kind == kind)]
-            np.testing.assert_allclose(rows.error, errors.numpy(), rtol=1e-3)
-            np.testing.assert_allclose(rows.bonus, errors.numpy() / scale, rtol=1e-3)
+            np.testing.assert_allclose(rows.error, errors, rtol=1e-3)
+            np.testing.assert_allclose(rows.bonus, errors / scale, rtol=1e-3)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["nowhere"], "nowhere is not the folder of a run: "), (["--screens", "9"], "--screens must be 1 to 8"),
-    (["--steps", "2"], "--steps at least as many"), (["--epsilon", "2"], "--epsilon in [0, 1]"),
-])  # fmt: skip
-def test_wrong_arguments(options, message, run_folder, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as end:
-        plot(monkeypatch, *([] if options[0] == "nowhere" else [run_folder]), *options)
-    printed = capsys.readouterr()
-    assert end.value.code == 2 and printed.out == ""
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
-
-
-def test_a_run_without_models_on_its_way(run_folder, tmp_path, monkeypatch, capsys):
-    for name in ("args.json", "model.pt"):
-        (tmp_path / name).write_bytes((run_folder / name).read_bytes())
-    with pytest.raises(SystemExit) as end:
-        plot(monkeypatch, tmp_path)
-    assert end.value.code == 2 and "kept no models on its way" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name, content", [
-    ("model.pt", b""), ("model.pt", b"PK\3\4"), ("args.json", b"{"), ("args.json", b'{"script": "dqn_atari.py", "script_sha256": "", "args": {}}'),
-])  # fmt: skip
-def test_a_folder_that_is_damaged_or_of_another_script(name, content, run_folder, tmp_path, monkeypatch, capsys):
-    shutil.copytree(run_folder, tmp_path / "run")
-    (tmp_path / "run" / name).write_bytes(content)
-    with pytest.raises(SystemExit) as end:
-        plot(monkeypatch, tmp_path / "run")
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert (
-        "model.pt is damaged, cut off, or holds more" if name == "model.pt" else "run is not the folder of a run: "
-    ) in error
-
-
-def test_a_notebooks_backend_and_a_path_in_the_home_folder(run_folder, tmp_path):
-    odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(tmp_path)}
-    (tmp_path / "run").symlink_to(run_folder)
-    command = [sys.executable, ROOT / "plot_bonus.py", "~/run", "--steps", "20", "--out-dir", "~/out"]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | odd, check=True)
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"bonus.png", "bonus.csv", "screens.png"}
-
-
-def test_the_picture_is_drawn_again_from_what_was_written(run_folder, tmp_path, monkeypatch, capsys):
-    """The table and the screens that it had are given to the picture once more; without the screens there is none."""
+def test_the_picture_is_drawn_again_from_what_was_written(run_folder, tmp_path, monkeypatch):
+    """The table and the screens that it had are given to the picture once more."""
     drawn, picture = [], plot_bonus.picture
     monkeypatch.setattr(plot_bonus, "picture", lambda *given: drawn.append(given) or picture(*given))
-    plot(monkeypatch, run_folder, "--screens", 2, "--steps", 50, "--out-dir", tmp_path)
-    (tmp_path / "bonus.png").unlink()
-    plot(monkeypatch, tmp_path / "bonus.csv")
-    assert (tmp_path / "bonus.png").stat().st_size > 10_000
+    for arguments in ([run_folder, "--screens", "2", "--steps", "50", "--out-dir", tmp_path], [tmp_path / "bonus.csv"]):
+        (tmp_path / "bonus.png").unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["plot_bonus.py", *map(str, arguments)])
+        plot_bonus.main()
+        assert (tmp_path / "bonus.png").stat().st_size > 10_000
     (_, screens, table, _), (title, screens_again, table_again, folder) = drawn
     assert title == "bonus" and folder is None
     np.testing.assert_array_equal(np.round(255 * screens_again), screens)
     pd.testing.assert_frame_equal(table_again, table, rtol=1e-4, check_dtype=False)
 
-    (tmp_path / "screens.png").unlink()
+
+@pytest.mark.parametrize("changes, options, message", [
+    ({}, ["nowhere"], "nowhere is not the folder of a run: "), ({}, ["run", "--screens", "9"], "--screens must be 1 to 8"),
+    ({}, ["run", "--steps", "2"], "--steps at least as many"), ({}, ["run", "--epsilon", "2"], "--epsilon in [0, 1]"),
+    ({"models": None}, ["run"], "kept no models on its way"),
+    ({"model.pt": b""}, ["run"], "model.pt is damaged, cut off, or holds more"),
+    ({"model.pt": b"PK\3\4"}, ["run"], "model.pt is damaged, cut off, or holds more"),
+    ({"bonus.csv": b"step,screen,kind,error,bonus\n100,0,screen,1,2\n"}, ["run/bonus.csv"], "run/bonus.csv cannot be drawn: "),
+    ({"args.json": b"{"}, ["run"], "run is not the folder of a run: "),
+    ({"args.json": b'{"script": "dqn_atari.py", "script_sha256": "", "args": {}}'}, ["run"], "run is not the folder of a run: "),
+])  # fmt: skip
+def test_wrong_arguments_and_folders(changes, options, message, run_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    for name, content in changes.items():
+        (tmp_path / "run" / name).write_bytes(content) if content is not None else shutil.rmtree(tmp_path / "run" / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot_bonus.py", *options])
     with pytest.raises(SystemExit) as end:
-        plot(monkeypatch, tmp_path / "bonus.csv")
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "bonus.csv cannot be drawn: " in error and error.count("\n") == 1
+        plot_bonus.main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
 
 
 def test_the_picture_says_what_is_what(run_folder):

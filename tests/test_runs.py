@@ -20,7 +20,6 @@ from conftest import (
     QUICK_CARTPOLE,
     ROOT,
     assert_same_end,
-    command,
     environment,
     equal,
     error_line,
@@ -28,6 +27,7 @@ from conftest import (
     model,
     only_run,
     put_environments,
+    read_csv,
     rows,
     run_main,
     scalars,
@@ -52,7 +52,7 @@ def test_equalities_between_the_scripts(runs, first, second):
 
 
 def test_two_seeds_and_a_reset_make_a_difference(runs):
-    """That one seed repeats to the bit, also in another process, is seen in test_resume.py."""
+    """That one seed repeats to the bit is seen below, and in test_resume.py."""
     one, other = runs("cartpole").path, runs("cartpole other seed").path
     assert all(rows(one, name) != rows(other, name) for name in ("episodes.csv", "evaluations.csv"))
     assert scalars(one) != scalars(other) and not equal(model(one), model(other))
@@ -69,37 +69,45 @@ GRADIENT_STEPS = {"dqn": 40, "rde": 40, "sac": 487, "cartpole": 100}
 LEARNING_STARTS = {"dqn": 200, "rde": 200, "sac": 100, "cartpole": 100}
 
 
-def due(name: str) -> list[tuple[int, str]]:
-    """When something is evaluated, and why."""
-    found = [(step, phase) for step in RESETS[name] for phase in ("before_reset", "after_reset")]
-    found += [(step, "scheduled") for step in SCHEDULED[name]] + [(LAST[name], "final")]
-    return sorted(found, key=lambda event: event[0])  # stable: before comes before after
+def evaluations_of(path) -> dict[tuple[int, str], list[float]]:
+    """The scores of every evaluation, by its step and phase."""
+    scores = {}
+    for step, phase, episode, score in rows(path, "evaluations.csv"):
+        scores.setdefault((int(step), phase), []).append(float(score))
+        assert int(episode) == len(scores[int(step), phase]) - 1
+    return scores
+
+
+def args_of(run):
+    """The script of a run, and its arguments."""
+    script = load_script(run.script)
+    return script, script.Args(**json.loads((run.path / "args.json").read_text())["args"])
 
 
 @pytest.mark.parametrize("name", RESETS)
 def test_the_files_of_a_run(runs, name):
     run = runs(name)
-    path, evaluated = run.path, 2 if name in ("dqn", "cartpole") else 1
+    path, num_episodes = run.path, 2 if name in ("dqn", "cartpole") else 1
     (events,) = [file.name for file in path.glob("events.out.tfevents.*")]
-    files = {"args.json", "episodes.csv", "evaluations.csv", "model.pt", "lock", f"{run.script}.py"}
-    assert {file.name for file in path.iterdir()} == files | {events}
+    files = {"args.json", "episodes.csv", "evaluations.csv", "model.pt", "lock", f"{run.script}.py", events}
+    assert {file.name for file in path.iterdir()} == files
     assert (path / f"{run.script}.py").read_bytes() == (ROOT / f"{run.script}.py").read_bytes()
 
-    evaluations = rows(path, "evaluations.csv")
-    assert [(int(step), phase) for step, phase, episode, _ in evaluations if episode == "0"] == due(name)
-    assert [episode for _, _, episode, _ in evaluations] == list("01"[:evaluated]) * len(due(name))
-    assert all(0 <= float(score) <= 1_000 for *_, score in evaluations)
+    evaluations = evaluations_of(path)
+    due = [(step, phase) for step in RESETS[name] for phase in ("before_reset", "after_reset")]
+    due += [(step, "scheduled") for step in SCHEDULED[name]] + [(LAST[name], "final")]
+    assert list(evaluations) == sorted(due, key=lambda event: event[0])  # stable: before comes before after
+    assert {len(scores) for scores in evaluations.values()} == {num_episodes}
+    assert all(0 <= score <= 1_000 for scores in evaluations.values() for score in scores)
 
-    with open(path / "episodes.csv") as file:
-        assert file.readline() == "global_step,episodic_return,episodic_length,wall_seconds\n"
-        episodes = [line.split(",") for line in file]
-    steps, seconds = [int(row[0]) for row in episodes], [float(row[3]) for row in episodes]
+    assert (path / "episodes.csv").read_text().startswith("global_step,episodic_return,episodic_length,wall_seconds\n")
+    episodes = [list(map(float, row.values())) for row in read_csv(path / "episodes.csv")]
+    steps, returns, lengths, seconds = zip(*episodes)
     assert len(steps) > 1 and 0 < steps[0] and steps[-1] <= LAST[name]
-    assert steps == sorted(steps) and seconds == sorted(seconds) and seconds[-1] > 0
-    assert all(0 <= float(row[1]) <= 1_000 for row in episodes)
-    lengths = [int(row[2]) for row in episodes]
+    assert sorted(steps) == list(steps) and sorted(seconds) == list(seconds) and seconds[-1] > 0
+    assert all(0 <= score <= 1_000 for score in returns)
     if name == "sac":
-        assert steps == [2_000, 2_000] and lengths == [1_000, 1_000]
+        assert steps == (2_000, 2_000) and lengths == (1_000, 1_000)
     elif name != "cartpole":
         assert all(length > 4 * 10 for length in lengths)  # in emulator frames
     assert all(tensor.isfinite().all() for tensor in tensors(model(path)))
@@ -111,11 +119,10 @@ def test_the_files_of_a_run(runs, name):
 )
 def test_args_json_says_what_was_run(runs, name, packages):
     run = runs(name)
-    script, content = load_script(run.script), json.loads((run.path / "args.json").read_text())
+    (script, args), content = args_of(run), json.loads((run.path / "args.json").read_text())
     assert set(content) == {"script", "script_sha256", "args", "versions", "device"}
     assert content["script"] == f"{run.script}.py" and content["device"] == "CPU"
     assert content["script_sha256"] == hashlib.sha256((run.path / content["script"]).read_bytes()).hexdigest()
-    args = script.Args(**content["args"])
     assert set(content["args"]) == {field.name for field in dataclasses.fields(script.Args)}
     assert (args.total_timesteps, args.eval_episodes) == (LAST[name], 2 if name == "cartpole" else 1)
     assert run.path.name == script.run_name(args)
@@ -177,16 +184,11 @@ def test_the_curves_of_tensorboard(runs, name):
 @pytest.mark.parametrize("name", ["rde", "cartpole"])
 def test_a_curve_of_evaluations_has_one_point_at_a_step(runs, name):
     """In eval/ stands what the run is worth: at a reset, before it. Around resets there are curves of their own."""
-    path = runs(name).path
-    means = {}
-    for step, phase, _, score in rows(path, "evaluations.csv"):
-        means.setdefault((int(step), phase), []).append(float(score))
-    means = {event: float(np.mean(scores)) for event, scores in means.items()}
-    curves = scalars(path)
-    points = lambda *phases: [(step, pytest.approx(mean)) for (step, phase), mean in means.items() if phase in phases]
+    curves, evaluations = scalars(runs(name).path), evaluations_of(runs(name).path)
+    points = lambda *phases: [(step, pytest.approx(np.mean(scores))) for (step, phase), scores in evaluations.items()
+                              if phase in phases]  # fmt: skip
     assert curves["eval/episodic_return"] == points("scheduled", "before_reset", "final")
-    steps = [step for step, _ in curves["eval/episodic_return"]]
-    assert steps == sorted(set(steps)) == sorted(SCHEDULED[name] + RESETS[name] + [LAST[name]])
+    assert [step for step, _ in curves["eval/episodic_return"]] == sorted(SCHEDULED[name] + RESETS[name] + [LAST[name]])
     for phase in ("before_reset", "after_reset"):
         assert curves[f"eval_{phase}/episodic_return"] == points(phase)
         assert [step for step, _ in curves[f"eval_{phase}/episodic_return"]] == RESETS[name]
@@ -216,40 +218,27 @@ def test_the_curves_of_the_ensemble(runs, name):
 def test_what_a_run_says_before_it_starts_is_what_happens(runs, name):
     """Device, agents x parameters, gradient steps, resets, memory of the buffer; and the folder; of the time nothing."""
     run = runs(name)
-    script, content = load_script(run.script), model(run.path)
-    line = run.printed.splitlines()[0]
     agents, parameters, choice, gradient_steps, resets, gigabytes = re.fullmatch(
         rf"[\w-]+: {LAST[name]:,} steps on CPU \(1 thread\(s\)\), (\d) agent\(s\) x ([\d,]+) parameters, ((?:selec[^,]*, )?)"
         rf"([\d,]+) gradient steps, (\d+) reset\(s\), replay buffer ([\d.]+) GB, time left is known once learning runs; "
-        rf"in {re.escape(str(run.path))}",
-        line,
-    ).groups()
-    if name == "sac":
-        counted = sum(tensor.numel() for tensor in tensors(content)) // 2
-    else:
-        counted = sum(tensor.numel() for tensor in as_weights(run.path)[0].values())
+        rf"in {re.escape(str(run.path))}", run.printed.splitlines()[0],
+    ).groups()  # fmt: skip
+    counted = tensors(model(run.path) if name == "sac" else as_weights(run.path)[0])
+    counted = sum(tensor.numel() for tensor in counted) // (2 if name == "sac" else 1)
     assert (int(agents), int(parameters.replace(",", ""))) == (1 if name == "dqn" else 2, counted)
     assert choice == ("" if name == "dqn" else "selection by value (beta 50), ")
-    assert (
-        int(resets) == len(RESETS[name]) == len({row[0] for row in rows(run.path, "evaluations.csv") if "after_reset" in row})
-    )
-    assert int(gradient_steps) == GRADIENT_STEPS[name]
-    args = script.Args(**json.loads((run.path / "args.json").read_text())["args"])
+    assert (int(resets), int(gradient_steps)) == (len(RESETS[name]), GRADIENT_STEPS[name])
     row = {"sac": 2 * 24 + 5 + 2, "cartpole": 2 * 4 + 1 + 2}.get(name)  # observations twice, action, reward, terminated
-    num_bytes = args.buffer_size * (4 * row if row else 84 * 84)
+    num_bytes = args_of(run)[1].buffer_size * (4 * row if row else 84 * 84)
     assert float(gigabytes) == pytest.approx(num_bytes / 1e9, rel=0.1, abs=0.005)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        # a reset is due at the last step: it is not made
-        "--total-timesteps 300 --replay-ratio 1 --reset-interval 80 --num-envs 3",
-        "--total-timesteps 301 --replay-ratio 1 --reset-interval 80 --num-envs 3",
-        "--total-timesteps 300 --replay-ratio 0.9 --reset-interval 70 --num-agents 3",
-    ],
-)
-def test_as_many_gradient_steps_and_resets_happen_as_were_said(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_agents, arguments", [
+    (2, "--total-timesteps 300 --replay-ratio 1 --reset-interval 80 --num-envs 3"),  # the one of the last step is not made
+    (2, "--total-timesteps 301 --replay-ratio 1 --reset-interval 80 --num-envs 3"),
+    (3, "--total-timesteps 300 --replay-ratio 0.9 --reset-interval 70 --num-agents 3"),
+])  # fmt: skip
+def test_as_many_gradient_steps_and_resets_happen_as_were_said(num_agents, arguments, tmp_path, monkeypatch):
     script, happened = load_script("rde_dqn"), []
     for name in ("update", "reset"):
         real = getattr(script.Agent, name)
@@ -257,7 +246,7 @@ def test_as_many_gradient_steps_and_resets_happen_as_were_said(arguments, tmp_pa
     result = run_main(script, *QUICK_CARTPOLE, *arguments.split(), "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     said = re.search(r"([\d,]+) gradient steps, (\d+) reset", result.stdout)
-    resets, num_agents = scalars(only_run(tmp_path))["rde/reset_agent"], 3 if "--num-agents 3" in arguments else 2
+    resets = scalars(only_run(tmp_path))["rde/reset_agent"]
     assert int(said[2]) == happened.count("reset") == len(resets) > 3
     assert [agent for _, agent in resets] == [number % num_agents for number in range(len(resets))]  # in turn
     # The last loop step may go a little beyond the end, and learns for all of it.
@@ -267,10 +256,8 @@ def test_as_many_gradient_steps_and_resets_happen_as_were_said(arguments, tmp_pa
 @pytest.mark.parametrize("name, depth, interval", [("rde", " last1", 18), ("cartpole", "", 40)])
 def test_what_a_person_sees(runs, name, depth, interval):
     """An evaluation and a reset are one line each; the episodes of evaluations.csv are in it."""
-    run, expected, played = runs(name), [], {}
-    for step, phase, _, score in rows(run.path, "evaluations.csv"):
-        played.setdefault((int(step), phase), []).append(float(score))
-    for (step, phase), scores in played.items():
+    run, expected = runs(name), []
+    for (step, phase), scores in evaluations_of(run.path).items():
         normalized = f", human normalized score {(np.mean(scores) - 1.7) / 28.8:.3f}" if name == "rde" else ""
         expected.append(f"step {step}: evaluation ({phase.replace('_', ' ')}) mean {np.mean(scores):g} +- "
                         f"{np.std(scores):.4g}, lowest {min(scores):g}, highest {max(scores):g}{normalized}")  # fmt: skip
@@ -298,22 +285,6 @@ def test_no_speed_and_no_time_left_are_said_before_learning_begins(tmp_path, mon
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
-
-
-@pytest.mark.parametrize("name", ["rde", "sac", "cartpole"])
-def test_the_weights_of_the_run_play_as_the_last_evaluation_did(runs, name):
-    """model.pt alone is enough to rebuild the agent that was evaluated."""
-    run = runs(name)
-    script = load_script(run.script)
-    args = script.Args(**json.loads((run.path / "args.json").read_text())["args"])
-    envs, device = [script.make_env(args) for _ in range(args.eval_episodes)], torch.device("cpu")
-    agent = script.Agent(dataclasses.replace(args, seed=9), envs[0].observation_space, envs[0].action_space, None, device)
-    agent.load_weights(model(run.path))
-    generator = torch.Generator().manual_seed(script.derive_seed(args.seed, script.EVALUATION, LAST[name]))
-    episodes = script.evaluate(agent.evaluation_policy(generator), envs, args.seed, LAST[name], device, lambda env: None)
-    final = [float(score) for _, phase, _, score in rows(run.path, "evaluations.csv") if phase == "final"]
-    assert [episode["r"] for episode in episodes] == final
-    assert equal(agent.weights(), model(run.path))
 
 
 def test_a_model_is_used_as_the_documentation_says(runs, monkeypatch):
@@ -353,7 +324,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, arguments, first, last, 
 
 
 class Broken(gym.Wrapper):
-    """After 150 steps something is not a number."""
+    """After 150 steps the reward, or else the observation, is not a number."""
 
     def __init__(self, env, what: str, number: float):
         super().__init__(env)
@@ -362,26 +333,21 @@ class Broken(gym.Wrapper):
     def step(self, action):
         observation, reward, *rest = self.env.step(action)
         self.num_steps += 1
-        if self.num_steps == 150:
-            observation, reward = (
-                (observation * self.number, reward) if self.what == "observation" else (observation, self.number)
-            )
+        if self.num_steps == 150 and self.what == "reward":
+            reward = self.number
+        elif self.num_steps == 150:
+            observation = observation * self.number
         return observation, reward, *rest
 
 
-@pytest.mark.parametrize(
-    "script, arguments, what, message",
-    [
-        ("rde_dqn", QUICK_CARTPOLE, "reward", "CartPole-v1: the environment gave an observation or reward that is not finite"),
-        ("rde_dqn", QUICK_CARTPOLE, "observation", "CartPole-v1: the environment gave an observation or reward that is not"),
-        ("dqn_atari", QUICK, "reward", "BreakoutNoFrameskip-v4: the environment gave a reward of "),
-    ],
-)
 @pytest.mark.parametrize("number", [np.nan, -np.inf])
-def test_what_an_environment_gives_is_looked_at_when_it_is_stored(
-    script, arguments, what, message, number, tmp_path, monkeypatch
-):
-    """And the learning rate is not blamed."""
+@pytest.mark.parametrize("script, arguments, what, message", [
+    ("rde_dqn", QUICK_CARTPOLE, "reward", "CartPole-v1: the environment gave an observation or reward that is not finite"),
+    ("rde_dqn", QUICK_CARTPOLE, "observation", "CartPole-v1: the environment gave an observation or reward that is not finite"),
+    ("dqn_atari", QUICK, "reward", "BreakoutNoFrameskip-v4: the environment gave a reward of "),
+])  # fmt: skip
+def test_what_an_environment_gives_is_looked_at(script, arguments, what, message, number, tmp_path, monkeypatch):
+    """When it is stored; and the learning rate is not blamed."""
     module = load_script(script)
     make_env = module.make_env
     put_environments(monkeypatch, module, lambda args, render=False: Broken(make_env(args, render), what, number))
@@ -405,26 +371,31 @@ def test_track(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SummaryWriter", lambda *words, **more: (calls.append("writer"), writer(*words, **more))[1])
     arguments = [*QUICK_CARTPOLE, *"--track --wandb-project-name mine --wandb-entity us --runs-dir".split(), tmp_path]
     assert stop_when(lambda run: run.global_step == 150, script, *arguments).returncode == 143
-    path = only_run(tmp_path)
+    name = only_run(tmp_path).name
     assert run_main(script, *arguments).returncode == 0
     first, then, second, last = calls
-    assert then == last == "writer" and second == first and first["sync_tensorboard"] is True
-    assert (first["id"], first["name"], first["project"], first["entity"]) == (path.name, path.name, "mine", "us")
-    assert first["resume"] == "allow" and first["config"]["total_timesteps"] == 300
+    assert then == last == "writer" and second == first and first.pop("config")["total_timesteps"] == 300
+    assert first == {"id": name, "name": name, "project": "mine", "entity": "us", "resume": "allow", "sync_tensorboard": True}
 
     def init(**arguments):
         raise wandb.errors.Error("no account\nhere")
 
     wandb.init = init
-    line = error_line(run_main(script, *arguments, "--seed", 2))
-    assert line == "error: Weights & Biases: no account here"
+    assert error_line(run_main(script, *arguments, "--seed", 2)) == "error: Weights & Biases: no account here"
+
+
+def run_code(script: str, code: str, *arguments, **variables: str) -> str:
+    """What a process of its own prints that runs this code and then the script."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, {script} as script\n{code}"
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False,
+                            env=environment() | variables)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_a_run_with_two_agents_stays_below_1_6_gigabytes(tmp_path):
     """The whole default buffer, filled by a small run whose frames are all touched first."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import rde_dqn_atari as script\n"
         "init = script.ReplayBuffer.__init__\n"
         "def touched(self, *args): init(self, *args); self.frames.fill_(1); self.frames[-1] = 0\n"
         "script.ReplayBuffer.__init__ = touched\n"
@@ -434,23 +405,12 @@ def test_a_run_with_two_agents_stays_below_1_6_gigabytes(tmp_path):
     )
     arguments = [*QUICK, "--buffer-size", 100_000, "--batch-size", 32, "--eval-episodes", 10, "--runs-dir", tmp_path]
     arguments += ["--total-timesteps", 260, "--checkpoint-interval", 250, "--eval-epsilon", 0.9]  # short games
-    peak = int(run_code(code, *arguments).split("peak")[-1])
-    assert 0.7e9 < peak < 1.6e9
-
-
-def run_code(code: str, *arguments, **variables: str) -> str:
-    """What is printed by a process of its own."""
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False,
-                            env=environment() | variables)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    assert 0.7e9 < int(run_code("rde_dqn_atari", code, *arguments).split("peak")[-1]) < 1.6e9
 
 
 def test_denormal_numbers_become_0_in_every_thread_of_a_run(tmp_path):
     """Adam's moments of a dead unit fade into them. Looked at in a process of its own, when everything has been made."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, rde_dqn as script\n"
         "def announce(run, agents, num_resets):\n"
         "    faded = torch.full((1_000_000,), 1.2e-38) * 0.9\n"
         "    print(torch.get_num_threads(), 'threads:', faded.count_nonzero().item(), 'left')\n"
@@ -458,23 +418,23 @@ def test_denormal_numbers_become_0_in_every_thread_of_a_run(tmp_path):
         "script.Run.announce = announce\n"
         "script.main()\n"
     )
-    assert "2 threads: 0 left" in run_code(code, *QUICK_CARTPOLE, "--runs-dir", tmp_path, OMP_NUM_THREADS="2")
+    assert "2 threads: 0 left" in run_code("rde_dqn", code, *QUICK_CARTPOLE, "--runs-dir", tmp_path, OMP_NUM_THREADS="2")
 
 
 @pytest.mark.parametrize("flag, deterministic", [("--torch-deterministic", True), ("--no-torch-deterministic", False)])
 def test_cudnn_is_told_whether_to_be_deterministic(flag, deterministic, tmp_path, monkeypatch):
+    script = load_script("rde_dqn")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", not deterministic)
-    monkeypatch.setattr(load_script("rde_dqn"), "ReplayBuffer", lambda *args: sys.exit(3))  # the run has begun, that is enough
-    assert run_main(load_script("rde_dqn"), *QUICK_CARTPOLE, flag, "--runs-dir", tmp_path).returncode == 3
+    monkeypatch.setattr(script, "ReplayBuffer", lambda *args: sys.exit(3))  # the run has begun, that is enough
+    assert run_main(script, *QUICK_CARTPOLE, flag, "--runs-dir", tmp_path).returncode == 3
     assert torch.backends.cudnn.deterministic is deterministic
 
 
 def test_as_a_command(runs, tmp_path):
     """A script that lies alone in a folder, with a folder of runs beside it; the same run as in the process of the tests."""
     (tmp_path / "rde_dqn.py").write_bytes((ROOT / "rde_dqn.py").read_bytes())
-    _, _, *arguments = command("rde_dqn", *QUICK_CARTPOLE)
-    result = subprocess.run([sys.executable, "rde_dqn.py", *arguments], cwd=tmp_path, env=environment(), capture_output=True,
-                            text=True, check=False)  # fmt: skip
+    result = subprocess.run([sys.executable, "rde_dqn.py", *QUICK_CARTPOLE], cwd=tmp_path, env=environment(),
+                            capture_output=True, text=True, check=False)  # fmt: skip
     path = only_run(tmp_path / "runs")
     assert result.returncode == 0 and f"the run is in {os.path.relpath(path, tmp_path)}\n" in result.stdout, result.stderr
     assert set(os.listdir(tmp_path)) == {"rde_dqn.py", "runs"} and path.name == runs("cartpole").path.name

@@ -1,16 +1,15 @@
 """benchmark.sh as the array of a SLURM cluster: by the variables and signals of SLURM, and on a real one where there is one."""
 
+import contextlib
 import os
-import pathlib
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import time
 
 import pytest
-from test_benchmark import BENCHMARK, ONE_GAME, PONG, SMALL, Study
+from test_benchmark import BENCHMARK, ONE_GAME, PONG, SMALL, Study, wait_until
 
 
 @pytest.fixture
@@ -33,8 +32,7 @@ def test_copy_in_a_spool_folder_finds_the_checkout(study, tmp_path):
     (tmp_path / "spool").mkdir()
     copy = shutil.copy(BENCHMARK, tmp_path / "spool" / "slurm_script")
     environment = study.environment | {"SLURM_SUBMIT_DIR": str(study.scripts)}
-    command = ["bash", copy, "--dry-run", *ONE_GAME]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    result = study.call(["bash", copy, "--dry-run", *ONE_GAME], environment)
     assert result.returncode == 0 and shlex.split(result.stdout.splitlines()[0])[1] == f"{study.scripts}/dqn_atari.py"
 
 
@@ -70,26 +68,16 @@ SlurmctldPort={control_port}
 SlurmdPort={node_port}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=500 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -99,35 +87,29 @@ def slurm(tmp_path_factory):
     missing = [program for program in programs if shutil.which(program, path=SBIN) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"it needs root, and apt-get install slurm-wlm munge (not there: {missing})")
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool", "log"):
+    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
+    for name in ("state", "spool"):
         (folder / name).mkdir()
-    host, (control_port, node_port) = socket.gethostname().split(".")[0], free_ports(2)
-    conf = folder / "slurm.conf"
-    ports = {"control_port": control_port, "node_port": node_port}
-    conf.write_text(SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), **ports))
-    environment, daemons = {"SLURM_CONF": str(conf), "PATH": SBIN}, []
+    ports = dict(zip(("control_port", "node_port"), free_ports(2)))
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), **ports))
+    variables, log = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}, open(folder / "log", "w")
+    environment, daemons = os.environ | variables, []
 
     def start(*command: str) -> None:
-        log = open(folder / "log" / pathlib.Path(command[-1 if "--" in command else 0]).name, "w")
-        daemons.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
+        daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
-    def node_state() -> str:
-        command = ["sinfo", "-h", "-o", "%T"]
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True).stdout.strip()
+    def is_idle() -> bool:
+        return subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout == "idle\n"
 
     try:
         if subprocess.run(["munge", "-n"], capture_output=True).returncode:  # nobody answers
             os.makedirs("/run/munge", exist_ok=True)
             shutil.chown("/run/munge", "munge", "munge")
             start("runuser", "-u", "munge", "--", "munged", "--foreground")
-        start("slurmctld", "-D", "-f", str(conf))
-        start("slurmd", "-D", "-f", str(conf))
-        deadline = time.time() + 60
-        while node_state() != "idle":
-            assert time.time() < deadline, "\n".join(path.read_text()[-2000:] for path in (folder / "log").iterdir())
-            time.sleep(0.2)
-        yield environment
+        start("slurmctld", "-D", "-f", variables["SLURM_CONF"])
+        start("slurmd", "-D", "-f", variables["SLURM_CONF"])
+        wait_until(is_idle, lambda: (folder / "log").read_text()[-5000:])
+        yield variables
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -142,18 +124,11 @@ SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 def test_array_on_a_real_slurm(slurm, study):
     """Each run of an array happens once; a preempted one is queued again and goes on from its checkpoint."""
-    environment = study.environment | slurm
 
     def call(*command: str) -> str:
-        result = subprocess.run(command, env=environment, cwd=study.scripts, capture_output=True, text=True)
+        result = subprocess.run(command, env=study.environment | slurm, cwd=study.scripts, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
-
-    def wait_until_empty() -> None:
-        deadline = time.time() + 100
-        while queue := call("squeue", "-h"):
-            assert time.time() < deadline, queue
-            time.sleep(0.3)
 
     options = ["--games", "Pong", "--methods", "dqn_atari,rde_dqn_atari", "--seeds", "2", "--runs-dir", str(study.runs)]
     options += ["--", "--wait-at", "3", "--save-seconds", "0.5"]
@@ -162,23 +137,18 @@ def test_array_on_a_real_slurm(slurm, study):
     submit = ["sbatch", "--parsable", "--array=0-3", "--cpus-per-task=1", "benchmark.sh", *options]
     job = call(*submit)
     first = study.wait_for("waiting")[0]
-    index = tasks_of_runs.index((first["seed"], first["exp_name"]))
-    tasks = dict(line.split() for line in call("squeue", "-h", "-r", "-t", "R", "-o", "%K %A").splitlines())
-    call("scontrol", "requeue", tasks[str(index)])  # what a preemption does
+    first = first["seed"], first["exp_name"]
+    task = f"{job}_{tasks_of_runs.index(first)}"
+    call("scontrol", "requeue", task)  # what a preemption does
     study.wait_for("signal")
     study.go()
-    deadline = time.time() + 60
-    while f"{job}_{index}" not in call("squeue", "-h", "-r", "-t", "PD", "-o", "%i"):
-        assert time.time() < deadline, call("squeue")
-        time.sleep(0.3)
-    call("scontrol", "update", f"jobid={job}_{index}", "StartTime=now")  # else SLURM waits two minutes with it
-    wait_until_empty()
-
+    wait_until(lambda: task in call("squeue", "-h", "-r", "-t", "PD", "-o", "%i"), lambda: call("squeue"))
+    call("scontrol", "update", f"jobid={task}", "StartTime=now")  # else SLURM waits two minutes with it
+    wait_until(lambda: not call("squeue", "-h"), lambda: call("squeue"))
     assert study.finished() == sorted((PONG, script, "1", seed) for seed, script in tasks_of_runs)
-    assert len(study.events("end")) == 4
     starts = [(event["seed"], event["exp_name"], event["step"]) for event in study.events("start")]
-    assert len(starts) == 5 and (first["seed"], first["exp_name"], 3) in starts  # the preempted one went on from its checkpoint
+    assert len(study.events("end")) == 4 and len(starts) == 5 and (*first, 3) in starts  # the preempted one went on
 
     call(*submit)
-    wait_until_empty()
+    wait_until(lambda: not call("squeue", "-h"), lambda: call("squeue"))
     assert len(study.events("start")) == 5  # all finished, nothing was run again

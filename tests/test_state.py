@@ -11,17 +11,7 @@ import pytest
 import torch
 
 from agents import dqn_agent, sac_agent
-from conftest import (
-    QUICK_CARTPOLE,
-    AtStep,
-    assert_same_end,
-    error_line,
-    load_script,
-    only_run,
-    put_environments,
-    run_main,
-    stop_when,
-)  # fmt: skip
+from conftest import QUICK_CARTPOLE, assert_same_end, error_line, load_script, only_run, put_environments, run_main, stop_when
 
 rde, sr, dqn, sac, mlp = map(load_script, ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc", "rde_dqn"))
 
@@ -71,16 +61,13 @@ class Everything:
         self.half = doubled // 2
 
 
-IN_PLACE = ("module", "optimizer", "generator", "numpy_generator", "tensor", "array", "inner", "inners")
-
-
 def test_every_kind_of_part_is_restored_in_place():
     first, second = Everything(1), Everything(2)
-    objects = {name: getattr(second, name) for name in IN_PLACE}
+    in_place = ("module", "optimizer", "generator", "numpy_generator", "tensor", "array", "inner", "inners")
+    objects = {name: getattr(second, name) for name in in_place}
     weight, moment = second.module.weight, second.inners[1]
     state = through_a_file(rde.state_of(first))
-    assert state.keys() == set(Everything.KEPT)
-    assert rde.restored(second, state) is second
+    assert state.keys() == set(Everything.KEPT) and rde.restored(second, state) is second
     assert all(getattr(second, name) is kept for name, kept in objects.items())
     assert second.module.weight is weight and torch.equal(weight, first.module.weight)
     assert second.inners[1] is moment and [inner.number for inner in second.inners] == [1, 2] and second.inner.number == 1
@@ -102,9 +89,8 @@ def test_of_a_view_only_the_view_is_written():
 
 
 def test_a_list_of_another_length_is_refused():
-    three = [Inner(1), Inner(2), Inner(3)]
     with pytest.raises(ValueError):
-        rde.restored([Inner(4), Inner(5)], rde.state_of(three))
+        rde.restored([Inner(4), Inner(5)], rde.state_of([Inner(1), Inner(2), Inner(3)]))
 
 
 GENERATORS = [
@@ -181,7 +167,7 @@ def test_an_environment_or_a_wrapper_without_kept_is_kept(make, tmp_path, monkey
     undisturbed, stopped = ([*QUICK_CARTPOLE, "--runs-dir", tmp_path / name] for name in ("undisturbed", "stopped"))
     assert run_main(mlp, *undisturbed).returncode == 0
     for step in (110, 206):
-        assert stop_when(AtStep(step), mlp, *stopped).returncode == 143
+        assert stop_when(lambda run: run.global_step >= step, mlp, *stopped).returncode == 143
     assert run_main(mlp, *stopped).returncode == 0
     assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
 
@@ -236,19 +222,15 @@ def snapshot(value):
     return value
 
 
-def changed_attributes(part, elsewhere: set[str], play) -> set[str]:
-    """The names of the attributes that are not always the same while it is played. What is `elsewhere` is not looked at."""
-    look = lambda: {name: snapshot(value) for name, value in vars(part).items() if name not in elsewhere}
-    before, changed = look(), set()
+def attributes(part, elsewhere: set[str]) -> dict:
     assert elsewhere <= vars(part).keys()
-    for _ in play:
-        after = look()
-        changed |= {name for name in before.keys() | after.keys() if before.get(name, play) != after.get(name, play)}
-    return changed
+    return {name: snapshot(value) for name, value in vars(part).items() if name not in elsewhere}
 
 
-# A case: a part, its attributes that are other parts (or never change, and cannot be compared), those that follow from what is
-# kept, by the name of what they follow from, and a generator that plays, with a stop wherever it is to be looked at.
+def changed_attributes(looks: list[dict]) -> set[str]:
+    """The names of those that are not always the same, or not always there."""
+    names, missing = set.union(*map(set, looks)), object()
+    return {name for name in names if any(look.get(name, missing) != looks[0].get(name, missing) for look in looks)}
 
 
 def learn(agent):
@@ -271,14 +253,6 @@ RESETS = {"_resets": "resets", "oldest": "resets", "beta": "resets"}
 LISTS = {"actor_parameters": "actors", "critic_parameters": "critics", "target_parameters": "target_critics"}
 
 
-def agent_case(agent, derived: dict[str, str]):
-    return agent, {"buffer", "transitions"}, derived, learn(agent)
-
-
-def buffer_case(agent, derived: dict[str, str]):
-    return agent.buffer, {"generator"}, derived, learn(agent)
-
-
 def play_breakout(env):
     """Two games, with their lives."""
     rng, games = np.random.default_rng(1), 0
@@ -291,48 +265,44 @@ def play_breakout(env):
             yield
 
 
-def atari_environment():
-    view = rde.make_env(rde.Args(env_id="BreakoutNoFrameskip-v4"))
-    view.reset(seed=1)
-    return view
+def play_walker(env):
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        yield env.step(rng.uniform(-1, 1, 6).astype(np.float32))
 
 
-def game_case():
-    view = atari_environment()
-    return view.env, {"env", "ale", "ale_actions"}, {}, play_breakout(view)
-
-
-def view_case():
-    view = atari_environment()
-    return view, {"env", "ale"}, {}, play_breakout(view)
-
-
-def control_case():
-    env, rng = sac.make_env(sac.Args(env_id="walker-walk")), np.random.default_rng(1)
+def begun(env: gym.Env) -> gym.Env:
     env.reset(seed=1)
-    play = (env.step(rng.uniform(-1, 1, 6).astype(np.float32)) for _ in range(50))
-    return env, {"env", "action_spec"}, {}, play
+    return env
 
 
+# A case: what plays, the function that plays it, the part of it that is looked at, the attributes of the part that are other
+# parts (or never change, and cannot be compared), and those that follow from what is kept, by what they follow from.
+breakout = lambda: begun(rde.make_env(rde.Args(env_id="BreakoutNoFrameskip-v4")))
+walker = lambda: begun(sac.make_env(sac.Args(env_id="walker-walk")))
+atari_agent = lambda script=rde, size=200: dqn_agent(script, size=size, stored=20, batch_size=4)
+the_agent, the_buffer, the_env = lambda agent: agent, lambda agent: agent.buffer, lambda env: env
 CASES = {
-    "Agent of dqn_atari": lambda: agent_case(dqn_agent(dqn, stored=20, batch_size=4), {}),
-    "Agent of sr_dqn_atari": lambda: agent_case(dqn_agent(sr, stored=20, batch_size=4), {}),
-    "Agent of rde_dqn_atari": lambda: agent_case(dqn_agent(rde, stored=20, batch_size=4), RESETS),
-    "Agent of rde_sac_dmc": lambda: agent_case(sac_agent(sac, 2, stored=20), RESETS | LISTS),
-    "ReplayBuffer of Atari": lambda: buffer_case(dqn_agent(rde, size=40, stored=20, batch_size=4), {"frames": "used_frames"}),
-    "ReplayBuffer of vectors": lambda: buffer_case(sac_agent(sac, 1, stored=20), {"rows": "used_rows"}),
-    "AtariGame": game_case,
-    "AtariView": view_case,
-    "DeepMindControl": control_case,
+    "Agent of dqn_atari": (lambda: atari_agent(dqn), learn, the_agent, {"buffer", "transitions"}, {}),
+    "Agent of sr_dqn_atari": (lambda: atari_agent(sr), learn, the_agent, {"buffer", "transitions"}, {}),
+    "Agent of rde_dqn_atari": (atari_agent, learn, the_agent, {"buffer", "transitions"}, RESETS),
+    "Agent of rde_sac_dmc": (lambda: sac_agent(sac, 2, stored=20), learn, the_agent, {"buffer", "transitions"}, RESETS | LISTS),
+    "ReplayBuffer of Atari": (lambda: atari_agent(size=40), learn, the_buffer, {"generator"}, {"frames": "used_frames"}),
+    "ReplayBuffer of vectors": (lambda: sac_agent(sac, 1, stored=20), learn, the_buffer, {"generator"}, {"rows": "used_rows"}),
+    "AtariGame": (breakout, play_breakout, lambda view: view.env, {"env", "ale", "ale_actions"}, {}),
+    "AtariView": (breakout, play_breakout, the_env, {"env", "ale"}, {}),
+    "DeepMindControl": (walker, play_walker, the_env, {"env", "action_spec"}, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_changes_is_kept_or_follows_from_what_is_kept(case):
-    part, elsewhere, derived, play = CASES[case]()
-    kept, attributes = set(type(part).KEPT), set(vars(part))
-    changed = changed_attributes(part, elsewhere, play)
-    assert changed == (kept & attributes - elsewhere) | derived.keys()
+    make, play, part_of, elsewhere, derived = CASES[case]
+    whole = make()
+    part = part_of(whole)
+    kept = set(type(part).KEPT)
+    looks = [attributes(part, elsewhere), *(attributes(part, elsewhere) for _ in play(whole))]
+    assert changed_attributes(looks) == (kept & vars(part).keys() - elsewhere) | derived.keys()
     assert set(derived.values()) | kept & elsewhere <= kept
 
 
@@ -340,25 +310,17 @@ def test_what_changes_in_a_run_is_kept(tmp_path, monkeypatch):
     """Between the turns of the training loop; a run's other attributes are other parts, or files."""
     looks, goes_on = [], mlp.Run.goes_on
     elsewhere = {"args", "parts", "eval_envs", "lock", "path", "writer", "episodes", "evaluations"}
-
-    def look(run):
-        looks.append({name: snapshot(value) for name, value in vars(run).items() if name not in elsewhere})
-        return goes_on(run)
-
-    monkeypatch.setattr(mlp.Run, "goes_on", look)
+    monkeypatch.setattr(mlp.Run, "goes_on", lambda run: (looks.append(attributes(run, elsewhere)), goes_on(run))[1])
     result = run_main(mlp, *QUICK_CARTPOLE, "--checkpoint-interval", 150, "--runs-dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    names = set.union(*map(set, looks))
-    changed = {name for name in names if any(look.get(name) != looks[0].get(name) for look in looks)}
     # The start of a turn is measured in every turn; wall_seconds is what has gone by since the first one.
-    assert changed == set(mlp.Run.KEPT) | {"turn_started"}
+    assert changed_attributes(looks) == set(mlp.Run.KEPT) | {"turn_started"}
 
 
-@pytest.mark.parametrize("script", [rde, sac])
-def test_a_number_of_resets_in_a_checkpoint_is_that_of_the_judge(script):
+@pytest.mark.parametrize("script, make", [(rde, dqn_agent), (sac, sac_agent)])
+def test_a_number_of_resets_in_a_checkpoint_is_that_of_the_judge(script, make):
     """`oldest` and `beta` are not in the state: they follow from `resets`, which is restored through its setter."""
-    make = (lambda: dqn_agent(rde, num_agents=3, stored=0)) if script is rde else (lambda: sac_agent(sac, 3, stored=0))
-    agent, fresh = make(), make()
+    agent, fresh = (make(script, num_agents=3, stored=0) for _ in range(2))
     for num_resets, oldest in ((1, 1), (5, 2)):
         agent.num_resets = num_resets
         state = through_a_file(script.state_of(agent))

@@ -1,5 +1,6 @@
 """docs/your_own_variant.md followed to the letter: every diff fits, has its effect, and its run goes on exactly."""
 
+import copy
 import math
 import os
 import pathlib
@@ -28,7 +29,7 @@ from conftest import (
     run_main,
     scalars,
     stop_when,
-)  # fmt: skip
+)
 
 PAGE = (ROOT / "docs" / "your_own_variant.md").read_text()
 BLOCKS = re.findall(r"<!-- (\S+) -> (\S+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL)
@@ -68,31 +69,27 @@ def variant(name: str, folder: pathlib.Path):
 
 def run_and_continue(script, folder: pathlib.Path, arguments: list[str], stop_at: int, compare: bool = True) -> pathlib.Path:
     """The folder of a run that was stopped in between and continued. It comes to the end of another one, which was not."""
-    paths = []
+    arguments = [*arguments, "--checkpoint-interval", "50", "--runs-dir"]
     for name in ("undisturbed", "continued") if compare else ("continued",):
-        command = [*arguments, "--checkpoint-interval", "50", "--runs-dir", folder / name]
         if name == "continued":
-            stopped = stop_when(lambda run: run.global_step >= stop_at, script, *command)
+            stopped = stop_when(lambda run: run.global_step >= stop_at, script, *arguments, folder / name)
             assert stopped.returncode == 143 and f"stopped at step {stop_at}" in stopped.stderr, stopped.stderr
-        result = run_main(script, *command)
+        result = run_main(script, *arguments, folder / name)
         assert result.returncode == 0, result.stderr
         assert ("continuing" in result.stdout) == (name == "continued")
-        paths.append(only_run(folder / name))
+    path = only_run(folder / "continued")
     if compare:
-        assert_same_end(paths[1], paths[0])
-    return paths[-1]
+        assert_same_end(path, only_run(folder / "undisturbed"))
+    return path
 
 
 def watched_resets(script, monkeypatch) -> list[tuple]:
     """Of every reset to come: the agent, the losses before, its parameters before and after. The others stay as they are."""
     resets, reset = [], script.Agent.reset
 
-    def parameters(agent) -> list[dict[str, torch.Tensor]]:
-        return [{name: value.detach().clone() for name, value in net.named_parameters()} for net in agent.q_networks]
-
     def watched(agent):
-        losses, before = agent.metrics[0].tolist(), parameters(agent)
-        index, after = reset(agent), parameters(agent)
+        losses, before = agent.metrics[0].tolist(), copy.deepcopy([network.state_dict() for network in agent.q_networks])
+        index, after = reset(agent), copy.deepcopy([network.state_dict() for network in agent.q_networks])
         assert all(equal(before[i], after[i]) for i in range(len(after)) if i != index)
         resets.append((index, losses, before[index], after[index]))
         return index
@@ -141,10 +138,8 @@ def test_network(tmp_path, monkeypatch):
         for name, initial in norms.items():  # a unit that no observation activates stands still
             assert (before[name] != initial).sum() >= 4 and (after[name] == initial).all()
         assert all(not torch.equal(before[name], after[name]) for name in before)
-    for network in model(path)["q_networks"]:
-        assert set(norms) < set(network) and all(network[name].shape == (8,) for name in norms)
-    # Agent 1 has learned since step 260, agent 0 since step 180.
-    assert all((network[name] != initial).any() for network in model(path)["q_networks"] for name, initial in norms.items())
+    for network in model(path)["q_networks"]:  # agent 1 has learned since step 260, agent 0 since step 180
+        assert all(network[name].shape == (8,) and (network[name] != initial).any() for name, initial in norms.items())
     assert "my_norm.py, model.pt" in play(tmp_path, path)
 
 
@@ -156,21 +151,17 @@ def test_encoder(tmp_path, monkeypatch):
     script = variant("my_impala_atari.py", tmp_path)
     resets = watched_resets(script, monkeypatch)
     path = run_and_continue(script, tmp_path, [*QUICK_ATARI, "--reset-depth", "full"], stop_at=320, compare=False)
-    weights = model(path)["q_networks"][0]
-    kernels = [name for name, value in weights.items() if value.ndim == 4]
-    assert len(kernels) == 15 and weights["hidden.weight"].shape == (512, 3872)
     ((index, _, before, after),) = resets
-    assert index == 0
     torch.manual_seed(script.derive_seed(1, script.INITIALISATION))
-    untrained = script.QNetwork(4)
+    untrained, activations = script.QNetwork(4), script.Activations()
+    kernels = [name for name, value in model(path)["q_networks"][0].items() if value.ndim == 4]
+    assert index == 0 and len(kernels) == 15 and before["hidden.weight"].shape == (512, 3872)
     for name in kernels:
         assert not torch.equal(before[name], untrained.state_dict()[name]), name  # it has learned
         assert not torch.equal(before[name], after[name]), name
-    activations = script.Activations()
     with torch.no_grad(), activations:
         untrained(torch.rand(2, 4, 84, 84))
-    channels = [16] * 4 + [32] * 9
-    assert [seen.shape[1] for seen in activations.seen] == [*channels, 512]
+    assert [seen.shape[1] for seen in activations.seen] == [*[16] * 4, *[32] * 9, 512]
     assert all(0 < value < 1 for _, value in scalars(path)["plasticity/active_units_0"])
 
 
@@ -238,13 +229,12 @@ def test_environments(tmp_path):
     (tmp_path / "my_envs.py").write_text(module)
     for name in ("rde_dqn.py", "rde_sac_dmc.py", "play.py"):
         shutil.copy(ROOT / name, tmp_path)
-    commands = re.findall(r"^    (PYTHONPATH=\. (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
-    assert len(commands) == 2
-    less = ("--total-timesteps 1500 --learning-starts 300 --eval-episodes 2 --hidden-dim 32 --num-hidden-layers 1",
-            "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --reset-interval 300")  # fmt: skip
+    discrete, continuous = re.findall(r"^    (PYTHONPATH=\. (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
+    less = "--learning-starts 300 --eval-episodes 2"
     variables = environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    commands = [f"{command} {arguments}" for command, arguments in zip(commands, less)]
-    for command in [*commands, "PYTHONPATH=. python play.py runs/*Corridor* --episodes 5"]:
+    for command in (f"{discrete} {less} --total-timesteps 1500 --hidden-dim 32 --num-hidden-layers 1",
+                    f"{continuous} {less} --total-timesteps 700 --reset-interval 300",
+                    "PYTHONPATH=. python play.py runs/*Corridor* --episodes 5"):  # fmt: skip
         command = ["bash", "-c", command]
         result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
         assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
@@ -276,14 +266,16 @@ def test_a_run_of_other_code_stands_beside_ours(tmp_path, monkeypatch):
     assert (tmp_path / "comparison" / "learning_curves.png").stat().st_size > 10_000
 
 
-def test_the_tests_of_the_scripts_pass_beside_the_variants(tmp_path):
-    """All seven in the repository's folder."""
-    folder = tmp_path / "repository"
-    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", "results")
-    shutil.copytree(ROOT, folder, ignore=ignored)
+def test_variants_are_looked_after_and_disturb_nothing(tmp_path):
+    """All seven in the repository's folder, where test_copies.py holds; but for a change of theirs below the line."""
+    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", "results", "docs")
+    shutil.copytree(ROOT, folder := tmp_path / "repository", ignore=ignored)
     for name in DIFFS:
         (folder / name).write_text(variant_text(name))
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "not ones_own"]
-    command += ["tests/test_copies.py"]
-    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_copies.py"]
+    settings = {"cwd": folder, "env": environment(), "capture_output": True, "text": True, "check": False}
+    result = subprocess.run(command, **settings)
     assert result.returncode == 0, result.stdout[-3000:]
+    (folder / "my_metric.py").write_text(variant_text("my_metric.py") + "# drifted\n")
+    result = subprocess.run([*command, "-k", "share_is_equal"], **settings)
+    assert result.returncode == 1 and "my_metric.py" in result.stdout
