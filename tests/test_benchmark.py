@@ -291,24 +291,23 @@ def test_time_left_is_that_of_the_runs_of_this_call(study, jobs):
 
 
 def test_failures_are_listed_and_stop_nothing(study):
-    options = (*ONE_GAME, "--seeds", "3", "--", "--failing-seed", "2")
+    """Of a run that fails, of one that cannot be started, and of the plots."""
+    options = (*ONE_GAME, "--seeds", "4", "--", "--failing-seed", "2")
+    (study.runs / "logs" / "dqn_atari__Pong__seed_3.log").mkdir(parents=True)
     result = study.run(*options)
-    assert result.returncode == 1 and [run[3] for run in names(study.events("end"))] == ["1", "3"]
-    assert result.stderr == "1 FAILED:\n  dqn_atari__Pong__seed_2, exit code 7: the emulator caught fire\n"
-    command, begins, message = (study.runs / "logs" / "dqn_atari__Pong__seed_2.log").read_text().splitlines()
-    assert (begins, message) == ("it begins", "the emulator caught fire") and "PLOT" in result.stdout
+    first, second, third = result.stderr.splitlines()[-3:]
+    assert (result.returncode, first) == (1, "2 FAILED:") and "PLOT" in result.stdout
+    assert second == "  dqn_atari__Pong__seed_2, exit code 7: the emulator caught fire"
+    assert third.startswith("  dqn_atari__Pong__seed_3, exit code 1: ")
+    command, *said = (study.runs / "logs" / "dqn_atari__Pong__seed_2.log").read_text().splitlines()
+    assert said == ["it begins", "the emulator caught fire"]
     assert shlex.split(command)[:3] == ["$", sys.executable, str(study.scripts / "dqn_atari.py")]
-    assert study.run(*options).returncode == 1
-    assert [event["seed"] for event in study.events("start", "failing")] == ["1", "2", "3", "2"]
 
-
-def test_what_cannot_be_started_or_drawn_is_a_failure(study):
-    (study.runs / "logs" / "dqn_atari__Pong__seed_1.log").mkdir(parents=True)
     (study.scripts / "plot_benchmark.py").write_text("raise SystemExit(3)")
-    result = study.run(*ONE_GAME, "--seeds", "2")
-    assert result.returncode == 1 and len(study.finished()) == 1
-    assert "2 FAILED:\n  dqn_atari__Pong__seed_1, exit code 1: " in result.stderr and "  plot_benchmark.py\n" in result.stderr
-    result = study.run(*ONE_GAME, "--seeds", "2-2", PYTHON="/no/such/python")
+    result = study.run(*options)
+    assert result.returncode == 1 and "3 FAILED:" in result.stderr and "\n  plot_benchmark.py\n" in result.stderr
+    assert [event["seed"] for event in study.events("end", "failing")] == ["1", "2", "4", "2"]
+    result = study.run(*ONE_GAME, "--seeds", "1", PYTHON="/no/such/python")
     assert result.returncode == 1 and "exit code 127: setsid: failed to execute /no/such/python: No such file" in result.stderr
 
 
@@ -444,8 +443,10 @@ def test_a_run_outlives_a_killed_benchmark_and_two_others_share_the_rest(study):
     first.kill()
     first.wait()
     assert is_alive(pid)
-    others = [study.start(*options), study.start(*options)]
-    study.wait_for("waiting", 3)
+    others = []
+    for count in (2, 3):  # one after the other: they write into the same logs
+        others.append(study.start(*options))
+        study.wait_for("waiting", count)
     for process in others:
         assert "ratio_1__seed_1: error: another process is at work" in study.end(process) and process.returncode == 0
     wait_until(lambda: not is_alive(pid))
