@@ -132,8 +132,6 @@ def test_run_by_hand(tmp_path):
     write_run(tmp_path)
     games = read(tmp_path)
     assert games[games.phase == "training"][["step", "score", "value"]].values.tolist() == [[30, 7.0, 7.0]]
-    resets = plot.resets_of(games, 10)[lambda rows: rows.source == "evaluations"]
-    assert resets[["step", "value_before", "value_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
     one, several = plot.runs_of(games).itertuples()
     # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
     assert several.value == 305.0 and several.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
@@ -722,14 +720,6 @@ def test_the_terminal_shows_a_short_table(study):
     assert result.stderr == "left out: stopped: not finished: there is no complete final evaluation\n"
 
 
-def test_the_short_table_fits_with_long_names(tmp_path, call, capsys):
-    for exp in (RDE | {"exp_name": "rde_sac_safety_kappa_1_gains_10_tau_0.1"}, {"exp_name": "x" * 60}):
-        write_run(tmp_path, RESET_CURVE, **exp, env_id="SafetyHalfCheetahVelocityWithWalls" + "y" * 30, replay_ratio=0.0625)
-    call(tmp_path, "--pictures", "collapse")
-    lines = capsys.readouterr().out.splitlines()[:3]
-    assert max(map(len, lines)) < 100 and lines[2].count("…") == 2
-
-
 def test_results_csv(study):
     path, _ = study
     rows = pd.read_csv(path / "out" / "results.csv")
@@ -890,13 +880,14 @@ def test_many_games_and_many_methods_fit(tmp_path, num_games):
         nothing_covers_another(figure)
 
 
-def test_odd_names_stop_nothing_and_one_run_is_enough(tmp_path, call):
-    """As the name of an environment and of a method: a formula that is none, a cell's border, a file name."""
+def test_odd_names_stop_nothing_and_one_run_is_enough(tmp_path, call, capsys):
+    """As the name of an environment and of a method: a formula that is none, a cell's border, a file name, a long one."""
     for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "<b>", "x" * 200]):
         write_run(tmp_path / "runs", name=f"run{i}", env_id=name if i % 2 else ALIEN, exp_name=name, seed=i)
     call(tmp_path / "runs")
-    table = table_of(tmp_path / "runs" / "results")
+    table, lines = table_of(tmp_path / "runs" / "results"), capsys.readouterr().out.splitlines()[:7]
     assert "| a\\|b |" in table and "| $_$ |" in table
+    assert max(map(len, lines)) < 100 and "".join(lines).count("…") == 2  # the short table in the terminal
     assert {"$_$", "a|b"} <= {row["method"] for row in read_csv(tmp_path / "runs" / "results" / "results.csv")}
     call(tmp_path / "runs" / "run3", "--out-dir", tmp_path / "one")
     assert files_of(tmp_path / "one").keys() == {"learning_curves.png", "results.csv", "table.md", "training_games.csv"}
