@@ -118,18 +118,19 @@ class Study:
         return subprocess.Popen([*before, *self.command(*options)], **settings, preexec_fn=prepare)
 
     def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess:
-        return self.call(self.command(*options), self.environment | environment)
+        return self.call(self.command(*options), **environment)
 
-    def call(self, command: list[str], environment: dict | None = None) -> subprocess.CompletedProcess:
-        settings = {"env": environment or self.environment, "cwd": self.path, "timeout": 300}
+    def call(self, command: list[str], **environment: str) -> subprocess.CompletedProcess:
+        settings = {"env": self.environment | environment, "cwd": self.path, "timeout": 300}
         return subprocess.run(command, text=True, capture_output=True, check=False, **settings)
 
-    def dry_run(self, *options: str) -> list[list[str]]:
-        return self.commands(self.run("--dry-run", *options))
+    def end(self, process: subprocess.Popen) -> str:
+        """Lets its waiting runs go on, and those that come; what it says until its end."""
+        self.go()
+        return process.communicate(timeout=100)[0]
 
-    def commands(self, result: subprocess.CompletedProcess) -> list[list[str]]:
-        assert (result.returncode, result.stderr) == (0, "")
-        return [shlex.split(line) for line in result.stdout.splitlines()]
+    def go(self) -> None:
+        pathlib.Path(f"{self.journal}.go").touch()
 
     def events(self, *kinds: str) -> list[dict]:
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
@@ -138,9 +139,6 @@ class Study:
     def wait_for(self, kind: str, count: int = 1) -> list[dict]:
         wait_until(lambda: len(self.events(kind)) >= count)
         return self.events(kind)
-
-    def go(self) -> None:  # lets the waiting runs go on, and those that come
-        pathlib.Path(f"{self.journal}.go").touch()
 
     def finished(self) -> list[tuple]:
         """(environment, name, replay ratio, seed) of every finished run folder."""
@@ -167,57 +165,50 @@ ONE_GAME = ("--games", "Pong", "--methods", "dqn_atari")
 # ------------------------------------------------------------------------------------------------- the list of commands
 
 
-def in_short(commands: list[list[str]]) -> list[str]:
-    """As "dqn_atari.py --env-id PongNoFrameskip-v4 --seed 1 ...", without the folder of the runs."""
-    lines = [" ".join([pathlib.Path(command[1]).name, *command[2:]]) for command in commands]
-    return [re.sub(r" --runs-dir \S+", "", line) for line in lines]
+def commands(result: subprocess.CompletedProcess) -> list[list[str]]:
+    """Those that --dry-run prints."""
+    assert (result.returncode, result.stderr) == (0, "")
+    return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
-def test_default_study(study):
-    commands = study.dry_run()
-    assert commands[0] == [sys.executable, f"{study.scripts}/dqn_atari.py", "--seed", "1", "--runs-dir", str(study.runs)]
-    scripts = ("dqn_atari", "sr_dqn_atari", "rde_dqn_atari")
-    assert in_short(commands) == [f"{script}.py --seed {seed}" for seed in (1, 2, 3) for script in scripts]
-    assert study.run("--count").stdout == "9\n"
-
-
-def test_smoke(study):
-    options = "--total-timesteps 300 --learning-starts 100 --buffer-size 5000 --eval-interval 150 --eval-episodes 1"
-    assert in_short(study.dry_run("--smoke", "--games", "Pong", "--seeds", "1", "--", "--total-timesteps", "400")) == [
-        f"{script}_atari.py --env-id {PONG} --replay-ratio 0.5 --seed 1{own} {options} --total-timesteps 400{end}"
-        for script, own, end in (
+SMOKE = "--total-timesteps 300 --learning-starts 100 --buffer-size 5000 --eval-interval 150 --eval-episodes 1"
+LISTS = {  # by the options
+    "": [f"{script}.py --seed {seed}" for seed in (1, 2, 3) for script in ("dqn_atari", "sr_dqn_atari", "rde_dqn_atari")],
+    "--smoke --methods rde_dqn": [f"rde_dqn.py --replay-ratio 0.5 --seed {seed} {SMOKE}" for seed in (1, 2)],
+    "--smoke --games Pong --seeds 1 -- --total-timesteps 400": [
+        f"{name}_atari.py --env-id {PONG} --replay-ratio 0.5 --seed 1{own_name} {SMOKE} --total-timesteps 400{end}"
+        for name, own_name, end in (
             ("dqn", "", ""),
             ("sr_dqn", " --exp-name sr_dqn_atari_reset-interval_80", " --reset-interval 80"),
-            ("rde_dqn", " --exp-name rde_dqn_atari_reset-interval_80", " --reset-interval 80"))]  # fmt: skip
-    assert in_short(study.dry_run("--smoke", "--methods", "rde_dqn")) == [
-        f"rde_dqn.py --replay-ratio 0.5 --seed {seed} {options}" for seed in (1, 2)]  # fmt: skip
+            ("rde_dqn", " --exp-name rde_dqn_atari_reset-interval_80", " --reset-interval 80"))],
+    "--methods rde_dqn --seeds=9,2-4": [f"rde_dqn.py --seed {seed}" for seed in (9, 2, 3, 4)],
+    "--methods rde_dqn --seeds=08,10-11": [f"rde_dqn.py --seed {seed}" for seed in (8, 10, 11)],
+    "--methods rde_dqn --seeds=5-5 --replay-ratios=0.25,4": [
+        "rde_dqn.py --replay-ratio 0.25 --seed 5", "rde_dqn.py --replay-ratio 4 --seed 5"],
+    "--methods dqn_atari --seeds 1 --games atari100k,Zaxxon": [
+        f"dqn_atari.py --env-id {game}NoFrameskip-v4 --seed 1"
+        for game in [*load_script("rde_dqn_atari").RANDOM_AND_HUMAN_SCORES, "Zaxxon"]],
+    "--methods 'dqn_atari, rde_dqn --beta 1e-3 --num-agents 4,./my_idea_atari.py --exp-name half' --seeds 5-5 "
+    "--games Pong,CartPole-v1,ALE/Pong-v5 -- --note x": [
+        line.format(game=game, atari=PONG if game == "Pong" else game)
+        for game in ("Pong", "CartPole-v1", "ALE/Pong-v5") for line in (
+            "dqn_atari.py --env-id {atari} --seed 5 --note x",
+            "rde_dqn.py --env-id {game} --seed 5 --exp-name rde_dqn_beta_1e-3_num-agents_4 --note x --beta 1e-3 --num-agents 4",
+            # The last --exp-name is the one that holds.
+            "my_idea_atari.py --env-id {atari} --seed 5 --exp-name my_idea_atari_exp-name_half --note x --exp-name half")],
+}  # fmt: skip
 
 
-def test_a_method_is_a_script_with_its_options(study):
+@pytest.mark.parametrize("options", LISTS)
+def test_list_of_commands(study, options):
+    """Of scripts that lie beside benchmark.sh, or where one stands."""
     (study.path / "my_idea_atari.py").touch()
-    methods = "dqn_atari, rde_dqn --beta 1e-3 --num-agents 4,./my_idea_atari.py --bf16 --exp-name half"
-    expected = []
-    for game, atari in (("Pong", PONG), ("CartPole-v1", "CartPole-v1"), ("ALE/Pong-v5", "ALE/Pong-v5")):
-        name = "rde_dqn_beta_1e-3_num-agents_4"
-        expected += [f"dqn_atari.py --env-id {atari} --seed 5 --note x"]
-        expected += [f"rde_dqn.py --env-id {game} --seed 5 --exp-name {name} --note x --beta 1e-3 --num-agents 4"]
-        name = "my_idea_atari_bf16_exp-name_half"  # the last --exp-name is the one that holds
-        expected += [f"my_idea_atari.py --env-id {atari} --seed 5 --exp-name {name} --note x --bf16 --exp-name half"]
-    options = ("--games", "Pong,CartPole-v1,ALE/Pong-v5", "--seeds", "5-5", "--", "--note", "x")
-    assert in_short(study.dry_run("--methods", methods, *options)) == expected
-    assert study.dry_run("--methods", "./my_idea_atari.py")[0][1] == "./my_idea_atari.py"  # from where one stands
-
-
-def test_seeds_and_lists(study):
-    for option, seeds in (("--seeds=3", "1 2 3"), ("--seeds=9,2-4", "9 2 3 4"), ("--seeds=08,10-11", "8 10 11")):
-        commands = study.dry_run(*ONE_GAME, option)
-        assert [command[command.index("--seed") + 1].lstrip("0") for command in commands] == seeds.split()
-    commands = study.dry_run(*ONE_GAME, "--seeds=1", "--replay-ratios=0.25,4")
-    assert [command[command.index("--replay-ratio") + 1] for command in commands] == ["0.25", "4"]
-    games = {command[3] for command in study.dry_run("--games", "atari100k,Zaxxon", "--seeds", "1")}
-    scores = load_script("rde_dqn_atari").RANDOM_AND_HUMAN_SCORES
-    assert games == {f"{game}NoFrameskip-v4" for game in [*scores, "Zaxxon"]}
-    assert study.run("--games", "atari100k", "--count").stdout == f"{26 * 3 * 3}\n"
+    found = commands(study.run("--dry-run", *shlex.split(options)))
+    lines = [" ".join([pathlib.Path(command[1]).name, *command[2:]]) for command in found]
+    assert [line.replace(f" --runs-dir {study.runs}", "") for line in lines] == LISTS[options]
+    assert {command[0] for command in found} == {sys.executable}
+    assert {os.path.dirname(command[1]) for command in found} <= {str(study.scripts), "."}
+    assert study.run("--count", *shlex.split(options)).stdout == f"{len(found)}\n"
 
 
 def test_it_is_short_and_help_names_every_option(study):
@@ -234,9 +225,9 @@ def test_it_is_short_and_help_names_every_option(study):
     ("--methods rde_dqn,rde_sac_dmc --games x --replay-ratios 1", 6, "runs/benchmark"),
 ])  # fmt: skip
 def test_the_real_scripts_have_the_options(study, options, num_runs, runs_dir):
-    commands = study.commands(study.call(["bash", str(BENCHMARK), "--dry-run", *options.split()]))
-    assert [command[command.index("--runs-dir") + 1] for command in commands] == [runs_dir] * num_runs
-    for _, script, *words in commands:
+    found = commands(study.call(["bash", str(BENCHMARK), "--dry-run", *options.split()]))
+    assert [command[command.index("--runs-dir") + 1] for command in found] == [runs_dir] * num_runs
+    for _, script, *words in found:
         fields = vars(load_script(pathlib.Path(script).stem).Args()).keys()
         assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= fields
 
@@ -300,25 +291,23 @@ def test_time_left_is_that_of_the_runs_of_this_call(study, jobs):
 
 
 def test_failures_are_listed_and_stop_nothing(study):
-    options = (*ONE_GAME, "--seeds", "3", "--", "--failing-seed", "2")
+    """Of a run that fails, of one that cannot be started, and of the plots."""
+    options = (*ONE_GAME, "--seeds", "4", "--", "--failing-seed", "2")
+    (study.runs / "logs" / "dqn_atari__Pong__seed_3.log").mkdir(parents=True)
     result = study.run(*options)
-    assert result.returncode == 1 and [run[3] for run in names(study.events("end"))] == ["1", "3"]
-    assert result.stderr == "1 FAILED:\n  dqn_atari__Pong__seed_2, exit code 7: the emulator caught fire\n"
-    command, begins, message = (study.runs / "logs" / "dqn_atari__Pong__seed_2.log").read_text().splitlines()
-    assert (begins, message) == ("it begins", "the emulator caught fire") and "PLOT" in result.stdout
+    first, second, third = result.stderr.splitlines()[-3:]
+    assert (result.returncode, first) == (1, "2 FAILED:") and "PLOT" in result.stdout
+    assert second == "  dqn_atari__Pong__seed_2, exit code 7: the emulator caught fire"
+    assert third.startswith("  dqn_atari__Pong__seed_3, exit code 1: ")
+    command, *said = (study.runs / "logs" / "dqn_atari__Pong__seed_2.log").read_text().splitlines()
+    assert said == ["it begins", "the emulator caught fire"]
     assert shlex.split(command)[:3] == ["$", sys.executable, str(study.scripts / "dqn_atari.py")]
-    assert study.run(*options).returncode == 1
-    assert [event["seed"] for event in study.events("start", "failing")] == ["1", "2", "3", "2"]
 
-
-def test_what_cannot_be_started_or_drawn_is_a_failure(study):
-    (study.runs / "logs" / "dqn_atari__Pong__seed_1.log").mkdir(parents=True)
-    result = study.run(*ONE_GAME, "--seeds", "2")
-    assert result.returncode == 1 and "  dqn_atari__Pong__seed_1, exit code 1: " in result.stderr and len(study.finished()) == 1
     (study.scripts / "plot_benchmark.py").write_text("raise SystemExit(3)")
-    result = study.run(*ONE_GAME, "--seeds", "2-2")
-    assert (result.returncode, result.stderr) == (1, "1 FAILED:\n  plot_benchmark.py\n")
-    result = study.run(*ONE_GAME, "--seeds", "2-2", PYTHON="/no/such/python")
+    result = study.run(*options)
+    assert result.returncode == 1 and "3 FAILED:" in result.stderr and "\n  plot_benchmark.py\n" in result.stderr
+    assert [event["seed"] for event in study.events("end", "failing")] == ["1", "2", "4", "2"]
+    result = study.run(*ONE_GAME, "--seeds", "1", PYTHON="/no/such/python")
     assert result.returncode == 1 and "exit code 127: setsid: failed to execute /no/such/python: No such file" in result.stderr
 
 
@@ -327,8 +316,7 @@ def test_parallel_jobs(study):
     study.wait_for("waiting", 3)
     time.sleep(1)  # a fourth would have begun by now
     assert len(study.events("start")) == 3
-    study.go()
-    output, _ = process.communicate(timeout=100)
+    output = study.end(process)
     assert process.returncode == 0 and study.finished() == sorted(SMALL_RUNS), output
     assert sorted(names(study.events("start"))) == sorted(SMALL_RUNS)
     assert max(accumulate({"start": 1, "end": -1}[event["event"]] for event in study.events("start", "end"))) == 3
@@ -337,13 +325,13 @@ def test_parallel_jobs(study):
     assert study.events("start")[-1]["threads"] == "5"
 
 
-def test_a_place_that_is_free_is_taken_while_others_still_run(study):
+def test_a_free_place_is_taken_while_others_run_and_the_file_may_change(study):
+    """As an editor changes it that writes into the same file."""
     process = study.start("--methods", "dqn_atari --wait-at 3,rde_dqn", "--games", "x", "--seeds", "2", "--jobs", "2")
     study.wait_for("waiting", 2)
     assert [event["seed"] for event in study.events("end")] == ["1"]
-    study.go()
-    process.communicate(timeout=100)
-    assert process.returncode == 0 and len(study.finished()) == 4
+    (study.scripts / "benchmark.sh").write_text("exit 55\n" * 10_000)
+    assert "PLOT" in study.end(process) and process.returncode == 0 and len(study.finished()) == 4
 
 
 def test_odd_names(tmp_path):
@@ -397,7 +385,8 @@ def test_stopped_and_continued(study, how):
         time.sleep(0.2)
         process.terminate()
     output, _ = process.communicate(timeout=100)
-    os.close(terminal), os.close(end)
+    os.close(terminal)
+    os.close(end)
     assert process.returncode == 128 + number
     pids = [event["pid"] for event in study.events("start")]
     assert len(pids) == 2 and not any(map(is_alive, pids))
@@ -440,8 +429,7 @@ def test_a_killed_run_is_a_failure_and_is_continued(study):
     options = (*ONE_GAME, "--seeds", "2", "--", "--wait-at", "3")
     process = study.start(*options)
     os.kill(study.wait_for("waiting")[0]["pid"], signal.SIGKILL)
-    study.go()
-    output, _ = process.communicate(timeout=100)
+    output = study.end(process)
     assert process.returncode == 1 and "1 FAILED:\n  dqn_atari__Pong__seed_1, exit code 137: it begins\n" in output
     assert study.run(*options).returncode == 0
     assert [(event["seed"], event["step"]) for event in study.events("start")] == [("1", 0), ("2", 0), ("1", 3)]
@@ -455,22 +443,12 @@ def test_a_run_outlives_a_killed_benchmark_and_two_others_share_the_rest(study):
     first.kill()
     first.wait()
     assert is_alive(pid)
-    others = [study.start(*options), study.start(*options)]
-    study.wait_for("waiting", 3)
-    study.go()
+    others = []
+    for count in (2, 3):  # one after the other: they write into the same logs
+        others.append(study.start(*options))
+        study.wait_for("waiting", count)
     for process in others:
-        output, _ = process.communicate(timeout=100)
-        assert process.returncode == 0 and "ratio_1__seed_1: error: another process is at work" in output
+        assert "ratio_1__seed_1: error: another process is at work" in study.end(process) and process.returncode == 0
     wait_until(lambda: not is_alive(pid))
     assert study.run(*options).stdout.count(" is finished\n") == 8
     assert sorted(names(study.events("start"))) == sorted(SMALL_RUNS) == study.finished()
-
-
-def test_the_file_may_change_while_it_runs(study):
-    """As an editor does it that writes into the same file."""
-    process = study.start(*ONE_GAME, "--seeds", "2", "--", "--wait-at", "3")
-    study.wait_for("waiting")
-    (study.scripts / "benchmark.sh").write_text("exit 55\n" * 10_000)
-    study.go()
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and len(study.finished()) == 2 and "PLOT" in output

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, environment, equal, load_module, load_script, model, only_run, read_csv, run_main, snapshot
+from conftest import ROOT, command, environment, equal, load_module, load_script, model, only_run, read_csv, run_main, snapshot
 
 TINY = "--eval-interval 0 --batch-size 16 --learning-starts 100 --hidden-dim 8 --replay-ratio 0.25"
 # Whole runs with two resets each, so that the agents differ and the choice is not uniform.
@@ -105,13 +105,9 @@ def test_scores_of_the_final_evaluation(play, folder, runs, name, monkeypatch):
 
 def test_weights_that_were_kept_on_the_way(play, folder):
     """--checkpoint takes the weights that were kept at that step, and --like-evaluation its step."""
-    path, by_step = folder("minigrid"), {}
+    path = folder("minigrid")
     for step in (200, 400, 600):
-        agent = types.SimpleNamespace(load_weights=lambda weights: by_step.__setitem__(step, weights))
-        file, found = play.find_weights(str(path), str(step))
-        play.load_weights(agent, file)
-        assert found == step and equal(by_step[step], model(path, f"models/step_{step:08d}.pt"))
-    assert not equal(by_step[200], by_step[400]) and equal(by_step[600], model(path))
+        assert play.find_weights(str(path), str(step)) == (str(path / "models" / f"step_{step:08d}.pt"), step)
     assert play.find_weights(str(path), "final") == play.find_weights(str(path), "newest") == (str(path / "model.pt"), None)
     lines = played(play, path, "--checkpoint", 600, "--like-evaluation")
     assert scores(lines) == scores(played(play, path, "--like-evaluation")) and len(scores(lines)) == 3
@@ -193,15 +189,18 @@ def test_all_of_them_in_a_table(play, folder):
 # ---------------------------------------------------------------------------------------------- other rules, and resets
 
 
-@pytest.mark.parametrize("more, changed", [
-    ((), {}), (("--selection", "advantage"), {"selection": "advantage", "beta": None}), (("--beta", 0), {"beta": 0.0}),
-    (("--selection", "advantage", "--beta", 1.5), {"selection": "advantage", "beta": 1.5}),
-])  # fmt: skip
-def test_what_a_reset_costs(play, folder, more, changed):
+RULES = {  # the arguments of the run that other options stand for
+    "": {}, "--selection advantage": {"selection": "advantage", "beta": None}, "--beta 0": {"beta": 0.0},
+    "--selection advantage --beta 1.5": {"selection": "advantage", "beta": 1.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", RULES)
+def test_what_a_reset_costs(play, folder, options):
     """Scores and shares of three fresh networks, against an agent that is reset and evaluated by hand."""
     path = folder("minigrid")
-    heading, *lines = played(play, path, "--reset", "oldest", "--fresh-seeds", 3, "--episodes", 4, *more)
-    script, args, _, new_agent = script_of(play, path, **changed)
+    heading, *lines = played(play, path, *"--reset oldest --fresh-seeds 3 --episodes 4".split(), *options.split())
+    script, args, _, new_agent = script_of(play, path, **RULES[options])
     envs, weights, means, shares = [script.make_env(args) for _ in range(4)], model(path), [], []
     fresh = weights["oldest_agent"]
     assert heading.endswith(f"; agent {fresh} of 3 is reset")  # another one judges
@@ -219,14 +218,11 @@ def test_what_a_reset_costs(play, folder, more, changed):
         returns = [episode["r"] for episode in episodes]
         means.append(np.mean(returns))
         shares.append(np.mean(torch.cat([choice[1] for choice in acting]).numpy() == fresh))
-        assert lines[seed] == (
-            f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {shares[-1]:.0%}"
-        )
-    assert len(set(shares)) > 1 and (changed.get("beta") != 0 or abs(np.mean(shares) - 1 / 3) < 0.1)
-    assert lines[3:] == [
-        f"3 fresh network(s), 4 episode(s) each: return {np.mean(means):.4g} ± {np.std(means, ddof=1) / np.sqrt(3):.2f} "
-        f"(standard error), the fresh agent acts in {np.mean(shares):.0%}"
-    ]
+        numbers = f"return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {shares[-1]:.0%}"
+        assert lines[seed] == f"fresh network {seed} as agent {fresh}: {numbers}"
+    assert len(set(shares)) > 1 and (options != "--beta 0" or abs(np.mean(shares) - 1 / 3) < 0.1)
+    mean = f"return {np.mean(means):.4g} ± {np.std(means, ddof=1) / np.sqrt(3):.2f} (standard error)"
+    assert lines[3:] == [f"3 fresh network(s), 4 episode(s) each: {mean}, the fresh agent acts in {np.mean(shares):.0%}"]
 
 
 def test_another_rule_is_played_without_a_reset_too(play, folder):
@@ -267,11 +263,8 @@ def test_what_stands_under_a_picture(play):
 
 
 def run_command(*arguments, **variables: str) -> subprocess.CompletedProcess:
-    variables = environment() | {"SDL_VIDEODRIVER": "x11"} | variables
-    if not variables["DISPLAY"]:
-        del variables["DISPLAY"]
-    command = [sys.executable, ROOT / "play.py", *map(str, arguments)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    settings = {"env": environment() | {"SDL_VIDEODRIVER": "x11"} | variables, "capture_output": True, "text": True}
+    return subprocess.run(command("play", *arguments), **settings, timeout=100, check=False)
 
 
 @pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")
@@ -296,16 +289,14 @@ def test_closing_the_window_ends_it(play, monkeypatch):
 
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     pygame.display.init()
-    try:
-        window, frame = play.Window(fps=1_000), np.full((30, 40, 3), 7, np.uint8)
+    window, frame = play.Window(fps=1_000), np.full((30, 40, 3), 7, np.uint8)
+    window.show(frame)
+    assert window.screen.get_size() == (40, 30) and window.screen.get_at((5, 5))[:3] == (7, 7, 7)
+    pygame.event.post(pygame.event.Event(pygame.QUIT))
+    with pytest.raises(SystemExit) as end:
         window.show(frame)
-        assert window.screen.get_size() == (40, 30) and window.screen.get_at((5, 5))[:3] == (7, 7, 7)
-        pygame.event.post(pygame.event.Event(pygame.QUIT))
-        with pytest.raises(SystemExit) as end:
-            window.show(frame)
-        assert end.value.code == 0
-    finally:
-        pygame.display.quit()
+    pygame.display.quit()
+    assert end.value.code == 0
 
 
 def test_no_display(folder):
@@ -366,41 +357,46 @@ def test_values_out_of_range(play, tmp_path, arguments):
     assert arguments.split()[0][2:].replace("-", "_") in result.err
 
 
-def test_wrong_folders(play, folder, tmp_path):
+@pytest.fixture
+def copied(folder, tmp_path):
+    return pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "copied"))
+
+
+def test_wrong_folders(play, copied, tmp_path):
     assert refused(play, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a folder"
     assert "args.json: No such file" in refused(play, tmp_path)
-    path = pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "run"))
-    content = json.loads((path / "args.json").read_text())
-    for scripts_name in ("nobody.py", "../rde_dqn.py", "/etc/passwd", 7):
-        (path / "args.json").write_text(json.dumps(content | {"script": scripts_name}))
-        assert refused(play, path).startswith(f"the run's script {scripts_name} is not in {ROOT}; say with --scripts-dir")
-    for text in ("", "[]", "{}"):
-        (path / "args.json").write_text(text)
-        assert refused(play, path).endswith("its args.json does not fit")
-    for args in ({"seed": -1}, {"seed": "x"}, {"beta": [1]}):
-        (path / "args.json").write_text(json.dumps(content | {"args": args}))
-        assert refused(play, path).startswith(f"the arguments in {path}/args.json do not fit {ROOT / 'rde_dqn.py'}: ")
-    (path / "args.json").write_text(json.dumps(content))
-    (path / "rde_dqn.py").unlink()
-    assert refused(play, path, "--run-script") == f"the run's script rde_dqn.py is not in {path}; leave out --run-script"
+    content = json.loads((copied / "args.json").read_text())
+    does_not_fit, no_script = (
+        "its args.json does not fit",
+        "the run's script {} is not in {}; say with --scripts-dir where it is",
+    )
+    no_arguments = f"the arguments in {copied}/args.json do not fit {ROOT / 'rde_dqn.py'}: "
+    for changed, message in (
+        *(("", does_not_fit), ([], does_not_fit), ({}, does_not_fit)),
+        *((content | {"script": name}, no_script.format(name, ROOT)) for name in ("x.py", "../rde_dqn.py", "/etc/passwd", 7)),
+        *((content | {"args": args}, no_arguments) for args in ({"seed": -1}, {"seed": "x"}, {"beta": [1]})),
+    ):  # fmt: skip
+        (copied / "args.json").write_text(json.dumps(changed) if changed != "" else "")
+        assert message in refused(play, copied)
+    (copied / "args.json").write_text(json.dumps(content))
+    (copied / "rde_dqn.py").unlink()
+    assert refused(play, copied, "--run-script") == f"the run's script rde_dqn.py is not in {copied}; leave out --run-script"
 
 
-def test_wrong_weights(play, folder, tmp_path):
-    path = pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "run"))
-    file, weights = path / "model.pt", (path / "model.pt").read_bytes()
+def test_wrong_weights(play, copied, folder):
+    file, weights = copied / "model.pt", (copied / "model.pt").read_bytes()
     middle = len(weights) // 2
     for content in (weights[:middle], weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :]):
         file.write_bytes(content)
-        assert refused(play, path) == f"{file} is damaged, cut off, or holds more than weights"
+        assert refused(play, copied) == f"{file} is damaged, cut off, or holds more than weights"
     for content in (model(folder("cartpole")), {"epsilon": 1}):
         torch.save(content, file)
-        assert "are not those of this script's agent" in refused(play, path)
+        assert "are not those of this script's agent" in refused(play, copied)
     file.unlink()
-    hint = "; --checkpoint newest plays the weights of step 600"
-    assert refused(play, path).endswith(f"is not finished, there is no model.pt{hint}")
-    assert "step_00000600.pt" in played(play, path, "--checkpoint", "newest")[0]
-    shutil.rmtree(path / "models")
-    assert refused(play, path, "--checkpoint", "newest").endswith("no weights were kept on the way (--keep-models)")
+    assert refused(play, copied).endswith("there is no model.pt; --checkpoint newest plays the weights of step 600")
+    assert "step_00000600.pt" in played(play, copied, "--checkpoint", "newest")[0]
+    shutil.rmtree(copied / "models")
+    assert refused(play, copied, "--checkpoint", "newest").endswith("no weights were kept on the way (--keep-models)")
 
 
 def test_other_scripts(play, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""plot_benchmark.py on run folders made here: its numbers against ones worked out by hand, and against rliable's."""
+"""plot_benchmark.py on run folders made here: its numbers against pandas', numpy's and rliable's, and against ones by hand."""
 
 import itertools
 import json
@@ -24,9 +24,13 @@ sys.path.insert(0, str(ROOT))
 import plot_benchmark as plot  # noqa: E402
 
 ALIEN, PONG, FREEWAY = "AlienNoFrameskip-v4", "PongNoFrameskip-v4", "FreewayNoFrameskip-v4"
+LAVA = "MiniGrid-LavaGapS5-v0"
 DQN = {"exp_name": "dqn_atari"}
 SR = {"exp_name": "sr_dqn_atari", "reset_interval": 80, "reset_depth": "last1"}
 RDE = SR | {"exp_name": "rde_dqn_atari", "num_agents": 2, "beta": 50.0}
+ADVANTAGE = RDE | {"exp_name": "rde_dqn_selection_advantage", "selection": "advantage", "beta": None}
+OLDEST = RDE | {"exp_name": "rde_dqn_beta_1e9", "beta": 1e9}
+ARGS = plot.Args(bootstrap_samples=50)
 NOTHING_PUBLISHED = pd.DataFrame({"env_id": [], "method": [], "score": [], "normalized": []})
 
 
@@ -43,25 +47,21 @@ RESET_CURVE = [(50, "scheduled", (100.0, 300.0)), *reset(60, (400.0, 600.0), (90
                *reset(80, (100.0, 300.0), (0.0, 100.0)), final(300.0, 310.0)]  # fmt: skip
 
 
-def write_run(parent, evaluations, name="", games=(), extra="", script_sha256=None, **args) -> pathlib.Path:
+def write_run(parent, evaluations=(FINAL,), name="", games=(), extra="", content=None, **args) -> pathlib.Path:
     """A finished run. `evaluations`: (step, phase, scores of the games); `games` of training: (step, score).
 
-    With a column `extra` (success or cost) a score is a pair of the score and its value.
+    With a column `extra` (success or cost) a score is a pair of the score and its value. `content`: more of args.json.
     """
     args = {"env_id": ALIEN, "seed": 1, "replay_ratio": 1.0, "total_timesteps": 100, "eval_episodes": 2, **DQN} | args
-    start_time = f"20260101-{args['replay_ratio'] * 100:06.0f}"
-    folder = parent / (name or f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{start_time}")
+    folder = parent / (name or f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{args['replay_ratio'] * 100:08.0f}")
     folder.mkdir(parents=True)
-    version = {"script_sha256": script_sha256} if script_sha256 else {}
-    (folder / "args.json").write_text(json.dumps({"args": args, "versions": {}, "device": "cpu"} | version))
-    headings = [extra] if extra else []
+    (folder / "args.json").write_text(json.dumps({"args": args, "versions": {}, "device": "cpu"} | (content or {})))
+    columns = ["episodic_return", extra] if extra else ["episodic_return"]
     values = lambda score: score if extra else (score,)
-    scores = [(step, phase, i, *values(score)) for step, phase, of_games in evaluations for i, score in enumerate(of_games)]
-    scores = pd.DataFrame(scores, columns=["global_step", "phase", "episode", "episodic_return", *headings])
-    scores.to_csv(folder / "evaluations.csv", index=False)
-    episodes = [(step, *values(score)[:1], 400, f"{step}.25", *values(score)[1:]) for step, score in games]
-    episodes = pd.DataFrame(episodes, columns=["global_step", "episodic_return", "episodic_length", "wall_seconds", *headings])
-    episodes.to_csv(folder / "episodes.csv", index=False)
+    rows = [(step, phase, *values(score)) for step, phase, scores in evaluations for score in scores]
+    pd.DataFrame(rows, columns=["global_step", "phase", *columns]).to_csv(folder / "evaluations.csv", index=False)
+    rows = [(step, *values(score)) for step, score in games]
+    pd.DataFrame(rows, columns=["global_step", *columns]).to_csv(folder / "episodes.csv", index=False)
     return folder
 
 
@@ -77,9 +77,13 @@ def tables(games: pd.DataFrame, **args) -> dict:
     return plot.tables_of(games, plot.comparable(games)[0], plot.collapses_of(games, args), NOTHING_PUBLISHED, args)
 
 
-def pictures(games: pd.DataFrame, *names: str, published: pd.DataFrame = NOTHING_PUBLISHED, window: int = 2000) -> dict:
+def collapse_rows(games: pd.DataFrame, source: str = "evaluations", args: plot.Args = ARGS) -> list:
+    return list(plot.collapses_of(games, args)[lambda rows: rows.source == source].itertuples())
+
+
+def pictures(games: pd.DataFrame, *names: str, published: pd.DataFrame = NOTHING_PUBLISHED) -> dict:
     """All of them, or those of these names."""
-    args = plot.Args(bootstrap_samples=50, reset_window=window, pictures=names)
+    args = plot.Args(bootstrap_samples=50, pictures=names)
     figures = dict(plot.pictures_of(games, plot.comparable(games)[0], plot.collapses_of(games, args), published, args))
     for figure in figures.values():
         FigureCanvasAgg(figure).draw()
@@ -125,18 +129,10 @@ def call(monkeypatch):
 def test_run_by_hand(tmp_path):
     """More evaluations at a reset have no weight in the mean over the run; a run with one evaluation has a mean, too."""
     write_run(tmp_path, RESET_CURVE, games=[(30, 7.0)], **SR)
+    write_run(tmp_path)
     games = read(tmp_path)
-    assert len(games) == 13 and set(zip(games.env_id, games.replay_ratio, games.method)) == {(ALIEN, 1.0, "SR+DQN")}
     assert games[games.phase == "training"][["step", "score", "value"]].values.tolist() == [[30, 7.0, 7.0]]
-    evaluations = plot.evaluations_of(games)
-    assert list(zip(evaluations.step, evaluations.phase, evaluations.score, evaluations.episodes)) == [
-        (50, "scheduled", 200.0, 2), (60, "before_reset", 500.0, 2), (60, "after_reset", 1000.0, 2),
-        (80, "before_reset", 200.0, 2), (80, "after_reset", 50.0, 2), (100, "final", 305.0, 2),
-    ]  # fmt: skip
-    resets = plot.resets_of(games, 10)[lambda rows: rows.source == "evaluations"]
-    assert resets[["step", "value_before", "value_after"]].values.tolist() == [[60, 500.0, 1000.0], [80, 200.0, 50.0]]
-    write_run(tmp_path, [FINAL])
-    one, several = plot.runs_of(read(tmp_path)).itertuples()
+    one, several = plot.runs_of(games).itertuples()
     # Ten steps from 200 to 500, twenty from 1000 to 200, twenty from 50 to 305.
     assert several.value == 305.0 and several.whole_run == pytest.approx((10 * 350 + 20 * 600 + 20 * 177.5) / 50)
     assert one.value == one.whole_run == 1.5
@@ -148,8 +144,7 @@ def test_an_archive_and_a_results_csv_give_what_their_folders_give(tmp_path, cal
         curve = [*reset(50, (20.0, 20.0), (3.0 + seed, 3.0 + seed)), final(9.0, 9.0)]
         write_run(tmp_path / "runs", curve, games=[(40, 8.0), (90, 5.0)], **SR, seed=seed, env_id=env_id)
     with tarfile.open(tmp_path / "runs.tar.xz", "w:xz") as archive:
-        for folder in (tmp_path / "runs").iterdir():
-            archive.add(folder, folder.name)
+        archive.add(tmp_path / "runs", ".")
     call(tmp_path / "runs")
     call(tmp_path / "runs.tar.xz")
     call(tmp_path / "runs" / "results" / "results.csv", "--out-dir", tmp_path / "of_csv")
@@ -157,14 +152,13 @@ def test_an_archive_and_a_results_csv_give_what_their_folders_give(tmp_path, cal
     assert expected.pop("results.csv") and expected.pop("training_games.csv") and "table.md" in expected
     assert expected.keys() > {"learning_curves.png", "training_games.png", "aggregate_curves.png", "collapse.png"}
     assert files_of(tmp_path / "of_csv") == expected
-    del (of_archive := files_of(tmp_path))["runs.tar.xz"]
-    assert of_archive == expected
+    assert files_of(tmp_path) == expected | {"runs.tar.xz": (tmp_path / "runs.tar.xz").read_bytes()}
 
 
 def test_several_folders_are_one_study(tmp_path):
-    write_run(tmp_path / "a", [FINAL], name="run")
-    write_run(tmp_path / "b" / "deeper", [FINAL], name="run", seed=2)
-    write_run(tmp_path, [FINAL], name="alone", seed=3)
+    write_run(tmp_path / "a", name="run")
+    write_run(tmp_path / "b" / "deeper", name="run", seed=2)
+    write_run(tmp_path, name="alone", seed=3)
     games = read(tmp_path / "a", tmp_path / "b", tmp_path / "alone")
     names = {f"{tmp_path}/a/run": 1, f"{tmp_path}/b/deeper/run": 2, f"{tmp_path}/alone": 3}
     assert {os.path.normpath(run): seed for run, seed in zip(games.run, games.seed)} == names
@@ -189,13 +183,12 @@ LABELS = [
     (RDE | {"exp_name": "rde_sac_safety"}, "RDE+SAC-Lag value"), (DQN | {"exp_name": "dqnx"}, "dqnx"),
     (RDE | {"exp_name": "rde_sac_lag_kappa_1"}, "RDE+SAC-Lag value kappa 1"), (DQN | {"exp_name": "rnd_dqn_atari"}, "RND-DQN"),
     (RDE | {"exp_name": "rde_drq_atari"}, "RDE+DrQ value"), (SR | {"exp_name": "rde_drq_atari"}, "SR+DrQ"),
-    (DQN | {"exp_name": "drq_num-atoms_1"}, "DrQ num-atoms 1"),
-    (RDE | {"exp_name": "rde_dqn_selection_advantage", "selection": "advantage", "beta": None}, "RDE+DQN advantage"),
+    (DQN | {"exp_name": "drq_num-atoms_1"}, "DrQ num-atoms 1"), (ADVANTAGE, "RDE+DQN advantage"),
     (RDE | {"selection": "advantage", "beta": 5.0}, "RDE+DQN advantage"),
     (RDE | {"selection": "value", "beta": None}, "RDE+DQN value"), (RDE | {"beta": 3.0}, "RDE+DQN value β = 3"),
-    (RDE | {"exp_name": "rde_dqn_selection_advantage_beta_2", "selection": "advantage", "beta": 2}, "RDE+DQN advantage β = 2"),
-    (RDE | {"exp_name": "rde_dqn_beta_1e9", "beta": 1e9}, "RDE+DQN oldest alone"),
-    (RDE | {"exp_name": "rde_dqn_selection_value_beta_1e9_tau_1", "beta": 1e9}, "RDE+DQN oldest alone tau 1"),
+    (ADVANTAGE | {"exp_name": "rde_dqn_selection_advantage_beta_2", "beta": 2}, "RDE+DQN advantage β = 2"),
+    (OLDEST, "RDE+DQN oldest alone"),
+    (OLDEST | {"exp_name": "rde_dqn_selection_value_beta_1e9_tau_1"}, "RDE+DQN oldest alone tau 1"),
     (SR | {"exp_name": "rde_dqn_num-agents_1"}, "SR+DQN"), (DQN | {"exp_name": "rde_dqn_num-agents_1_reset-interval_0"}, "DQN"),
     (RDE | {"exp_name": "rde_dqn_num-agents_3", "num_agents": 3}, "RDE+DQN value num-agents 3"),
 ]  # fmt: skip
@@ -203,52 +196,43 @@ LABELS = [
 
 @pytest.mark.parametrize("args, label", LABELS)
 def test_method_names(args, label, tmp_path):
-    write_run(tmp_path, [FINAL], **args)
+    write_run(tmp_path, **args)
     assert read(tmp_path).method.unique().tolist() == [label]
 
 
-def test_methods_in_their_order():
+def test_methods_in_their_order_and_their_looks():
+    """A method looks alike beside whatever else there is; a variant looks otherwise beside the plain one, like it alone."""
     methods = ["DQN", "SR+DQN", "RDE+DQN value@a", "RDE+DQN value@b", "RDE+DQN value β = 3", "RDE+DQN advantage",
                "RDE+DQN oldest alone", "Ensemble+DQN", "my idea"]  # fmt: skip
     assert plot.in_order(reversed(methods)) == methods
-
-
-def test_a_method_looks_alike_in_every_study():
-    """Whatever else is there, and in every family; variants beside the plain one look otherwise, alone they look like it."""
-    roles = [("", ""), ("SR+", ""), ("RDE+", " value"), ("RDE+", " advantage"), ("RDE+", " oldest alone")]
-    names = lambda family: [f"{prefix}{family}{rule}" for prefix, rule in roles]
-    whole = [*plot.looks_of(names("DQN")).values()]
-    assert len({color for color, _ in whole}) == 5 and len(set(map(str, whole))) == 5
-    for family in ("DQN", "SAC", "SAC-Lag", "DrQ", "RND-DQN"):
-        for method, look in zip(names(family), whole):
-            variant = f"{method} tau 0.1"
-            assert plot.looks_of([method]) == {method: look} and plot.looks_of([variant]) == {variant: look}
-            assert plot.looks_of([method, *names(family)[3:], "my idea"])[method] == look
-            both = plot.looks_of([method, variant])
-            assert both[method] == look and both[variant] not in whole
-
-
-def test_scores_are_those_of_the_scripts():
-    """The table, and what a script logs as its human-normalized score."""
-    script = load_script("rde_dqn_atari")
-    assert script.RANDOM_AND_HUMAN_SCORES == plot.RANDOM_AND_HUMAN_SCORES
-    for game in plot.RANDOM_AND_HUMAN_SCORES:
-        env_id = f"{game}NoFrameskip-v4"
-        assert script.normalized_scores(env_id, 12.5) == {"human_normalized_score": plot.normalized_score(env_id, 12.5)}
-        assert plot.suite_of(env_id) == plot.ATARI
-    assert script.normalized_scores("TennisNoFrameskip-v4", 12.5) == {}
+    roles = plot.looks_of(["DQN", "SR+DQN", "RDE+DQN value", "RDE+DQN advantage", "RDE+DQN oldest alone"])
+    assert len({color for color, _ in roles.values()}) == 5 == len(set(map(str, roles.values())))
+    for family, (role, look) in itertools.product(("DQN", "SAC", "SAC-Lag", "DrQ", "RND-DQN"), roles.items()):
+        method = role.replace("DQN", family)
+        variant = f"{method} tau 0.1"
+        assert plot.looks_of([method]) == {method: look} and plot.looks_of([variant]) == {variant: look}
+        looks = plot.looks_of([method, variant, "my idea", f"Ensemble+{family}"])
+        assert looks[method] == look and looks[variant] not in roles.values()
 
 
 def test_scales_and_names():
-    assert plot.normalized_score(ALIEN, 227.8 + 0.25 * (7127.7 - 227.8)) == pytest.approx(0.25)
+    """The scores of random players and humans are those of the scripts."""
+    script = load_script("rde_dqn_atari")
+    assert script.RANDOM_AND_HUMAN_SCORES == plot.RANDOM_AND_HUMAN_SCORES
+    for env_id in (f"{game}NoFrameskip-v4" for game in plot.RANDOM_AND_HUMAN_SCORES):
+        assert script.normalized_scores(env_id, 12.5) == {"human_normalized_score": plot.normalized_score(env_id, 12.5)}
+        assert plot.suite_of(env_id) == plot.ATARI
+    assert script.normalized_scores("TennisNoFrameskip-v4", 12.5) == {}
     assert plot.normalized_score("hopper-hop", 250.0) == 0.25
     env_ids = ("finger-turn_hard", "lander-v13", "MiniGrid-LavaGapS7-v0", "TennisNoFrameskip-v4")
     assert [plot.suite_of(env_id) for env_id in env_ids] == [plot.DMC, None, None, None]
-    short = lambda *env_ids: [*plot.short_names(env_ids).values()]
-    assert short("MiniGrid-LavaGapS5-v0", "MiniGrid-GoToDoor-5x5-v0") == ["LavaGapS5", "GoToDoor-5x5"]
-    assert short("MiniGrid-LavaGapS5-v0", "LunarLander-v3") == ["MiniGrid-LavaGapS5", "LunarLander"]
-    assert short(ALIEN, "cheetah-run") == ["Alien", "cheetah-run"] and short("MinAtar/Asterix-v1") == ["Asterix"]
-    assert short("Pendulum-v0", "Pendulum-v1") == ["Pendulum-v0", "Pendulum-v1"]  # not one name for two
+    for names, short in (
+        ("MiniGrid-LavaGapS5-v0 MiniGrid-GoToDoor-5x5-v0", "LavaGapS5 GoToDoor-5x5"),
+        ("MiniGrid-LavaGapS5-v0 LunarLander-v3", "MiniGrid-LavaGapS5 LunarLander"),
+        (f"{ALIEN} cheetah-run", "Alien cheetah-run"), ("MinAtar/Asterix-v1", "Asterix"),
+        ("Pendulum-v0 Pendulum-v1", "Pendulum-v0 Pendulum-v1"),  # not one name for two
+    ):  # fmt: skip
+        assert [*plot.short_names(names.split()).values()] == short.split()
 
 
 # ------------------------------------------------------------------------------------------------------ what counts as one
@@ -257,12 +241,12 @@ def test_scales_and_names():
 def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
     """Where runs are kept, what has no effect, what an older script did not know, and null for a default."""
     alone = RDE | {"num_agents": 1, "beta": 7.0, "selection": "advantage"}
-    write_run(tmp_path, [FINAL], **SR, cuda=True, runs_dir="a", beta=50.0)
-    write_run(tmp_path / "b", [FINAL], **alone, seed=2, cuda=False, runs_dir="b")
-    write_run(tmp_path, [FINAL], reset_depth="last1", reset_interval=0)
-    write_run(tmp_path, [FINAL], seed=2, reset_depth="full", reset_interval=0, critic_norm="none")
-    write_run(tmp_path, [FINAL], **RDE)
-    write_run(tmp_path, [FINAL], **RDE | {"beta": None}, seed=2, selection="value")
+    write_run(tmp_path, **SR, cuda=True, runs_dir="a", beta=50.0)
+    write_run(tmp_path / "b", **alone, seed=2, cuda=False, runs_dir="b")
+    write_run(tmp_path, reset_depth="last1", reset_interval=0)
+    write_run(tmp_path, seed=2, reset_depth="full", reset_interval=0, critic_norm="none")
+    write_run(tmp_path, **RDE)
+    write_run(tmp_path, **RDE | {"beta": None}, seed=2, selection="value")
     assert read(tmp_path).drop_duplicates("run").method.value_counts().to_dict() == {"DQN": 2, "SR+DQN": 2, "RDE+DQN value": 2}
 
 
@@ -270,21 +254,18 @@ def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
                                                ("reset_depth", "last1", "full")])  # fmt: skip
 def test_most_runs_decide_which_arguments_count(tmp_path, name, rare, usual):
     for seed, value in ((1, rare), (2, usual), (3, usual)):
-        write_run(tmp_path, [FINAL], **RDE | {"seed": seed, name: value})
+        write_run(tmp_path, **RDE | {"seed": seed, name: value})
     games, (left_out,), _ = plot.read_games([tmp_path])
     assert list(games.seed.unique()) == [2, 3] and f"{name} {rare} instead of {usual}" in left_out
 
 
 def test_versions_of_a_script_are_methods_of_their_own(tmp_path, capsys, call):
     """By the hash that older runs have, and by the script's text, which newer runs have."""
-    write_run(tmp_path, [FINAL], seed=1, script_sha256="0123456789")
-    write_run(tmp_path, [FINAL], seed=2)  # of neither
+    write_run(tmp_path, content={"script_sha256": "0123456789"})
+    write_run(tmp_path, seed=2)  # of neither
     for seed, text in ((3, "one"), (4, "one"), (5, "other")):
-        folder = write_run(tmp_path, [FINAL], seed=seed, name=f"Alien__dqn__{seed}__0123abcd")
-        content = json.loads((folder / "args.json").read_text()) | {"script": "dqn.py"}
-        (folder / "args.json").write_text(json.dumps(content))
-        (folder / "dqn.py").write_text(text)
-    write_run(tmp_path, [FINAL], **SR, script_sha256="1" * 64)
+        (write_run(tmp_path, seed=seed, content={"script": "dqn.py"}) / "dqn.py").write_text(text)
+    write_run(tmp_path, **SR, content={"script_sha256": "1" * 64})
     games, left_out, (note,) = plot.read_games([tmp_path])
     seeds = games.drop_duplicates("run").groupby("method").seed.apply(list)
     assert sorted(seeds) == [[1], [1], [2], [3, 4], [5]] and left_out == []
@@ -311,44 +292,43 @@ SPOILED = {
     "heading alone": ("evaluations.csv", lambda text: text.split("\n")[0] + "\n", "not finished"),
     "other columns": ("evaluations.csv", lambda text: swap(text, "episodic_return", "score"), LINE),
     "cut row": ("evaluations.csv", lambda text: text[:-2], "evaluations.csv: line 5 is cut off"),
-    "text score": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,many"), "could not convert string to float: 'many'"),
-    "score that is no number": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,nan", 1), LINE),
-    "endless score": ("evaluations.csv", lambda text: swap(text, "0,1.0", "0,inf", 1), LINE),
-    "episode lost": ("evaluations.csv", lambda text: swap(text, "50,scheduled,1,2.0\n", ""), "does not have 2 episodes"),
-    "episode doubled": ("evaluations.csv", lambda text: text + "100,final,1,2.0\n", "does not have 2 episodes"),
-    "final cut off": ("evaluations.csv", lambda text: text.split("100,final,1")[0], "there is no complete final evaluation"),
+    "text score": ("evaluations.csv", lambda text: swap(text, "1.0", "many"), "could not convert string to float: 'many'"),
+    "score that is no number": ("evaluations.csv", lambda text: swap(text, "1.0", "nan", 1), LINE),
+    "endless score": ("evaluations.csv", lambda text: swap(text, "1.0", "inf", 1), LINE),
+    "episode lost": ("evaluations.csv", lambda text: swap(text, "50,scheduled,2.0\n", ""), "does not have 2 episodes"),
+    "episode doubled": ("evaluations.csv", lambda text: text + "100,final,2.0\n", "does not have 2 episodes"),
+    "final cut off": ("evaluations.csv", lambda text: text.split("100,final,2")[0], "there is no complete final evaluation"),
     "no final": ("evaluations.csv", lambda text: swap(text, "final", "scheduled"), "there is no complete final evaluation"),
     "final too early": ("args.json", lambda text: swap(text, "100", "200"), "there is no complete final evaluation"),
     "cut game": ("episodes.csv", lambda text: text + "90,1.0", "episodes.csv: line 2 is cut off"),
-    "nan game": ("episodes.csv", lambda text: text + "90,nan,4,3.5\n", "episodes.csv: line 2 is cut off, or lacks"),
+    "nan game": ("episodes.csv", lambda text: text + "90,nan\n", "episodes.csv: line 2 is cut off, or lacks"),
     "other arguments": ("args.json", lambda text: swap(text, ": 2,", ': 2, "tau": 2,', 1), "runs of DQN: tau 2 instead of 1"),
     "same seed": ("args.json", lambda text: swap(text, '"seed": 2', '"seed": 1'), "another run of the same seed counts"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_a_spoiled_folder_has_a_named_line(tmp_path, case):
-    name, change, message = SPOILED[case]
+def test_spoiled_folders_have_a_named_line_each(tmp_path):
     for seed in (1, 3):
-        write_run(tmp_path, [FINAL], seed=seed, tau=1)
-    file = write_run(tmp_path, [(50, "scheduled", (1.0, 2.0)), FINAL], name="spoiled", seed=2) / name
-    text = change(file.read_text())
-    file.unlink() if text is None else file.write_text(text)
-    games, (line,), _ = plot.read_games([tmp_path])
-    assert list(games.seed.unique()) == [1, 3]
-    assert line.startswith("spoiled: ") and message in line and "\n" not in line
+        write_run(tmp_path, seed=seed, tau=1)
+    for case, (name, change, _) in SPOILED.items():
+        file = write_run(tmp_path, [(50, "scheduled", (1.0, 2.0)), FINAL], name=case, seed=2) / name
+        text = change(file.read_text())
+        file.unlink() if text is None else file.write_text(text)
+    games, left_out, _ = plot.read_games([tmp_path])
+    assert list(games.seed.unique()) == [1, 3] and "\n" not in "".join(left_out)
+    for line, case in zip(left_out, sorted(SPOILED), strict=True):
+        assert line.startswith(f"{case}: ") and SPOILED[case][2] in line
 
 
 @pytest.mark.parametrize("options, message", [
-    (("nowhere",), "nowhere is not a folder, an archive or a results.csv"), (("empty",), "there is no finished run in empty"),
-    (("file",), "file is not a folder"),
-    (("runs", "--bootstrap-samples", "0"), "--bootstrap-samples and --reset-window must be"),
-    (("runs", "--reset-window", "0"), "--bootstrap-samples and --reset-window must be"),
-    (("runs", "--pictures", "colapse"), "--pictures colapse: there are learning_curves, "),
-    (("runs", "--out-dir", "file"), "file cannot be written: File exists"),
-    (("runs", "--references", "nowhere"), "--references nowhere: [Errno 2] No such file"),
-    (("runs", "--references", "half.csv"), "--references half.csv: could not convert string to float: 'many'"),
-    (("runs", "--references", "other.csv"), "--references other.csv: Usecols do not match columns"),
+    ("nowhere", "nowhere is not a folder, an archive or a results.csv"), ("empty", "there is no finished run in empty"),
+    ("file", "file is not a folder"), ("runs --bootstrap-samples 0", "--bootstrap-samples and --reset-window must be"),
+    ("runs --reset-window 0", "--bootstrap-samples and --reset-window must be"),
+    ("runs --pictures colapse", "--pictures colapse: there are learning_curves, "),
+    ("runs --out-dir file", "file cannot be written: File exists"),
+    ("runs --references nowhere", "--references nowhere: [Errno 2] No such file"),
+    ("runs --references half.csv", "--references half.csv: could not convert string to float: 'many'"),
+    ("runs --references other.csv", "--references other.csv: Usecols do not match columns"),
 ])  # fmt: skip
 def test_bad_arguments(tmp_path, monkeypatch, capsys, call, options, message):
     monkeypatch.chdir(tmp_path)
@@ -356,9 +336,9 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, call, options, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "half.csv").write_text("game,method,score\nAlien,BBF,3\nAlien,DER,many\n")
     (tmp_path / "other.csv").write_text("game,who,score\nAlien,BBF,3\n")
-    write_run(tmp_path / "runs", [FINAL])
+    write_run(tmp_path / "runs")
     with pytest.raises(SystemExit) as end:
-        call(*options)
+        call(*options.split())
     output = capsys.readouterr()
     assert end.value.code == 2 and output.out == ""
     assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
@@ -367,102 +347,66 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, call, options, message):
 # ------------------------------------------------------------------------------------------------------------ statistics
 
 
-def test_interquartile_mean_by_hand_and_by_rliable():
-    scores = np.array([[1.0, 100.0], [3.0, 4.0], [5.0, 6.0], [-50.0, 8.0]])  # sorted: -50 1 | 3 4 5 6 | 8 100
-    assert plot.interquartile_means(scores[..., np.newaxis]).tolist() == [4.5]
-    random = np.random.default_rng(0)
-    for shape in ((2, 1, 3), (3, 2, 5), (5, 26, 4), (1, 1, 1), (7, 3, 2)):
-        scores = random.normal(size=shape)
-        expected = [metrics.aggregate_iqm(scores[..., i]) for i in range(shape[-1])]
-        np.testing.assert_allclose(plot.interquartile_means(scores), expected, rtol=1e-12)
-
-
-def test_interval_is_rliables():
-    """The same draws, written out: from the global generator, seeds drawn anew for every game."""
-    args = plot.Args(bootstrap_samples=300)
-    scores = np.random.default_rng(2).normal(size=(5, 3))
-    point, interval = plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)
+@pytest.mark.parametrize("seeds, games, has_interval", [
+    (1, 1, False), (2, 26, False), (3, 10, True), (4, 1, False), (4, 9, False), (5, 1, True), (5, 3, True), (7, 26, True),
+])  # fmt: skip
+def test_interquartile_means_and_their_intervals_are_rliables(seeds, games, has_interval):
+    """The same draws, written out: from the global generator, seeds drawn anew for every game. Few seeds have no interval."""
+    scores = np.random.default_rng(0).normal(size=(seeds, games, 2))
+    iqms = lambda scores: [metrics.aggregate_iqm(scores[..., i]) for i in range(2)]
     np.random.seed(0)
-    samples = []
-    for _ in range(300):
-        seeds = np.random.choice(5, (5, 3, 1))
-        samples.append(metrics.aggregate_iqm(scores[..., np.newaxis][seeds, np.arange(3)[:, np.newaxis], [0]]))
-    assert point[0] == pytest.approx(metrics.aggregate_iqm(scores))
-    np.testing.assert_allclose(interval[:, 0], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
-    assert (interval == plot.bootstrap(plot.interquartile_means, scores[..., np.newaxis], args)[1]).all()
-
-
-@pytest.mark.parametrize("seeds, games, has_one", [(4, 1, False), (5, 1, True), (4, 9, False), (3, 10, True), (2, 26, False)])
-def test_few_seeds_have_no_interval(seeds, games, has_one):
-    scores = np.random.default_rng(0).normal(size=(seeds, games, 1))
-    point, interval = plot.bootstrap(plot.interquartile_means, scores, plot.Args(bootstrap_samples=50))
-    assert point[0] == pytest.approx(metrics.aggregate_iqm(scores[..., 0])) and np.isfinite(interval).all() == has_one
-
-
-NUMBERS = [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.01234, "0.012"),
-           (0.0, "0.00"), (-20.66, "-20.7"), (math.nan, "-")]  # fmt: skip
-
-
-def test_numbers():
-    assert [plot.number(value) for value, _ in NUMBERS] == [text for _, text in NUMBERS]
+    draws = [np.random.choice(seeds, scores.shape) for _ in range(50)]
+    samples = [iqms(scores[draw, np.arange(games)[:, np.newaxis], np.arange(2)]) for draw in draws]
+    expected = np.percentile(samples, [2.5, 97.5], axis=0) if has_interval else np.full((2, 2), math.nan)
+    point, interval = plot.bootstrap(plot.interquartile_means, scores, ARGS)
+    np.testing.assert_allclose(point, iqms(scores), rtol=1e-12)
+    np.testing.assert_allclose(interval, expected, rtol=1e-12)
 
 
 def mean_over_seeds(*values: float) -> str:
-    return plot.mean_over_seeds(pd.Series(values, dtype=float), plot.Args(bootstrap_samples=50))
+    return plot.mean_over_seeds(pd.Series(values, dtype=float), ARGS)
 
 
-def test_means_with_what_stands_in_brackets():
-    """The seeds' own values, and from five on the percentiles of 50 draws."""
+def test_numbers_and_what_stands_in_brackets():
+    """The seeds' own values, and from five on the interval."""
+    for value, text in ((1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.0, "0.00"),
+                        (0.01234, "0.012"), (-20.66, "-20.7"), (math.nan, "-")):  # fmt: skip
+        assert plot.number(value) == text
     assert mean_over_seeds(2.0) == "2.00" and mean_over_seeds(math.nan) == "-"
     assert mean_over_seeds(1.0, 2.0) == mean_over_seeds(1.0, math.nan, 2.0) == "1.50 (1.00, 2.00)"
     values = np.random.default_rng(6).normal(22, 5, size=5)
-    np.random.seed(0)
-    low, high = np.percentile([values[np.random.choice(5, (5, 1))].mean() for _ in range(50)], [2.5, 97.5])
+    _, ((low,), (high,)) = plot.bootstrap(lambda scores: scores.mean(axis=0), values[:, np.newaxis], ARGS)
     assert mean_over_seeds(*values) == f"{values.mean():.1f} ({low:.1f} to {high:.1f})"
 
 
 # ------------------------------------------------------------------------------------------------------------ over games
 
 
-def test_a_comparison_is_made_of_what_most_methods_have(tmp_path):
-    seeds_of = {
-        ("dqn", ALIEN): (1, 2, 3), ("dqn", PONG): (1, 2), ("dqn", FREEWAY): (1, 2), ("dqn_tau_1", ALIEN): (1,),
-        ("sr_dqn", ALIEN): (1, 2, 3), ("sr_dqn", PONG): (2, 3), ("sr_dqn", FREEWAY): (2,),
-    }  # fmt: skip
-    for (exp_name, env_id), seeds in seeds_of.items():
-        for seed in seeds:
-            run = (SR if "sr" in exp_name else DQN) | {"exp_name": exp_name}
-            write_run(tmp_path, [final(seed, seed)], **run, env_id=env_id, seed=seed)
+@pytest.mark.parametrize("runs, left_out", [
+    # Three games of two methods are more than one game of three; of a method the seeds count that have all of them.
+    ("dqn Alien 1, dqn Alien 2, dqn Alien 3, dqn Pong 1, dqn Pong 2, dqn Freeway 1, dqn Freeway 2, dqn_tau_1 Alien 1, "
+     "sr_dqn Alien 1, sr_dqn Alien 2, sr_dqn Alien 3, sr_dqn Pong 2, sr_dqn Pong 3, sr_dqn Freeway 2",
+     "dqn Alien 3, dqn_tau_1 Alien 1, sr_dqn Alien 1, sr_dqn Alien 3, sr_dqn Pong 3"),
+    # A game of one method alone.
+    ("dqn Alien 1, dqn Pong 1, dqn Freeway 1, sr_dqn Alien 1, sr_dqn Pong 1, drq Alien 1, drq Pong 1", "dqn Freeway 1"),
+])  # fmt: skip
+def test_over_games_is_what_most_methods_have(tmp_path, runs, left_out):
+    for run in runs.split(", "):
+        method, game, seed = run.split()
+        options = (SR if "sr" in method else DQN) | {"exp_name": method}
+        write_run(tmp_path, **options, env_id=f"{game}NoFrameskip-v4", seed=int(seed), name=run)
     shared, notes = plot.comparable(read(tmp_path))
-    # Three games of two methods are more than one game of three.
-    found = set(zip(shared.method, shared.env_id, shared.seed))
-    of_methods = [("DQN", 1), ("DQN", 2), ("SR+DQN", 2)]
-    assert found == {(method, env_id, seed) for method, seed in of_methods for env_id in (ALIEN, PONG, FREEWAY)}
-    runs = plot.runs_of(shared[shared.method == "DQN"])
-    expected = [[(seed - 227.8) / (7127.7 - 227.8), seed / 29.6, (seed + 20.7) / 35.3] for seed in (1, 2)]
-    np.testing.assert_allclose(plot.scores_of(runs, "normalized"), expected)
-    pattern = r"not among those over games, replay ratio 1: (\w+)NoFrameskip-v4__(\w+)__(\d)__.*"
-    assert {re.fullmatch(pattern, note).groups() for note in notes} == {
-        ("Alien", "dqn_tau_1", "1"), ("Alien", "dqn", "3"), ("Alien", "sr_dqn", "1"), ("Alien", "sr_dqn", "3"),
-        ("Pong", "sr_dqn", "3")}  # fmt: skip
-
-
-def test_a_game_of_one_method_alone_is_not_averaged(tmp_path):
-    for exp, env_id in [*itertools.product((DQN, SR, RDE), (ALIEN, PONG)), (DQN, FREEWAY)]:
-        write_run(tmp_path, [FINAL], **exp, env_id=env_id)
-    shared, notes = plot.comparable(read(tmp_path))
-    assert set(shared.env_id) == {ALIEN, PONG} and shared.method.nunique() == 3
-    assert notes == ["not among those over games, replay ratio 1: FreewayNoFrameskip-v4__dqn_atari__1__20260101-000100"]
+    assert set(shared.run) == set(runs.split(", ")) - set(left_out.split(", "))
+    assert sorted(notes) == [f"not among those over games, replay ratio 1: {run}" for run in sorted(left_out.split(", "))]
 
 
 def test_suites_and_replay_ratios_are_not_mixed(tmp_path):
-    sac = {"exp_name": "rde_sac_dmc", "num_agents": 1, "reset_interval": 0}
-    for run in ({"env_id": ALIEN}, {"env_id": PONG}, {"env_id": ALIEN, "replay_ratio": 4}, {"env_id": PONG, "replay_ratio": 4},
-                {"env_id": "TennisNoFrameskip-v4"},
-                sac | {"env_id": "hopper-hop"}, sac | {"env_id": "cheetah-run"}):  # fmt: skip
-        write_run(tmp_path, [final(500.0, 500.0)], **run)
-    shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "at"])
-    assert [(*key, set(rows.env_id)) for key, rows in shared] == [
+    for env_id, replay_ratio in [*itertools.product((ALIEN, PONG), (1, 4)), ("TennisNoFrameskip-v4", 1)]:
+        write_run(tmp_path, env_id=env_id, replay_ratio=replay_ratio)
+    for env_id in ("hopper-hop", "cheetah-run"):
+        write_run(tmp_path, [final(500.0, 500.0)], env_id=env_id, exp_name="rde_sac_dmc")
+    shared = plot.comparable(read(tmp_path))[0].groupby(["suite", "at"]).env_id.unique()
+    assert [(*key, set(env_ids)) for key, env_ids in shared.items()] == [
         (plot.ATARI, "replay ratio 1", {ALIEN, PONG}), (plot.ATARI, "replay ratio 4", {ALIEN, PONG}),
         (plot.DMC, "replay ratio 1", {"hopper-hop", "cheetah-run"})]  # fmt: skip
     assert tables(read(tmp_path))["Over games"][-1] == (plot.DMC, "replay ratio 1", "SAC", 2, 1, "0.500")
@@ -480,51 +424,42 @@ def test_curve_over_games_is_without_the_dips_and_at_shared_steps(tmp_path):
 
 
 def test_training_curves_over_games_are_of_the_games_means(tmp_path):
-    """As published scores are: means over seeds, then the interquartile mean over games, here of 4 the middle two."""
+    """As published scores are: means over seeds, then the interquartile mean over games."""
     means = []
     for env_id, seeds in ((ALIEN, (500, 900)), (FREEWAY, (3, 7)), (PONG, (-20, 20)), ("HeroNoFrameskip-v4", (2000, 3000))):
-        means.append(plot.normalized_score(env_id, sum(seeds) / 2))
+        means.append(plot.normalized_score(env_id, np.mean(seeds)))
         for seed, score in enumerate(seeds):
-            write_run(tmp_path, [FINAL], env_id=env_id, seed=seed, games=[(93, float(score))])
+            write_run(tmp_path, env_id=env_id, seed=seed, games=[(93, float(score))])
     figure = picture(read(tmp_path), "aggregate_training_games")
-    np.testing.assert_allclose(lines_of(figure.axes[0])["DQN"], [[95, 100], [np.mean(sorted(means)[1:3])] * 2])
+    np.testing.assert_allclose(lines_of(figure.axes[0])["DQN"], [[95, 100], [metrics.aggregate_iqm(np.array([means]))] * 2])
 
 
 def test_probability_of_improvement_is_rliables(tmp_path):
     """Of every pair once, by the final evaluation and by the mean over the run, over the games that both have."""
     random, values = np.random.default_rng(4), {}
-    advantage = RDE | {"exp_name": "rde_dqn_selection_advantage", "selection": "advantage", "beta": None}
-    oldest = RDE | {"exp_name": "rde_dqn_beta_1e9", "beta": 1e9}
-    names = {"DQN": DQN, "SR+DQN": SR, "RDE+DQN value": RDE, "RDE+DQN advantage": advantage, "RDE+DQN oldest alone": oldest}
-    games = [ALIEN, FREEWAY, "MiniGrid-LavaGapS5-v0"]  # no scale is needed
-    for (name, exp), num_seeds in zip(names.items(), (5, 6, 7, 5, 5)):
-        for env_id in games if exp is not SR else [ALIEN, games[2]]:
+    methods = {"DQN": DQN, "SR+DQN": SR, "RDE+DQN value": RDE, "RDE+DQN advantage": ADVANTAGE, "RDE+DQN oldest alone": OLDEST}
+    games = [ALIEN, FREEWAY, LAVA]  # no scale is needed
+    for (method, args), num_seeds in zip(methods.items(), (5, 6, 7, 5, 5)):
+        for env_id in games if method != "SR+DQN" else games[::2]:
             scores = random.integers(0, 4, (num_seeds, 2)).astype(float)  # with ties
-            values["final", name, env_id], values["whole", name, env_id] = scores[:, 1], scores.mean(axis=1)
+            values["final", method, env_id], values["whole", method, env_id] = scores[:, 1], scores.mean(axis=1)
             for seed, (first, last) in enumerate(scores):
-                write_run(tmp_path, [(50, "scheduled", (first, first)), final(last, last)], **exp, env_id=env_id, seed=seed)
+                write_run(tmp_path, [(50, "scheduled", (first, first)), final(last, last)], **args, env_id=env_id, seed=seed)
     rows = tables(read(tmp_path))["Probability of improvement"]
-    assert sorted(row[1:3] for row in rows) == sorted((other, name) for name, other in itertools.combinations(names, 2))
-    for at, name, other, num_games, *cells in rows:
-        env_ids = [ALIEN, games[2]] if "SR+DQN" in (name, other) else games
+    assert sorted(row[1:3] for row in rows) == sorted((other, one) for one, other in itertools.combinations(methods, 2))
+    function = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
+    for at, method, other, num_games, *cells in rows:
+        env_ids = games[::2] if "SR+DQN" in (method, other) else games
         assert (at, num_games) == ("replay ratio 1", len(env_ids))
         for cell, kind in zip(cells, ("final", "whole"), strict=True):
-            pair = [np.array([values[kind, method, env_id] for env_id in env_ids]).T for method in (name, other)]
-            by_hand = np.mean([[(x > y) + 0.5 * (x == y) for x in pair[0][:, game] for y in pair[1][:, game]]
-                               for game in range(len(env_ids))])  # fmt: skip
+            pair = [np.array([values[kind, name, env_id] for env_id in env_ids]).T for name in (method, other)]
             np.random.seed(0)
-            function = lambda *scores: np.array([metrics.probability_of_improvement(*scores)])
-            _, intervals = library.get_interval_estimates({"pair": pair}, function, reps=50)
-            low, high = map(plot.number, intervals["pair"].ravel())
-            assert cell == f"{plot.number(by_hand)} ({low} to {high})"
+            point, interval = library.get_interval_estimates({"": pair}, function, reps=50)
+            low, high = map(plot.number, interval[""].ravel())
+            assert cell == f"{plot.number(point[''][0])} ({low} to {high})"
 
 
 # -------------------------------------------------------------------------------------------------------------- collapse
-
-
-def collapse_rows(games: pd.DataFrame, source: str = "evaluations") -> list:
-    rows = plot.collapses_of(games, plot.Args(bootstrap_samples=50))
-    return list(rows[rows.source == source].itertuples())
 
 
 def test_collapse_by_hand(tmp_path):
@@ -534,14 +469,13 @@ def test_collapse_by_hand(tmp_path):
     (first,), (second,), (both,) = (collapse_rows(games[games.seed.isin(seeds)]) for seeds in ((1,), (2,), (1, 2)))
     assert (first.before, first.after, first.resets, first.change) == (350.0, 525.0, 2, 1.5)
     assert math.isnan(second.change)  # 10 over 0
-    assert both.resets == 3 and both.change == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0))
-    assert both.kind == "after / before"
+    assert both.change == pytest.approx((1000 + 50 + 10) / (500 + 200 + 0)) and both.kind == "after / before"
     (row,) = tables(games)["Collapse of a reset"]
     assert row[:5] == ("Alien", "1", "SR+DQN", "evaluations", 3)
     assert row[5:7] == (pytest.approx(700 / 3), pytest.approx(1060 / 3)) and row[7] == "1.51 (1.50, -)"
     assert row[8:] == ("250 → 505, 200 → 50.0", "- → -")  # means of the seeds at step 60, and at step 80; no cost
     assert tables(games[games.seed == 1])["Collapse of a reset"][0][7] == "1.50"
-    assert len(plot.collapses_of(games[games.phase == "final"], plot.Args())) == 0
+    assert collapse_rows(games[games.phase == "final"]) == []
 
 
 def test_where_scores_lie_below_zero_the_difference_counts(tmp_path):
@@ -584,49 +518,40 @@ def test_training_games_around_a_reset_by_hand(tmp_path):
 @pytest.mark.parametrize("lowest, kind", [(10, "after / before"), (-100, "after − before")])
 def test_intervals_of_a_collapse_are_the_bootstrap_over_seeds(tmp_path, lowest, kind):
     """Every seed's resets stay together, and changes are of means."""
-    random, sums = np.random.default_rng(5), []
-    for seed in range(6):
-        scores = random.uniform(lowest, 100, size=(2, 2)).round(1)  # (resets, before and after)
-        sums.append(scores.sum(axis=0))
-        games = [(step + 5 * side, score) for step, row in zip((50, 80), scores) for side, score in enumerate(row)]
-        curve = [*reset(50, (1.0, 2.0), (1.0, 2.0)), *reset(80, (1.0, 2.0), (1.0, 2.0)), FINAL]
-        write_run(tmp_path, curve, games=games, **SR, seed=seed)
-    row = plot.collapses_of(read(tmp_path), plot.Args(bootstrap_samples=200, reset_window=10)).iloc[1]
-    change = lambda sums: sums[1] / sums[0] if kind == "after / before" else (sums[1] - sums[0]) / 2
-    np.random.seed(0)
-    samples = [change(np.array(sums)[np.random.choice(6, (6, 1))[:, 0]].mean(axis=0)) for _ in range(200)]
-    assert row.source == "training games" and row.resets == 12 and row.kind == kind
-    assert row.change == pytest.approx(change(np.mean(sums, axis=0)))
-    np.testing.assert_allclose(row.of_seeds, [change(one) for one in sums])
-    np.testing.assert_allclose([row.low, row.high], np.percentile(samples, [2.5, 97.5]), rtol=1e-12)
+    scores = np.random.default_rng(5).uniform(lowest, 100, size=(6, 2, 2)).round(1)  # (seeds, resets, before and after)
+    curve = [*reset(50, (1.0, 2.0), (1.0, 2.0)), *reset(80, (1.0, 2.0), (1.0, 2.0)), FINAL]
+    for seed, own in enumerate(scores):
+        write_run(tmp_path, curve, games=list(zip((50, 55, 80, 85), own.ravel())), **SR, seed=seed)
+    args = plot.Args(bootstrap_samples=200, reset_window=10)
+    (row,) = collapse_rows(read(tmp_path), "training games", args)
+
+    def change(scores: np.ndarray) -> np.ndarray:  # (seeds, resets, before and after)
+        before, after = scores.mean(axis=(0, 1))
+        return np.array([after / before if kind == "after / before" else after - before])
+
+    assert row.resets == 12 and row.kind == kind and row.change == pytest.approx(change(scores)[0])
+    np.testing.assert_allclose(row.of_seeds, [change(own[np.newaxis])[0] for own in scores])
+    _, interval = plot.bootstrap(lambda seeds: change(scores[seeds.ravel()]), np.arange(6)[:, np.newaxis], args)
+    np.testing.assert_allclose([row.low, row.high], interval[:, 0], rtol=1e-12)
 
 
 def test_picture_of_a_collapse(tmp_path):
-    """A panel for every game, in it a row for every method with its name; its mean, and circles for seeds or their interval."""
+    """In the panel of a game a row for every method: its mean, and circles for few seeds, or their interval."""
     for seed, after in enumerate((0.0, 200.0, 50.0, 50.0, 50.0)):
-        curve = [*reset(60, (100.0, 100.0), (after, after)), FINAL]
-        write_run(tmp_path, curve, **RDE, seed=seed)
-        for env_id in (ALIEN, FREEWAY) if seed < 2 else ():
-            write_run(tmp_path, curve, **SR, seed=seed, env_id=env_id)
-    figure = picture(read(tmp_path), "collapse")
-    alien, freeway = figure.axes
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Alien", "Freeway"]
-    assert [text.get_text() for text in alien.get_yticklabels()] == ["SR+DQN", "RDE+DQN value"]
-    assert not any(text.get_text() for text in freeway.get_yticklabels()) and not figure.legends  # one or the other
-    for axes in (alien, freeway):
-        assert lines_of(axes)["SR+DQN"].tolist() == [[1.0], [2]]  # the upper row
-        assert any(line.get_xdata().tolist() == [0.0, 2.0] and set(line.get_ydata()) == {2} for line in axes.lines)
-        assert any(list(line.get_xdata()) == [1, 1] for line in axes.lines)
-        assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 2  # no seed lies outside
-    assert lines_of(alien)["RDE+DQN value"].tolist() == [[0.7], [1]] and "RDE+DQN value" not in lines_of(freeway)
-    row = collapse_rows(read(tmp_path))[1]
-    assert math.isfinite(row.low) and any(line.get_xdata().tolist() == [row.low, row.high] for line in alien.lines)
-    assert "circles: single seeds" in figure.get_supxlabel() and "lines: 95 % intervals" in figure.get_supxlabel()
+        for exp in (SR, RDE) if seed < 2 else (RDE,):
+            write_run(tmp_path, [*reset(60, (100.0, 100.0), (after, after)), FINAL], **exp, seed=seed)
+    (axes,) = picture(read(tmp_path), "collapse").axes
+    few, many = collapse_rows(read(tmp_path))
+    assert [lines_of(axes)[method].tolist() for method in ("SR+DQN", "RDE+DQN value")] == [[[1.0], [2]], [[0.7], [1]]]
+    drawn_at = {
+        height: [line.get_xdata().tolist() for line in axes.lines if set(line.get_ydata()) == {height}] for height in (1, 2)
+    }
+    assert few.of_seeds.tolist() in drawn_at[2] and [many.low, many.high] in drawn_at[1] and axes.get_xlim()[1] > 2
+    assert "circles: single seeds" in axes.figure.get_supxlabel() and "lines: 95 % intervals" in axes.figure.get_supxlabel()
 
 
 # ------------------------------------------------------------------------------------------------------ success and cost
 
-LAVA = "MiniGrid-LavaGapS5-v0"
 SUCCESSES = np.array([(10, 18, 20, 19), (0, 2, 4, 18), (0, 0, 0, 2), (1, 2, 3, 4), (5, 5, 5, 5)])  # of 20, (seeds, evaluations)
 
 
@@ -642,19 +567,16 @@ def minigrid(tmp_path):
 
 
 def test_where_success_is_logged_it_is_what_is_compared(minigrid, call):
+    rates = SUCCESSES / 20
+    of_runs = (rates[:, :-1] + rates[:, 1:]).mean(axis=1) / 2  # the area under a curve of equal steps
     (row,) = tables(read(minigrid))["Scores"]
-    assert row[:5] == ("LavaGapS5", "1", "DQN", 5, "success")
-    assert row[5] == mean_over_seeds(0.95, 0.9, 0.1, 0.2, 0.25) and row[5].startswith("0.480 (")
-    assert row[6].startswith("0.303 (") and row[7] == "1.00 (1.00 to 1.00)"  # (0.875 + 0.25 + 1 / 60 + 0.125 + 0.25) / 5
+    expected = mean_over_seeds(*rates[:, -1]), mean_over_seeds(*of_runs), "1.00 (1.00 to 1.00)"
+    assert row[:8] == ("LavaGapS5", "1", "DQN", 5, "success", *expected)
     (axes,) = picture(read(minigrid), "learning_curves").axes
-    assert axes.get_ylabel() == "evaluation success" and axes.get_title(loc="left") == "LavaGapS5"
-    assert axes.get_ylim() == (-0.03, 1.03)
-    assert axes.figure.get_supxlabel() == "replay ratio 1; bands: 95 % intervals over seeds"
-    scores = SUCCESSES[:, np.newaxis] / 20
-    np.testing.assert_allclose(lines_of(axes)["DQN"], [[20, 40, 60, 80], scores.mean(axis=(0, 1))])
-    interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), scores, plot.Args(bootstrap_samples=50))[1]
-    corners_of_the_band = axes.collections[0].get_paths()[0].vertices
-    assert {*zip([20, 40, 60, 80] * 2, interval.ravel())} <= {*map(tuple, corners_of_the_band)}
+    assert axes.get_ylabel() == "evaluation success" and axes.get_ylim() == (-0.03, 1.03)
+    np.testing.assert_allclose(lines_of(axes)["DQN"], [[20, 40, 60, 80], rates.mean(axis=0)])
+    _, interval = plot.bootstrap(lambda scores: scores.mean(axis=(0, 1)), rates[:, np.newaxis], ARGS)
+    assert set(interval.ravel()) <= set(axes.collections[0].get_paths()[0].vertices[:, 1])  # the band
     call(minigrid)
     rows = read_csv(minigrid / "results" / "results.csv")
     assert [row["success"] for row in rows[:4]] == ["0.5", "0.9", "1", "0.95"] and "cost" not in rows[0]
@@ -664,12 +586,10 @@ def test_where_success_is_logged_it_is_what_is_compared(minigrid, call):
 
 def test_resets_and_improvement_are_measured_by_success_as_well(tmp_path):
     """Tasks are drawn anew: two failures are not the same game. Equal success at another return is a tie."""
-    curve = [*reset(60, ((0, 0), (0, 0), (0.6, 1)), ((0, 0),) * 3), final((0.5, 1), (0, 0), (0, 0))]
-    write_run(tmp_path, curve, **SR, eval_episodes=3, extra="success", env_id=LAVA)
-    (row,) = collapse_rows(read(tmp_path))
-    assert row.before == pytest.approx(1 / 3) and row.after == 0
-    other = [*reset(60, ((0, 0), (0, 0), (0.9, 1)), ((0, 0),) * 3), final((0.9, 1), (0, 0), (0, 0))]
-    write_run(tmp_path, other, **RDE, eval_episodes=3, extra="success", env_id=LAVA)
+    for method, score in ((SR, 0.6), (RDE, 0.9)):
+        curve = [*reset(60, ((0, 0), (0, 0), (score, 1)), ((0, 0),) * 3), final((score, 1), (0, 0), (0, 0))]
+        write_run(tmp_path, curve, **method, eval_episodes=3, extra="success", env_id=LAVA)
+    assert [(row.before, row.after) for row in collapse_rows(read(tmp_path))] == [(pytest.approx(1 / 3), 0)] * 2
     improvement = tables(read(tmp_path))["Probability of improvement"]
     assert improvement == [("replay ratio 1", "RDE+DQN value", "SR+DQN", 1, "0.500", "0.500")]
 
@@ -679,14 +599,12 @@ def test_a_run_without_success_beside_one_with_it(minigrid, call):
     for env_id in (LAVA, "MiniGrid-LavaGapS6-v0"):
         foreign = {"env_id": env_id, "exp_name": "ppo", "total_timesteps": 80}
         write_run(minigrid, [(40, "scheduled", (0.1, 0.2)), final(0.3, 0.4, step=80)], games=[(60, 0.5)], **foreign)
-    (own, foreign, other) = tables(read(minigrid))["Scores"]
-    assert (own[4], foreign[4], other[4]) == ("score", "score", "score")
-    assert own[5].startswith("0.240 (") and foreign[5] == "0.350"
+    assert [row[4:6] for row in tables(read(minigrid))["Scores"]] == [
+        ("score", mean_over_seeds(*SUCCESSES[:, -1] / 40)), ("score", "0.350"), ("score", "0.350")]  # fmt: skip
     call(minigrid)
-    files = files_of(minigrid / "results")
-    assert {"learning_curves.png", "training_games.png", "results.csv", "table.md"} <= files.keys()
-    rows = [row for row in read_csv(minigrid / "results" / "results.csv") if row["method"] == "ppo"]
-    assert [row["success"] for row in rows] == ["", "", "", ""]
+    assert {"learning_curves.png", "training_games.png", "table.md"} <= files_of(minigrid / "results").keys()
+    rows = read_csv(minigrid / "results" / "results.csv")
+    assert [row["success"] for row in rows if row["method"] == "ppo"] == [""] * 4
 
 
 @pytest.fixture
@@ -695,57 +613,42 @@ def safety(tmp_path):
         evaluations = [*reset(50, ((100.0 * seed, 30.0), (200.0, 10.0)), ((20.0, 40.0), (20.0, 60.0))),
                        final((300.0, 5.0), (310.0, 5.0))]  # fmt: skip
         games = [(10, (1.0, 50.0)), (41, (3.0, 25.0)), (60, (5.0, 26.0 * seed)), (100, (7.0, 0.0))]  # at the limit is not above
-        args = {"env_id": "SafetyHopperVelocity-v1", "exp_name": "rde_sac_safety", "cost_limit": 25.0}
-        args |= {"num_agents": 2, "reset_interval": 5, "beta": 50.0}
+        args = RDE | {"env_id": "SafetyHopperVelocity-v1", "exp_name": "rde_sac_safety", "cost_limit": 25.0}
         write_run(tmp_path, evaluations, games=games, extra="cost", seed=seed, **args)
     return tmp_path
 
 
 def test_cost_by_hand(safety):
-    runs = plot.runs_of(read(safety))
-    assert runs.total_cost.tolist() == [101.0, 127.0] and runs.violations.tolist() == [2, 2] and runs.games.tolist() == [4, 4]
     (row,) = tables(read(safety))["Cost"]
     assert row[:5] == ("HopperVelocity", "1", "RDE+SAC-Lag value", 2, "25")
     assert row[5:] == ("114 (101, 127)", "4.00 (4.00, 4.00)", "2.00 (2.00, 2.00)")
-    assert tables(read(safety).assign(cost_limit=math.inf))["Cost"][0][4] == "inf"
     of_resets = lambda **args: [row[-1] for row in tables(read(safety), **args)["Collapse of a reset"]]
     assert of_resets() == ["20.0 → 50.0", "37.5 → 19.5"] and of_resets(reset_window=10)[1] == "25.0 → 39.0"
+    for limit in ({}, {"cost_limit": None}, {"cost_limit": math.inf}):  # all of them are none
+        folder = write_run(safety / str(limit), [final((1.0, 0.0), (2.0, 0.0))], games=[(9, (1.0, 0.0))], extra="cost", **limit)
+        assert tables(read(folder))["Cost"][0][4] == "inf"
 
 
 def test_cost_beside_return_with_its_limit(safety):
+    games, method = read(safety), "RDE+SAC-Lag value"
     for name, label, last in (("training_games", "training", 0.0), ("learning_curves", "evaluation", 5.0)):
-        returns, costs = picture(read(safety), name).axes
+        returns, costs = picture(games, name).axes
         assert (returns.get_ylabel(), costs.get_ylabel()) == (f"{label} score", f"{label} cost")
-        assert costs.get_title(loc="left") == "HopperVelocity: cost" and returns.get_xlim() == costs.get_xlim()
-        assert set(lines_of(returns)) == {"RDE+SAC-Lag value"} and set(lines_of(costs)) == {"RDE+SAC-Lag value", "cost limit"}
-        assert lines_of(costs)["cost limit"][1].tolist() == [25.0, 25.0]
-        assert lines_of(costs)["RDE+SAC-Lag value"][1, -1] == last
-    assert 50.0 in lines_of(costs)["RDE+SAC-Lag value"][1]
-    costs = picture(read(safety).assign(cost_limit=math.inf), "training_games").axes[1]
-    assert set(lines_of(costs)) == {"RDE+SAC-Lag value"}
-
-
-def test_a_limit_may_be_infinite_or_absent(tmp_path):
-    for seed, limit in ((1, {}), (2, {"cost_limit": None}), (3, {"cost_limit": math.inf})):
-        write_run(tmp_path / str(seed), [final((1.0, 0.0), (2.0, 0.0))], extra="cost", seed=seed, **limit)
-        assert set(read(tmp_path / str(seed)).cost_limit) == {math.inf}
+        assert set(lines_of(returns)) == {method} and lines_of(costs)["cost limit"][1].tolist() == [25.0, 25.0]
+        assert lines_of(costs)[method][1, -1] == last and 50.0 in lines_of(costs)[method][1]
+    assert set(lines_of(picture(games.assign(cost_limit=math.inf), "training_games").axes[1])) == {method}
 
 
 # ------------------------------------------------------------------------------------------------------------ references
 
 
-@pytest.fixture
-def own_games(tmp_path):
+def test_published_scores_stand_beside_training_games(tmp_path, call):
+    """In a table, and over games as lines in the picture. Of two games; of one there is a single method's."""
     for (env_id, score), seed in itertools.product(((ALIEN, 500.0), (FREEWAY, 10.0)), (1, 2)):
-        write_run(tmp_path / "runs", [FINAL], games=[(50, 1.0), (90, score * seed)], env_id=env_id, seed=seed)
-    return tmp_path / "runs"
-
-
-def test_published_scores_stand_beside_training_games(own_games, tmp_path, call):
-    """Of two games, of one a single method's."""
+        write_run(tmp_path / "runs", games=[(50, 1.0), (90, score * seed)], env_id=env_id, seed=seed)
     (tmp_path / "published.csv").write_text("# A comment.\ngame,method,score,source\nAlien,BBF,1173.2,somewhere\n"
                                             "Alien,DER,802.3,\nFreeway,BBF,25.5,\nPong,BBF,1,\n")  # fmt: skip
-    call(own_games, "--out-dir", tmp_path / "out", "--references", tmp_path / "published.csv")
+    call(tmp_path / "runs", "--out-dir", tmp_path / "out", "--references", tmp_path / "published.csv")
     part = table_of(tmp_path / "out").partition("## Published scores, beside training games")[2]
     assert "beside the TRAINING games" in part and "not beside its evaluations" in part
     own, bbf = [(750 - 227.8) / 6899.9, 15 / 29.6], [(1173.2 - 227.8) / 6899.9, 25.5 / 29.6]
@@ -758,23 +661,16 @@ def test_published_scores_stand_beside_training_games(own_games, tmp_path, call)
         f"| IQM of 2 games, replay ratio 1 | DQN | - | {np.mean(own):.3f} |",
         f"| IQM of 2 games, replay ratio 1 | BBF (published) | - | {np.mean(bbf):.3f} |",  # DER is not known of Freeway
     ]
-
-
-def test_published_scores_are_lines_in_the_picture_over_games(own_games):
-    """Also of a published method of the same name."""
-    scores = [(ALIEN, "DQN (published)", 600.0, 0.1), (FREEWAY, "DQN (published)", 9.0, 0.3),
-              (ALIEN, "DER (published)", 8.0, 0.0)]  # fmt: skip
-    published = pd.DataFrame(scores, columns=["env_id", "method", "score", "normalized"])
-    figure = picture(read(own_games), "aggregate_training_games", published=published)
-    (axes,) = figure.axes
+    scores = [(ALIEN, "DQN (published)", 0.1), (FREEWAY, "DQN (published)", 0.3), (ALIEN, "DER (published)", 0.0)]
+    published = pd.DataFrame(scores, columns=["env_id", "method", "normalized"])  # also one of the same name
+    (axes,) = picture(read(tmp_path / "runs"), "aggregate_training_games", published=published).axes
     assert set(lines_of(axes)) == {"DQN", "DQN (published)"} and lines_of(axes)["DQN (published)"][1].tolist() == [0.2, 0.2]
-    own, level = (next(line for line in axes.lines if line.get_label() == name) for name in ("DQN", "DQN (published)"))
-    assert own.get_color() != level.get_color() and level.get_linestyle() == ":"
-    assert "published: evaluations" in figure.get_supxlabel()
+    assert len({line.get_color() for line in axes.lines if line.get_label() in lines_of(axes)}) == 2
+    assert "published: evaluations" in axes.figure.get_supxlabel()
 
 
 def test_the_published_scores_that_come_along(tmp_path, call):
-    """Their means over the 26 games are those that the papers give: of three methods rliable's, of the fourth its own."""
+    """Their means over the 26 games are those that the papers give."""
     scores = pd.read_csv(ROOT / "results" / "atari100k_published.csv", comment="#")
     assert set(scores.game) == set(plot.RANDOM_AND_HUMAN_SCORES) and not scores.duplicated(["game", "method"]).any()
     low, high = np.array([plot.RANDOM_AND_HUMAN_SCORES[game] for game in scores.game]).T
@@ -782,9 +678,9 @@ def test_the_published_scores_that_come_along(tmp_path, call):
     assert set(means["size"]) == {26}
     for method, mean in {"DER": 0.350, "DrQ(ε)": 0.465, "SPR": 0.616, "SPR with resets": 0.911}.items():
         assert means["mean"][method] == pytest.approx(mean, abs=0.0006)
-    write_run(tmp_path / "runs", [FINAL], games=[(90, 500.0)], env_id=ALIEN)
+    write_run(tmp_path / "runs")
     call(tmp_path / "runs", "--references", ROOT / "results" / "atari100k_published.csv")
-    assert f"| Alien | DrQ(ε) (published) | 865 | {(865.2 - 227.8) / 6899.9:.3f} |" in table_of(tmp_path / "runs" / "results")
+    assert "| Alien | DrQ(ε) (published) | 865 |" in table_of(tmp_path / "runs" / "results")
 
 
 # -------------------------------------------------------------------------------------------------------- the whole of it
@@ -801,18 +697,15 @@ def study(tmp_path_factory):
     """
     path, random = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
     for env_id, exp, ratio, seed in itertools.product((ALIEN, FREEWAY), (DQN, SR, RDE | {"beta": 3.0}), (1.0, 4.0), (1, 2)):
-        scores = random.uniform(10, 20, size=(6, 2)).round(2)
-        evaluations = [(step, phase, own) for (step, phase, _), own in zip(RESET_CURVE, scores)]
-        if exp is DQN:
-            evaluations = [(step, "final" if step == 100 else "scheduled", own) for step, phase, own in evaluations
-                           if phase != "after_reset"]  # fmt: skip
-        write_run(path / "runs", evaluations, **exp, env_id=env_id, replay_ratio=ratio, seed=seed)
+        curve = [point for point in RESET_CURVE if exp is not DQN or "reset" not in point[1]]
+        evaluations = [(step, phase, random.uniform(10, 20, 2).round(2)) for step, phase, _ in curve]
+        games = [(step, random.uniform(10, 20)) for step in range(10, 101, 10)]
+        write_run(path / "runs", evaluations, games=games, **exp, env_id=env_id, replay_ratio=ratio, seed=seed)
     write_run(path / "runs", [(50, "scheduled", (1.0, 2.0))], name="stopped", seed=3)
     odd = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii", "HOME": str(path)}
-    result = subprocess.run(
-        [sys.executable, ROOT / "plot_benchmark.py", "--runs-dir", "~/runs", "--out-dir", "~/out", "--bootstrap-samples", "50"],
-        cwd=path, capture_output=True, text=True, env=os.environ | odd,
-    )  # fmt: skip
+    options = "--runs-dir ~/runs --out-dir ~/out --bootstrap-samples 50".split()
+    command = [sys.executable, ROOT / "plot_benchmark.py", *options]
+    result = subprocess.run(command, cwd=path, capture_output=True, text=True, env=os.environ | odd, check=False)
     assert result.returncode == 0, result.stderr
     return path, result
 
@@ -827,65 +720,45 @@ def test_the_terminal_shows_a_short_table(study):
     assert result.stderr == "left out: stopped: not finished: there is no complete final evaluation\n"
 
 
-def test_the_short_table_fits_with_long_names(tmp_path, call, capsys):
-    for exp in (RDE | {"exp_name": "rde_sac_safety_kappa_1_gains_10_tau_0.1"}, {"exp_name": "x" * 60}):
-        write_run(tmp_path, RESET_CURVE, **exp, env_id="SafetyHalfCheetahVelocityWithWalls" + "y" * 30, replay_ratio=0.0625)
-    call(tmp_path, "--pictures", "collapse")
-    lines = capsys.readouterr().out.splitlines()[:3]
-    assert max(map(len, lines)) < 100 and lines[2].count("…") == 2
-
-
 def test_results_csv(study):
     path, _ = study
     rows = pd.read_csv(path / "out" / "results.csv")
     columns = "run env_id method replay_ratio seed global_step phase episodes score human_normalized_score"
-    assert list(rows) == columns.split() and len(rows) == 2 * 2 * 2 * (4 + 6 + 6) and set(rows.episodes) == {2}
-    assert rows.run.nunique() == 24 == sum(rows.phase == "final") and set(rows.method) == set(METHODS)
-    assert set(rows.replay_ratio) == {1, 4}
-    for row in rows.itertuples():
-        scores = pd.read_csv(path / "runs" / row.run / "evaluations.csv").groupby(["global_step", "phase"]).episodic_return
-        assert row.score == pytest.approx(scores.mean()[row.global_step, row.phase]) and f"__{row.seed}__" in row.run
-        assert row.human_normalized_score == pytest.approx(plot.normalized_score(row.env_id, row.score))
+    assert list(rows) == columns.split() and len(rows) == 2 * 2 * 2 * (2 + 6 + 6) and set(rows.episodes) == {2}
+    assert rows.run.nunique() == 24 and set(rows.method) == set(METHODS) and set(rows.replay_ratio) == {1, 4}
+    for run, own in rows.groupby("run"):
+        scores = pd.read_csv(path / "runs" / run / "evaluations.csv").groupby(["global_step", "phase"], sort=False)
+        scores = scores.episodic_return.mean()
+        assert [*zip(own.global_step, own.phase)] == [*scores.index] and set(own.seed) == {int(run.split("__")[2])}
+        np.testing.assert_allclose(own.score, scores)
+        np.testing.assert_allclose(own.human_normalized_score, plot.normalized_score(own.env_id.iloc[0], own.score))
 
 
 def test_table(study):
-    """Of one method and game its cells; of all the rows."""
+    """All of its rows: of every method, or pair of methods; and the lines below."""
     path, _ = study
-    table, rows = table_of(path / "out"), pd.read_csv(path / "out" / "results.csv")
-    own = rows[(rows.env_id == FREEWAY) & (rows.method == METHODS[2]) & (rows.replay_ratio == 4)]
-    first, second = own.score[own.phase == "final"]
-    before, after = (own.score[own.phase == phase].mean() for phase in ("before_reset", "after_reset"))
-    assert f"| Freeway | 4 | {METHODS[2]} | 2 | score | {(first + second) / 2:.1f} ({first:.1f}, {second:.1f}) | " in table
-    collapse = f"{before:.1f} | {after:.1f} | {plot.number(after / before)} ("
-    assert f"| Freeway | 4 | {METHODS[2]} | evaluations | 4 | {collapse}" in table
-    assert table.endswith("- 24 runs\n- left out: stopped: not finished: there is no complete final evaluation\n")
-    lines = table.splitlines()
+    lines, rows = table_of(path / "out").splitlines(), pd.read_csv(path / "out" / "results.csv")
     methods = [line.split(" | ")[2] for line in lines if line.startswith("| Alien | 1 | ")]
-    assert methods == [*METHODS, *METHODS[1:]]  # scores, then collapse
-    scores = rows.human_normalized_score[(rows.method == "DQN") & (rows.replay_ratio == 1) & (rows.phase == "final")]
-    iqm = sum(sorted(scores)[1:3]) / 2  # of 4 scores, the middle two
-    assert f"| human-normalized | replay ratio 1 | DQN | 2 | 2 | {plot.number(iqm)} |" in lines
+    assert methods == [*METHODS, *METHODS[1:], *METHODS[1:]]  # scores, then collapse, by evaluations and training games
     assert sum(line.startswith(("| replay ratio 1 | ", "| replay ratio 4 | ")) for line in lines) == 6  # three pairs each
-    assert not any(word in table for word in ("## Cost", "success", "Published"))
+    scores = rows.human_normalized_score[(rows.method == "DQN") & (rows.replay_ratio == 1) & (rows.phase == "final")]
+    iqm = plot.number(metrics.aggregate_iqm(scores.to_numpy()))
+    assert f"| human-normalized | replay ratio 1 | DQN | 2 | 2 | {iqm} |" in lines
+    assert lines[-2:] == ["- 24 runs", "- left out: stopped: not finished: there is no complete final evaluation"]
+    assert not any(word in "".join(lines) for word in ("## Cost", "success", "Published"))
 
 
 def test_the_same_runs_give_the_same_files(study, tmp_path, call):
     np.random.seed(99)
     call(study[0] / "runs", "--out-dir", tmp_path)
     assert files_of(tmp_path) == files_of(study[0] / "out")
-    assert files_of(tmp_path).keys() == {"aggregate_curves.png", "collapse.png", "learning_curves.png", "results.csv",
-                                         "table.md", "training_games.csv"}  # fmt: skip
+    drawn = {f"{name}.png" for name in [*plot.CURVES, *plot.COLLAPSES]}
+    assert files_of(tmp_path).keys() == {"results.csv", "training_games.csv", "table.md"} | drawn
 
 
 @pytest.fixture(scope="module")
 def figures(study):
-    """All pictures of the study, as if its runs had training games."""
-    games = plot.read_games([study[0] / "runs"])[0]
-    training = [run[plot.RUN + ["at", "total_timesteps", "cost_limit", "measure"]].to_dict()
-                | {"phase": "training", "evaluation": -1, "step": step, "score": float(step * len(run.method) + run.seed)}
-                for _, run in games.drop_duplicates("run").iterrows() for step in range(10, 101, 10)]  # fmt: skip
-    training = pd.DataFrame(training).assign(normalized=1.0, value=lambda rows: rows.score)
-    return pictures(pd.concat([games, training], ignore_index=True), window=10)
+    return pictures(plot.read_games([study[0] / "runs"])[0])
 
 
 def nothing_covers_another(figure) -> None:
@@ -899,23 +772,20 @@ def nothing_covers_another(figure) -> None:
         assert figure.bbox.x0 <= box.x0 + 1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
 
 
-FOOTNOTES = {
-    "learning_curves": "thin lines: single seeds; ▼ right after a reset",
-    "training_games": "thin lines: single seeds; training games: means over a tenth of the run",
-    "aggregate_curves": "",
-    "collapse": "dots: all resets of all seeds; circles: single seeds; dashed: nothing is lost",
-}
-
-
 @pytest.mark.parametrize("name", [*plot.CURVES, *plot.COLLAPSES])
 def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
     """A method looks alike in all of them; panels that are compared share their axis; below it says what there is."""
     figure, looks = figures[name], plot.looks_of(METHODS)
-    assert figure.bbox.width == 1800 and figure.get_supxlabel() == FOOTNOTES.get(name, figure.get_supxlabel())
+    assert figure.bbox.width == 1800
+    assert ("▼ right after a reset" in figure.get_supxlabel()) == (name == "learning_curves")
+    assert ("means over a tenth of the run" in figure.get_supxlabel()) == (
+        name in ("training_games", "aggregate_training_games")
+    )
     assert all(axes.get_xlabel() and axes.get_title(loc="left") for axes in figure.axes)
     if name.startswith("collapse"):
         rows = [f"{method}, replay ratio {ratio}" for ratio in (1, 4) for method in METHODS[1:]]
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == rows and not figure.legends
+        assert not any(text.get_text() for text in figure.axes[1].get_yticklabels())
     else:
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == METHODS
@@ -925,10 +795,24 @@ def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(fig
             assert list(lines_of(axes)) == METHODS
     if name in ("learning_curves", "training_games"):
         one, four, *freeway = (axes.get_ylim() for axes in figure.axes)
-        assert one == four and freeway[0] == freeway[1] and (one != freeway[0] or name == "training_games")
+        assert one == four and freeway[0] == freeway[1] and one != freeway[0]
     for line in [line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"]:
         assert to_hex(line.get_color()).upper() == looks[line.get_label().split(", replay ratio")[0]][0].upper()
     nothing_covers_another(figure)
+
+
+def test_learning_curve_is_the_mean_over_seeds(study, figures):
+    """With thin lines of the seeds, a triangle right after each reset, and none for DQN."""
+    rows = pd.read_csv(study[0] / "out" / "results.csv")
+    rows = rows[(rows.env_id == ALIEN) & (rows.replay_ratio == 1) & (rows.method == "SR+DQN")]
+    first, second = (own.score.to_numpy() for _, own in rows.groupby("seed"))
+    axes = figures["learning_curves"].axes[0]
+    np.testing.assert_allclose(lines_of(axes)["SR+DQN"], [[50, 60, 60, 80, 80, 100], (first + second) / 2])
+    seeds = [line.get_ydata() for line in thin_lines(axes) if line.get_color() == plot.LOOKS["SR+", ""][0]]
+    np.testing.assert_allclose(seeds, [first, second])
+    triangles = [line.get_data() for line in axes.lines if line.get_marker() == "v" and len(line.get_xdata())]
+    assert [list(steps) for steps, _ in triangles] == [[60, 80]] * 2
+    np.testing.assert_allclose(triangles[0][1], ((first + second) / 2)[[2, 4]])
 
 
 @pytest.mark.parametrize("num_seeds, num_thin, alpha", [(1, 0, None), (2, 4, 0.5), (3, 6, 0.25), (4, 8, 0.25), (5, 0, None)])
@@ -944,67 +828,46 @@ def test_few_seeds_are_lines_and_many_a_band(tmp_path, num_seeds, num_thin, alph
 
 
 def test_methods_of_equal_cost_stand_in_one_panel(tmp_path):
-    """If for every ensemble there are single agents of its cost; else a replay ratio is what is compared."""
+    """If for every ensemble there are single agents of its cost; else runs of one replay ratio do."""
     for exp, replay_ratio in ((DQN, 1), (SR, 1), (SR, 2), (RDE, 1)):
-        write_run(tmp_path, RESET_CURVE, **exp, replay_ratio=replay_ratio, name=f"{exp['exp_name']}{replay_ratio}")
+        write_run(tmp_path, RESET_CURVE, **exp, replay_ratio=replay_ratio)
     compared = lambda games: set(zip(games["at"], games.method, games.replay_ratio))
     assert compared(read(tmp_path)) == {
         ("replay ratio × agents = 1", "DQN", 1), ("replay ratio × agents = 1", "SR+DQN", 1),
         ("replay ratio × agents = 2", "RDE+DQN value", 1), ("replay ratio × agents = 2", "SR+DQN", 2)}  # fmt: skip
     one, two = picture(read(tmp_path), "learning_curves").axes
     assert set(lines_of(one)) == {"DQN", "SR+DQN"} and set(lines_of(two)) == {"SR+DQN", "RDE+DQN value"}
-    write_run(tmp_path, RESET_CURVE, **RDE, replay_ratio=2, name="rde2")  # nothing costs 4
+    write_run(tmp_path, RESET_CURVE, **RDE, replay_ratio=2)  # nothing costs 4
     assert compared(read(tmp_path)) == {
         ("replay ratio 1", "DQN", 1), ("replay ratio 1", "RDE+DQN value", 1), ("replay ratio 1", "SR+DQN", 1),
         ("replay ratio 2", "RDE+DQN value", 2), ("replay ratio 2", "SR+DQN", 2)}  # fmt: skip
 
 
-def test_short_studies_have_plain_steps(tmp_path):
-    for total, label, last in ((9_999, "environment steps", 9_999), (10_000, "environment steps (thousands)", 10)):
-        write_run(tmp_path / str(total), [final(1.0, 2.0, step=total)], total_timesteps=total, games=[(total, 1.0)])
-        for figure in pictures(read(tmp_path / str(total))).values():
-            assert figure.axes[0].get_xlabel() == label and figure.axes[0].lines[-2].get_xdata()[-1] == last
+@pytest.mark.parametrize("total, label, last", [(9_999, "environment steps", 9_999),
+                                                (10_000, "environment steps (thousands)", 10)])  # fmt: skip
+def test_short_studies_have_plain_steps(tmp_path, total, label, last):
+    write_run(tmp_path, [final(1.0, 2.0, step=total)], total_timesteps=total, games=[(total, 1.0)])
+    for figure in pictures(read(tmp_path)).values():
+        assert figure.axes[0].get_xlabel() == label and figure.axes[0].lines[-2].get_xdata()[-1] == last
 
 
-def test_training_curve_by_hand(tmp_path):
-    """Of 100 steps: points at 5, 10, ..., each the mean of the games that ended in the 10 steps up to there."""
-    write_run(tmp_path, [FINAL], seed=1, games=[(4, 1.0), (5, 3.0), (6, 10.0), (15, 6.0), (100, 7.0)])
-    write_run(tmp_path, [FINAL], seed=2, games=[(1, 5.0), (12, 20.0), (96, 1.0)])
-    write_run(tmp_path, [FINAL], seed=3)
-    games = read(tmp_path)
-    points = plot.points_of(games, plot.TRAINING)
-    assert len(points) == 60 and sorted(points.step.unique()) == list(range(5, 101, 5))
-    known = {(row.seed, int(row.step)): row.score for row in points.dropna(subset="score").itertuples()}
-    assert known == {
-        (1, 5): 2.0, (1, 10): 14 / 3, (1, 15): 8.0, (1, 20): 6.0, (1, 100): 7.0,
-        (2, 5): 5.0, (2, 10): 5.0, (2, 15): 20.0, (2, 20): 20.0, (2, 100): 1.0,
-    }  # fmt: skip
-    (axes,) = picture(games[games.seed < 3], "training_games").axes
+def test_points_of_training_games(tmp_path):
+    """Of 100 steps: at 5, 10, ..., each the mean of the games that ended in the 10 steps up to there. And the table's score."""
+    games = {1: [(4, 1.0), (5, 3.0), (6, 10.0), (15, 6.0), (80, 9.0), (100, 7.0)], 2: [(1, 5.0), (12, 20.0), (96, 1.0)], 3: []}
+    for seed, own in games.items():
+        write_run(tmp_path, seed=seed, games=own)
+    write_run(tmp_path, env_id=FREEWAY)
+    points = plot.points_of(read(tmp_path), plot.TRAINING).set_index(["env_id", "seed", "step"]).score
+    windows = {(seed, step): [score for at, score in own if step - 10 < at <= step]
+               for seed, own in games.items() for step in range(5, 101, 5)}  # fmt: skip
+    means = {key: np.mean(window) if window else math.nan for key, window in windows.items()}
+    assert points[ALIEN].to_dict() == pytest.approx(means, nan_ok=True) and len(points[FREEWAY]) == 20
+    axes = picture(read(tmp_path)[lambda rows: rows.seed < 3], "training_games").axes[0]
     steps = [5, 10, 15, 20, 100]  # only where both seeds have games
-    np.testing.assert_allclose(lines_of(axes)["DQN"], [steps, [3.5, (14 / 3 + 5) / 2, 14.0, 13.0, 4.0]])
-
-
-def test_training_scores_by_hand(tmp_path):
-    """Of the last fifth: means 2.5 and 8.5; a seed without such games, and a method without any, have none."""
-    write_run(tmp_path, [FINAL], games=((10, 9.0), (80, 7.0), (81, 1.0), (100, 4.0)), seed=1)
-    write_run(tmp_path, [FINAL], games=((30, 9.0), (99, 8.5)), seed=2)
-    write_run(tmp_path, [FINAL], games=((80, 9.0),), seed=3)
-    write_run(tmp_path, [FINAL], seed=1, env_id=FREEWAY)
-    assert [row[7] for row in tables(read(tmp_path))["Scores"]] == ["5.50 (2.50, 8.50)", "-"]
-
-
-def test_learning_curve_is_the_mean_over_seeds(study, figures):
-    """With a triangle right after each reset, and none for DQN."""
-    games = plot.read_games([study[0] / "runs"])[0]
-    rows = plot.evaluations_of(games[(games.env_id == ALIEN) & (games.replay_ratio == 1) & (games.method == "SR+DQN")])
-    scores = [of_run.score.to_numpy() for _, of_run in rows.groupby("run")]
-    axes = figures["learning_curves"].axes[0]
-    np.testing.assert_allclose(lines_of(axes)["SR+DQN"], [[50, 60, 60, 80, 80, 100], np.mean(scores, axis=0)])
-    curves = [line.get_ydata() for line in thin_lines(axes) if len(line.get_ydata()) == 6]
-    assert all(any(np.allclose(curve, own) for curve in curves) for own in scores)
-    triangles = [line.get_data() for line in axes.lines if line.get_marker() == "v" and len(line.get_xdata())]
-    assert [list(steps) for steps, _ in triangles] == [[60, 80]] * 2
-    np.testing.assert_allclose(triangles[0][1], np.mean(scores, axis=0)[[2, 4]])
+    expected = [(means[1, step] + means[2, step]) / 2 for step in steps]
+    np.testing.assert_allclose(lines_of(axes)["DQN"], [steps, expected])
+    # Those of the last fifth; a seed without such games, and a method without any, have none.
+    assert [row[7] for row in tables(read(tmp_path))["Scores"]] == ["4.00 (7.00, 1.00)", "-"]
 
 
 @pytest.mark.parametrize("num_games", [1, 3, 5, 10])
@@ -1017,21 +880,17 @@ def test_many_games_and_many_methods_fit(tmp_path, num_games):
         nothing_covers_another(figure)
 
 
-def test_odd_names_stop_nothing(tmp_path, call):
-    """As the name of an environment and of a method: a formula that is none, a cell's border, a file name."""
+def test_odd_names_stop_nothing_and_one_run_is_enough(tmp_path, call, capsys):
+    """As the name of an environment and of a method: a formula that is none, a cell's border, a file name, a long one."""
     for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "<b>", "x" * 200]):
-        write_run(tmp_path / "runs", [FINAL], name=f"run{i}", env_id=name if i % 2 else ALIEN, exp_name=name, seed=i)
+        write_run(tmp_path / "runs", name=f"run{i}", env_id=name if i % 2 else ALIEN, exp_name=name, seed=i)
     call(tmp_path / "runs")
-    table = table_of(tmp_path / "runs" / "results")
+    table, lines = table_of(tmp_path / "runs" / "results"), capsys.readouterr().out.splitlines()[:7]
     assert "| a\\|b |" in table and "| $_$ |" in table
+    assert max(map(len, lines)) < 100 and "".join(lines).count("…") == 2  # the short table in the terminal
     assert {"$_$", "a|b"} <= {row["method"] for row in read_csv(tmp_path / "runs" / "results" / "results.csv")}
-
-
-def test_one_run_is_enough(tmp_path, call):
-    """One seed of one game of an unknown scale."""
-    write_run(tmp_path / "runs", [FINAL], env_id="my/odd game-v0", name="one")
-    call(tmp_path / "runs" / "one", "--out-dir", tmp_path / "out")
-    assert files_of(tmp_path / "out").keys() == {"learning_curves.png", "results.csv", "table.md", "training_games.csv"}
+    call(tmp_path / "runs" / "run3", "--out-dir", tmp_path / "one")
+    assert files_of(tmp_path / "one").keys() == {"learning_curves.png", "results.csv", "table.md", "training_games.csv"}
 
 
 # ---------------------------------------------------------------------------------------------------- results/redraw.sh

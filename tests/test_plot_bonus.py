@@ -75,18 +75,25 @@ def test_bonus_of_the_screens_over_the_run(run_folder, tmp_path):
 
 
 def test_the_picture_is_drawn_again_from_what_was_written(run_folder, tmp_path, monkeypatch):
-    """The table and the screens that it had are given to the picture once more."""
+    """The table and the screens that it had are given to the picture once more. The picture says what is what."""
     drawn, picture = [], plot_bonus.picture
-    monkeypatch.setattr(plot_bonus, "picture", lambda *given: drawn.append(given) or picture(*given))
-    for arguments in ([run_folder, "--screens", "2", "--steps", "50", "--out-dir", tmp_path], [tmp_path / "bonus.csv"]):
+    monkeypatch.setattr(plot_bonus, "picture", lambda *given: drawn.append((*given, picture(*given))) or drawn[-1][-1])
+    for arguments in ([run_folder, "--screens", "3", "--steps", "50", "--out-dir", tmp_path], [tmp_path / "bonus.csv"]):
         (tmp_path / "bonus.png").unlink(missing_ok=True)
         monkeypatch.setattr(sys, "argv", ["plot_bonus.py", *map(str, arguments)])
         plot_bonus.main()
         assert (tmp_path / "bonus.png").stat().st_size > 10_000
-    (_, screens, table, _), (title, screens_again, table_again, folder) = drawn
+    (_, screens, table, _, figure), (title, screens_again, table_again, folder, _) = drawn
     assert title == "bonus" and folder is None
     np.testing.assert_array_equal(np.round(255 * screens_again), screens)
     pd.testing.assert_frame_equal(table_again, table, rtol=1e-4, check_dtype=False)
+    *frames, error, bonus = figure.axes
+    assert error.get_ylabel() == "error of the predictor" and bonus.get_ylabel() == "bonus: error / deviation of the returns"
+    for axes, color in zip(frames, plot_bonus.COLORS[:3], strict=True):
+        assert to_hex(axes.spines["left"].get_edgecolor()).upper() == color
+        assert sum(to_hex(line.get_color()).upper() == color for line in error.lines) == 2
+    names = [text.get_text() for text in figure.subfigs[1].legends[0].get_texts()]
+    assert names[:2] == ["a screen, in the colour of its frame", "the same upside down, never seen"]
 
 
 @pytest.mark.parametrize("changes, options, message", [
@@ -110,19 +117,3 @@ def test_wrong_arguments_and_folders(changes, options, message, run_folder, tmp_
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
-
-
-def test_the_picture_says_what_is_what(run_folder):
-    """Both axes are named, and every kind of line; the frames have the colours of the lines."""
-    _, models = plot_bonus.load(run_folder)
-    rows = [(step, i, kind, 2.0, 3.0) for step in models for i in range(3) for kind in ("screen", "upside down")]
-    table = pd.DataFrame(rows, columns=["step", "screen", "kind", "error", "bonus"])
-    figure = plot_bonus.picture("Breakout, seed 1", np.zeros((3, 84, 84), np.uint8), table, run_folder)
-    *screens, error, bonus = figure.axes
-    assert error.get_ylabel() == "error of the predictor" and bonus.get_ylabel() == "bonus: error / deviation of the returns"
-    for i, axes in enumerate(screens):
-        assert to_hex(axes.spines["left"].get_edgecolor()).upper() == plot_bonus.COLORS[i]
-        assert sum(to_hex(line.get_color()).upper() == plot_bonus.COLORS[i] for line in error.lines) == 2
-    (legend,) = figure.subfigs[1].legends
-    names = [text.get_text() for text in legend.get_texts()]
-    assert names[:2] == ["a screen, in the colour of its frame", "the same upside down, never seen"]

@@ -1,15 +1,13 @@
 """benchmark.sh as the array of a SLURM cluster: by the variables and signals of SLURM, and on a real one where there is one."""
 
-import contextlib
 import os
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
 
 import pytest
-from test_benchmark import BENCHMARK, ONE_GAME, PONG, SMALL, Study, wait_until
+from test_benchmark import BENCHMARK, ONE_GAME, PONG, SMALL, Study, commands, wait_until
 
 
 @pytest.fixture
@@ -18,11 +16,11 @@ def study(tmp_path):
 
 
 def test_array_task_is_the_line_of_the_dry_run(study):
-    commands = study.dry_run(*SMALL)
+    listed = commands(study.run("--dry-run", *SMALL))
     for index in (0, 5, 7):
         result = study.run(*SMALL, SLURM_ARRAY_TASK_ID=str(index), SLURM_JOB_ID="1")
         assert result.returncode == 0 and "PLOT" not in result.stdout and " left" not in result.stdout
-        assert study.events("start")[-1]["options"] == commands[index][2:]
+        assert study.events("start")[-1]["options"] == listed[index][2:]
     assert study.run(*SMALL, SLURM_ARRAY_TASK_ID="5", SLURM_JOB_ID="1").returncode == 0 and len(study.events("start")) == 3
     beyond = study.run(*SMALL, SLURM_ARRAY_TASK_ID="8", SLURM_JOB_ID="1")
     assert (beyond.returncode, beyond.stdout) == (2, "") and "8 runs, and number 8 (from 0 on) is none" in beyond.stderr
@@ -31,9 +29,8 @@ def test_array_task_is_the_line_of_the_dry_run(study):
 def test_copy_in_a_spool_folder_finds_the_checkout(study, tmp_path):
     (tmp_path / "spool").mkdir()
     copy = shutil.copy(BENCHMARK, tmp_path / "spool" / "slurm_script")
-    environment = study.environment | {"SLURM_SUBMIT_DIR": str(study.scripts)}
-    result = study.call(["bash", copy, "--dry-run", *ONE_GAME], environment)
-    assert result.returncode == 0 and shlex.split(result.stdout.splitlines()[0])[1] == f"{study.scripts}/dqn_atari.py"
+    listed = commands(study.call(["bash", copy, "--dry-run", *ONE_GAME], SLURM_SUBMIT_DIR=str(study.scripts)))
+    assert listed[0][1] == f"{study.scripts}/dqn_atari.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -54,20 +51,18 @@ def test_near_the_time_limit_the_task_requeues_itself(study, tmp_path, number):
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 77\n" if number == signal.SIGUSR1 else "")
 
 
+SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 SLURM_CONF = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
-AuthType=auth/munge
 SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldPort={control_port}
 SlurmdPort={node_port}
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=500 State=UNKNOWN
@@ -75,28 +70,23 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """SLURM_CONF of a cluster of one node, this machine: munged, slurmctld and slurmd, ended after the test."""
-    programs = ("sbatch", "slurmctld", "slurmd", "munged", "runuser")
-    missing = [program for program in programs if shutil.which(program, path=SBIN) is None]
+@pytest.fixture
+def slurm(tmp_path):
+    """The variables that lead to a cluster of one node, this machine: munged, slurmctld and slurmd, ended after the test."""
+    missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged", "runuser") if shutil.which(name, path=SBIN) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"it needs root, and apt-get install slurm-wlm munge (not there: {missing})")
-    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    ports = dict(zip(("control_port", "node_port"), free_ports(2)))
+    folder, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"control_port": one.getsockname()[1], "node_port": other.getsockname()[1]}
     (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), **ports))
-    variables, log = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}, open(folder / "log", "w")
-    environment, daemons = os.environ | variables, []
+    variables, daemons = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}, []
+    environment = os.environ | variables
 
     def start(*command: str) -> None:
-        daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        with open(folder / "log", "a") as log:
+            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
     def is_idle() -> bool:
         return subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout == "idle\n"
@@ -106,20 +96,14 @@ def slurm(tmp_path_factory):
             os.makedirs("/run/munge", exist_ok=True)
             shutil.chown("/run/munge", "munge", "munge")
             start("runuser", "-u", "munge", "--", "munged", "--foreground")
-        start("slurmctld", "-D", "-f", variables["SLURM_CONF"])
-        start("slurmd", "-D", "-f", variables["SLURM_CONF"])
+        start("slurmctld", "-D")
+        start("slurmd", "-D")
         wait_until(is_idle, lambda: (folder / "log").read_text()[-5000:])
         yield variables
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-
-
-SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+            daemon.wait(100)
 
 
 def test_array_on_a_real_slurm(slurm, study):
