@@ -1008,7 +1008,8 @@ def check_environment(args: Args) -> None:
             + (f"did you mean {near[0]}?" if near else f"examples are {tasks[0]} and {tasks[1]}")
         )
     except Exception as error:  # of another package, or of one that is missing
-        fail(f"--env-id {args.env_id} does not start: {one_line(error)}")
+        drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
+        fail(f"--env-id {args.env_id} does not start{drawn}: {one_line(error)}")
     if math.isinf(env.time_limit):
         print(f"warning: --env-id {args.env_id} has no limit of its own: if an episode never ends, an evaluation does not either; "
               "--max-episode-steps sets one", file=sys.stderr)  # fmt: skip

@@ -143,7 +143,7 @@ CANNOT_BE_USED = [
     # Pictures that no video can be made of: in gray, or none at all.
     *((script, f"Gray{actions}-v0 --capture-video", "draws no pictures in colour, (height, width, 3) uint8, but uint8 (20, 30)")
       for script, actions in SCRIPTS.items()),
-    *((script, f"{id_of(script)} --capture-video", "render_mode") for script in SCRIPTS),
+    *((script, f"{id_of(script)} --capture-video", " with pictures (render_mode rgb_array): ") for script in SCRIPTS),
     ("rde_dqn", "LunarLander-v2", "is not registered with Gymnasium; did you mean LunarLander-v3"),
     ("rde_dqn", "LavaGapS5", "did you mean MiniGrid-LavaGapS5-v0"),
     ("rde_dqn", "nothing-like-it", "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"),

@@ -233,12 +233,12 @@ def test_what_a_run_says_before_it_starts_is_what_happens(runs, name):
     assert float(gigabytes) == pytest.approx(num_bytes / 1e9, rel=0.1, abs=0.005)
 
 
-@pytest.mark.parametrize("num_agents, arguments", [
-    (2, "--total-timesteps 300 --replay-ratio 1 --reset-interval 80 --num-envs 3"),  # the one of the last step is not made
-    (2, "--total-timesteps 301 --replay-ratio 1 --reset-interval 80 --num-envs 3"),
-    (3, "--total-timesteps 300 --replay-ratio 0.9 --reset-interval 70 --num-agents 3"),
+@pytest.mark.parametrize("num_agents, last_step, arguments", [
+    (2, 300, "--total-timesteps 300 --replay-ratio 1 --reset-interval 80 --num-envs 3"),  # no reset after the last step
+    (2, 303, "--total-timesteps 301 --replay-ratio 1 --reset-interval 80 --num-envs 3"),
+    (3, 300, "--total-timesteps 300 --replay-ratio 0.9 --reset-interval 70 --num-agents 3"),
 ])  # fmt: skip
-def test_as_many_gradient_steps_and_resets_happen_as_were_said(num_agents, arguments, tmp_path, monkeypatch):
+def test_as_many_gradient_steps_and_resets_happen_as_were_said(num_agents, last_step, arguments, tmp_path, monkeypatch):
     script, happened = load_script("rde_dqn"), []
     for name in ("update", "reset"):
         real = getattr(script.Agent, name)
@@ -249,8 +249,9 @@ def test_as_many_gradient_steps_and_resets_happen_as_were_said(num_agents, argum
     resets = scalars(only_run(tmp_path))["rde/reset_agent"]
     assert int(said[2]) == happened.count("reset") == len(resets) > 3
     assert [agent for _, agent in resets] == [number % num_agents for number in range(len(resets))]  # in turn
-    # The last loop step may go a little beyond the end, and learns for all of it.
+    # The last loop step may go a little beyond the end, and learns for all of it. There the bar ends, too.
     assert happened.count("update") == int(said[1].replace(",", ""))
+    assert f"| {last_step}/{last_step} [" in result.stderr
 
 
 @pytest.mark.parametrize("name, depth, interval", [("rde", " last1", 18), ("cartpole", "", 40)])
