@@ -67,11 +67,11 @@ class Options:
     selection: Literal["value", "advantage"] | None = None
     """the rule by which an ensemble chooses who acts; without it: the run's --selection"""
     beta: NonNegativeFloat | None = None
-    """the rule's beta; without it: the run's --beta, or with --selection the default of the rule"""
+    """the rule's beta; without it: the run's --beta, or with --selection the default of the rule (as for --beta-cost)"""
     reset: Literal["none", "oldest"] = "none"
     """oldest = play the ensemble as it would be right after its next reset, the episodes side by side: scores only"""
     fresh_seeds: PositiveInt = 1
-    """with --reset: so many freshly drawn networks, one after another; one alone says little"""
+    """with --reset: so many freshly drawn networks, each in episodes of its own; one alone says little"""
     scripts_dir: str = os.path.dirname(os.path.abspath(__file__))
     """the folder in which the script of the run lies"""
     run_script: bool = False
@@ -278,20 +278,28 @@ def play_in_turn(script, policy, generator: torch.Generator, env: gym.Env, optio
 
 
 def play_after_resets(script, policy, generator, agent, file: str, envs: list[gym.Env], options: Options, composition) -> None:
-    """What the ensemble scores right after its oldest agent is reset, for one fresh network after another."""
+    """What the ensemble scores right after its oldest agent is reset, for one fresh network after another.
+
+    Each plays episodes of its own: in the same ones all could have the same luck, and the standard error would not know of it.
+    """
     means, fractions = [], []
     for seed in range(options.fresh_seeds):
         load_weights(agent, file)
         torch.manual_seed(script.derive_seed(seed, script.INITIALISATION))
         fresh, composition.counts = agent.reset(), 0
-        returns = [episode["r"] for episode in play(script, policy, generator, envs, options.seed, 0, lambda env: None)]
-        means.append(np.mean(returns))
+        episodes = play(script, policy, generator, envs, options.seed, seed, lambda env: None)
+        columns = {"return": "r"} | {key: key for key in episodes[0] if key not in ("r", "l")}  # and success or cost
+        scores = {title: [episode[key] for episode in episodes] for title, key in columns.items()}
+        means.append({title: np.mean(values) for title, values in scores.items()})
         fractions.append((composition.counts[fresh] / composition.counts.sum()).item())
-        print(
-            f"fresh network {seed} as agent {fresh}: return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {fractions[-1]:.0%}"
-        )
-    error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.2f} (standard error)" if len(means) > 1 else ""
-    print(f"{len(means)} fresh network(s), {len(envs)} episode(s) each: return {np.mean(means):.4g}{error}, "
+        numbers = "".join(f"{title} {np.mean(values):.4g} ± {np.std(values):.4g}, " for title, values in scores.items())
+        print(f"fresh network {seed} as agent {fresh}: {numbers}acts in {fractions[-1]:.0%}")
+    numbers = ""
+    for title in columns:
+        values = [mean[title] for mean in means]
+        error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f} (standard error)" if len(values) > 1 else ""
+        numbers += f"{title} {np.mean(values):.4g}{error}, "
+    print(f"{len(means)} fresh network(s), {len(envs)} episode(s) each: {numbers}"
           f"the fresh agent acts in {np.mean(fractions):.0%}")  # fmt: skip
 
 
@@ -320,6 +328,8 @@ def check_options(options: Options) -> None:
         fail("--video and --window exclude each other")
     if options.reset != "none" and (options.video or options.window or options.like_evaluation or options.agent != "ensemble"):
         fail("--reset plays the whole ensemble, and scores only; leave out --video, --window, --like-evaluation and --agent")
+    if options.fresh_seeds > 1 and options.reset == "none":
+        fail("--fresh-seeds are for networks after a reset; add --reset oldest")
     if options.show_choice and not (options.video or options.window):
         fail("--show-choice writes into the picture; add --video FOLDER or --window")
     if options.like_evaluation and (options.video or options.window):
@@ -353,7 +363,10 @@ def main() -> None:
     if (options.selection or options.beta is not None or options.reset != "none") and not members:
         fail("--selection, --beta, --reset: the run has one agent alone, and nothing is chosen")
     if options.selection:
-        args = dataclasses.replace(args, selection=options.selection, beta=None)
+        if not hasattr(args, "selection"):
+            fail(f"--selection: {script.SCRIPT}, as it lies there, has one rule alone")
+        betas = {name: None for name in ("beta", "beta_cost") if hasattr(args, name)}  # by each rule they mean something else
+        args = dataclasses.replace(args, selection=options.selection, **betas)
     if options.beta is not None:
         args = dataclasses.replace(args, beta=options.beta)
     script.check_environment(dataclasses.replace(args, capture_video=visible))

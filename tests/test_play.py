@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -197,11 +198,13 @@ RULES = {  # the arguments of the run that other options stand for
 
 @pytest.mark.parametrize("options", RULES)
 def test_what_a_reset_costs(play, folder, options):
-    """Scores and shares of three fresh networks, against an agent that is reset and evaluated by hand."""
+    """Scores and shares of three fresh networks, each in episodes of its own, against an agent that is reset and evaluated by
+    hand."""
     path = folder("minigrid")
     heading, *lines = played(play, path, *"--reset oldest --fresh-seeds 3 --episodes 4".split(), *options.split())
     script, args, _, new_agent = script_of(play, path, **RULES[options])
-    envs, weights, means, shares = [script.make_env(args) for _ in range(4)], model(path), [], []
+    envs, weights, shares = [script.make_env(args) for _ in range(4)], model(path), []
+    means = {"return": [], "success": []}
     fresh = weights["oldest_agent"]
     assert heading.endswith(f"; agent {fresh} of 3 is reset")  # another one judges
     for seed in range(3):
@@ -213,16 +216,29 @@ def test_what_a_reset_costs(play, folder, options):
         same = [all(map(torch.equal, a.parameters(), b.parameters())) for a, b in zip(before, agent.q_networks)]
         assert same == [i != fresh for i in range(3)]
         agent.act = lambda *inputs, act=agent.act, acting=acting: (acting.append(act(*inputs)), acting[-1])[1]
-        generator = torch.Generator().manual_seed(script.derive_seed(0, script.EVALUATION, 0))
-        episodes = script.evaluate(agent.evaluation_policy(generator), envs, 0, 0, CPU, lambda env: None)
-        returns = [episode["r"] for episode in episodes]
-        means.append(np.mean(returns))
+        generator = torch.Generator().manual_seed(script.derive_seed(0, script.EVALUATION, seed))
+        episodes = script.evaluate(agent.evaluation_policy(generator), envs, 0, seed, CPU, lambda env: None)
         shares.append(np.mean(torch.cat([choice[1] for choice in acting]).numpy() == fresh))
-        numbers = f"return {means[-1]:.4g} ± {np.std(returns):.4g}, acts in {shares[-1]:.0%}"
-        assert lines[seed] == f"fresh network {seed} as agent {fresh}: {numbers}"
+        line = f"fresh network {seed} as agent {fresh}: "
+        for title, key in (("return", "r"), ("success", "success")):
+            values = [episode[key] for episode in episodes]
+            means[title].append(np.mean(values))
+            line += f"{title} {np.mean(values):.4g} ± {np.std(values):.4g}, "
+        assert lines[seed] == line + f"acts in {shares[-1]:.0%}"
     assert len(set(shares)) > 1 and (options != "--beta 0" or abs(np.mean(shares) - 1 / 3) < 0.1)
-    mean = f"return {np.mean(means):.4g} ± {np.std(means, ddof=1) / np.sqrt(3):.2f} (standard error)"
-    assert lines[3:] == [f"3 fresh network(s), 4 episode(s) each: {mean}, the fresh agent acts in {np.mean(shares):.0%}"]
+    line = "3 fresh network(s), 4 episode(s) each: "
+    for title, values in means.items():
+        line += f"{title} {np.mean(values):.4g} ± {np.std(values, ddof=1) / np.sqrt(3):.2f} (standard error), "
+    assert lines[3:] == [line + f"the fresh agent acts in {np.mean(shares):.0%}"]
+
+
+def test_after_a_reset_of_safe_rde_cost_is_told_too(play, folder):
+    lines = played(play, folder("safety"), *"--reset oldest --fresh-seeds 3 --seed 1".split())
+    matches = [re.search(r": return \S+ ± 0, cost (\d+) ± 0, acts in \d+%$", line) for line in lines[1:4]]
+    costs = [int(match[1]) for match in matches]
+    error = np.std(costs, ddof=1) / np.sqrt(3)
+    assert f"(standard error), cost {np.mean(costs):.4g} ± {error:.2f} (standard error), the fresh agent acts" in lines[4]
+    assert len(set(costs)) > 1
 
 
 def test_another_rule_is_played_without_a_reset_too(play, folder):
@@ -231,6 +247,28 @@ def test_another_rule_is_played_without_a_reset_too(play, folder):
     assert scores(by_run) != scores(uniform)
     assert scores(played(play, path, "--episodes", 2, "--selection", "value")) == scores(by_run)
     assert scores(played(play, path, "--episodes", 2, "--selection", "value", "--beta", 50)) == scores(by_run)
+
+
+def test_another_rule_is_played_with_its_own_betas(play, folder, tmp_path):
+    """Whatever those of the run are: by the other rule they mean something else."""
+    path = pathlib.Path(shutil.copytree(folder("safety"), tmp_path / "run"))
+    content = json.loads((path / "args.json").read_text())
+    content["args"] |= {"beta": 0.0, "beta_cost": 0.0}
+    (path / "args.json").write_text(json.dumps(content))
+    by_run, other = (scores(played(play, path, "--episodes", 2, *more)) for more in ((), ("--selection", "advantage")))
+    assert by_run != other == scores(played(play, folder("safety"), "--episodes", 2, "--selection", "advantage"))
+
+
+def test_an_older_script_knows_one_rule_alone(play, folder, tmp_path):
+    path = pathlib.Path(shutil.copytree(folder("safety"), tmp_path / "run"))
+    content = json.loads((path / "args.json").read_text())
+    del content["args"]["selection"]
+    (path / "args.json").write_text(json.dumps(content))
+    text = (ROOT / "rde_sac_safety.py").read_text().replace('selection: Literal["value", "advantage"] = "value"', "other: int = 0")
+    (tmp_path / "rde_sac_safety.py").write_text(text)
+    result = run(play, path, "--scripts-dir", tmp_path, "--selection", "advantage")
+    assert result.code == 2 and not result.out
+    assert result.err.splitlines()[-1] == "error: --selection: rde_sac_safety.py, as it lies there, has one rule alone"
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures
@@ -320,6 +358,7 @@ WRONG_ARGUMENTS = {  # the run and, by what is said in the end, the arguments be
         "--video and --window exclude each other": ["--window"],
         "--agent is 3, but must be one of ensemble, all, 0, 1, 2": ["--agent 3"],
         "add --video FOLDER or --window": ["--video= --show-choice"],
+        "add --reset oldest": ["--fresh-seeds 2"],
         "are weights of the steps 200, 400, 600": ["--checkpoint 300", "--checkpoint x", "--checkpoint -1"],
         "leave out --video, --window, --like-evaluation and --agent": [
             "--reset oldest", "--video= --reset oldest --like-evaluation", "--video= --reset oldest --agent all"],
