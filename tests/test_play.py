@@ -264,7 +264,9 @@ def test_an_older_script_knows_one_rule_alone(play, folder, tmp_path):
     content = json.loads((path / "args.json").read_text())
     del content["args"]["selection"]
     (path / "args.json").write_text(json.dumps(content))
-    text = (ROOT / "rde_sac_safety.py").read_text().replace('selection: Literal["value", "advantage"] = "value"', "other: int = 0")
+    text = (
+        (ROOT / "rde_sac_safety.py").read_text().replace('selection: Literal["value", "advantage"] = "value"', "other: int = 0")
+    )
     (tmp_path / "rde_sac_safety.py").write_text(text)
     result = run(play, path, "--scripts-dir", tmp_path, "--selection", "advantage")
     assert result.code == 2 and not result.out
