@@ -392,7 +392,8 @@ def main() -> None:
     epsilon = f", epsilon {args.eval_epsilon:g}" if hasattr(args, "eval_epsilon") else ""
     role = "judges" if options.reset == "none" else "is reset"
     judge = f"; agent {agent.oldest.item()} of {len(members)} {role}" if members else ""
-    print(f"{args.env_id}, {script.SCRIPT}, {os.path.relpath(file, folder)}{epsilon}{judge}")
+    rule = f", selection by {args.selection} (beta {agent.chosen_beta:g})" if members and hasattr(agent, "chosen_beta") else ""
+    print(f"{args.env_id}, {script.SCRIPT}, {os.path.relpath(file, folder)}{epsilon}{judge}{rule}")
     if options.reset != "none":
         envs = [script.make_env(args) for _ in range(options.episodes)]
         play_after_resets(script, policy, generator, agent, file, envs, options, composition)

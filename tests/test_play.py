@@ -201,12 +201,14 @@ def test_what_a_reset_costs(play, folder, options):
     """Scores and shares of three fresh networks, each in episodes of its own, against an agent that is reset and evaluated by
     hand."""
     path = folder("minigrid")
+    rule = {"": "value (beta 50)", "--beta 0": "value (beta 0)", "--selection advantage": "advantage (beta 5)",
+            "--selection advantage --beta 1.5": "advantage (beta 1.5)"}[options]  # fmt: skip
     heading, *lines = played(play, path, *"--reset oldest --fresh-seeds 3 --episodes 4".split(), *options.split())
     script, args, _, new_agent = script_of(play, path, **RULES[options])
     envs, weights, shares = [script.make_env(args) for _ in range(4)], model(path), []
     means = {"return": [], "success": []}
     fresh = weights["oldest_agent"]
-    assert heading.endswith(f"; agent {fresh} of 3 is reset")  # another one judges
+    assert heading.endswith(f"; agent {fresh} of 3 is reset, selection by {rule}")  # another one judges
     for seed in range(3):
         agent, acting = new_agent(), []
         agent.load_weights(weights)
