@@ -191,10 +191,10 @@ class Args:
     selection: Literal["value", "advantage"] = "value"
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
-    beta: NonNegativeFloat | None = None
+    beta: Annotated[float | None, Field(ge=0)] = None
     """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
     --selection value, 5 with advantage"""
-    beta_cost: NonNegativeFloat | None = None
+    beta_cost: Annotated[float | None, Field(ge=0)] = None
     """how strongly the choice of the acting agent prefers a low expected cost; 0 = uniform, 1e9 = the lowest; not given: as
     the default of --beta"""
     kappa: UnitInterval = 0.5
@@ -738,7 +738,7 @@ def train(args: Args) -> None:
 
         # Log, and see what is due.
         run.count_step()
-        if run.log_is_due():
+        if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, agent.scalars())
         run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
         run.keep_what_is_due(agent)
@@ -763,14 +763,10 @@ VELOCITY_TASKS = {
     "SafetyHumanoidVelocity-v1": ("Humanoid-v4", 1.4149),
 }
 MAZE_TASK, MAZE_STEPS = "SafetyPointMaze-v0", 300
-
-
-def environment_versions() -> dict[str, str]:
-    versions = {}
-    for name in ("mujoco", "gymnasium-robotics"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs both
-            versions[name] = importlib.metadata.version(name)
-    return versions
+ENVIRONMENT_VERSIONS = {}
+for package in ("mujoco", "gymnasium-robotics"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs both
+        ENVIRONMENT_VERSIONS[package] = importlib.metadata.version(package)
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
@@ -1121,9 +1117,7 @@ class Download:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def numpy(self) -> np.ndarray:
         if self.event is not None:
@@ -1317,8 +1311,10 @@ class Run:
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
         self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
+                         "gymnasium": gym.__version__, "device": self.device.type} | ENVIRONMENT_VERSIONS  # fmt: skip
         self.columns = episode_columns(args)
+        # Environment steps before the last loop step, after which there is nothing but the final evaluation.
+        self.last_loop_step = (args.total_timesteps - 1) // args.num_envs * args.num_envs
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
         self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
@@ -1339,11 +1335,6 @@ class Run:
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    @property
-    def last_loop_step(self) -> int:
-        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
-        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
     # ------------------------------------------------------------ begin, go on, end
 
@@ -1412,8 +1403,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
-            self.close_envs()
-            self.progress.close()
+            self.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
 
@@ -1430,13 +1420,12 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        self.close_envs()
-        self.progress.close()
+        self.close()
         print(f"the run is in {self.path}")
 
-    def close_envs(self) -> None:
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+    def close(self) -> None:
+        for part in (*self.parts["envs"], *self.eval_envs, self.progress):
+            part.close()
 
     # ------------------------------------------------------------ what happens at a step
 
@@ -1445,9 +1434,6 @@ class Run:
         if self.gradient_steps:
             self.speed_steps += self.args.num_envs
             self.speed_seconds += time.perf_counter() - self.turn_started
-
-    def log_is_due(self) -> bool:
-        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
     def keep_what_is_due(self, agent: "Agent") -> None:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
@@ -1478,9 +1464,7 @@ class Run:
             (self.path / "videos").mkdir(exist_ok=True)
             clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
             clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
-        self.log_evaluation(phase, episodes)
-        if phase != "after_reset":  # a curve has one point at a step
-            self.log_scalars(evaluation_scalars(agent))
+        self.log_evaluation(agent, phase, episodes)
         self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
@@ -1522,7 +1506,7 @@ class Run:
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
 
-    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+    def log_evaluation(self, agent: "Agent", phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
             self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
@@ -1536,7 +1520,7 @@ class Run:
         if phase in ("before_reset", "after_reset"):
             self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
         if phase != "after_reset":
-            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()} | evaluation_scalars(agent))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1638,13 +1622,9 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        kind, metadata = field.annotation, field.metadata
-        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
-            if hasattr(optional, "__metadata__"):
-                kind, metadata = optional.__origin__, optional.__metadata__
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{'FLOAT' if 'float' in str(field.annotation) else 'INT'} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 
