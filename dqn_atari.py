@@ -206,10 +206,9 @@ class Agent:
         )
         self.metrics = torch.zeros(len(self.METRICS), device=device)  # of the last mini-batch
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the network."""
-        return sum(parameter.numel() for parameter in self.q_network.parameters())
+    def summary(self) -> str:
+        """For the line in which a run says what it will do."""
+        return f"1 agent(s) x {sum(parameter.numel() for parameter in self.q_network.parameters()):,} parameters"
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor) -> torch.Tensor:
@@ -304,7 +303,7 @@ def train(args: Args) -> None:
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
             buffer.start_episode(i, observations[i, -1])
-    run.announce(f"1 agent(s) x {agent.num_parameters:,} parameters", num_resets=0)
+    run.announce(agent.summary(), num_resets=0)
 
     while run.goes_on():
         # Between two steps: an evaluation.

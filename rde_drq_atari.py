@@ -341,14 +341,10 @@ class Agent:
     def fresh_network(self) -> QNetwork:
         return QNetwork(self.num_actions, self.args.num_atoms, self.args.width)
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent's network."""
-        return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        num_parameters = sum(parameter.numel() for parameter in self.q_networks[0].parameters())
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -365,15 +361,6 @@ class Agent:
         # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     def q_values(self, logits: torch.Tensor) -> torch.Tensor:
         """What the distributions amount to: (..., num_atoms) to (...), float32."""
@@ -513,17 +500,16 @@ class Agent:
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
-        q_networks = copy.deepcopy(self.q_networks).cpu()
         return {
-            "q_networks": [q_network.state_dict() for q_network in q_networks],
+            "q_networks": [q_network.state_dict() for q_network in copy.deepcopy(self.q_networks).cpu()],
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
         }
 
     def load_weights(self, weights: dict) -> None:
         for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
             q_network.load_state_dict(state)
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
@@ -664,7 +650,7 @@ def train(args: Args) -> None:
         run.count_step()
         if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, {"charts/epsilon": epsilon} | agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())

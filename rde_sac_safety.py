@@ -392,15 +392,11 @@ class Agent:
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent: actor, critics, entropy coefficient."""
-        parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
-        return sum(parameter.numel() for parameter in parameters) // self.args.num_agents
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
+        num_parameters = sum(parameter.numel() for parameter in parameters) // self.args.num_agents
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -418,15 +414,6 @@ class Agent:
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
         self.beta_cost.fill_(self.chosen_beta_cost if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -616,7 +603,7 @@ class Agent:
             "critics": copy.deepcopy(self.critics).cpu().state_dict(),
             "log_alphas": self.log_alphas.cpu(),
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
             "lagrange_multiplier": self.multiplier.value.item(),
         }
 
@@ -624,7 +611,7 @@ class Agent:
         self.actors.load_state_dict(weights["actors"])
         self.critics.load_state_dict(weights["critics"])
         self.log_alphas.copy_(weights["log_alphas"])
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
         self.multiplier.value.fill_(weights["lagrange_multiplier"])
 
@@ -740,7 +727,7 @@ def train(args: Args) -> None:
         run.count_step()
         if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())

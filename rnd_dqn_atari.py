@@ -426,10 +426,9 @@ class Agent:
         """The first is that of the rewards (or of the sum), the second that of the bonus."""
         return args.num_heads if args.intrinsic_coef else 1
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the Q-network."""
-        return sum(parameter.numel() for parameter in self.q_network.parameters())
+    def summary(self) -> str:
+        """For the line in which a run says what it will do."""
+        return f"1 agent(s) x {sum(parameter.numel() for parameter in self.q_network.parameters()):,} parameters"
 
     def followed(self, q_values: torch.Tensor) -> torch.Tensor:
         """What the agent's actions make large: (num_heads, batch, num_actions) to (batch, num_actions)."""
@@ -592,7 +591,7 @@ def train(args: Args) -> None:
         for i, env in enumerate(envs):
             observations[i], _ = env.reset(seed=derive_seed(args.seed, ENVIRONMENT, i))
             buffer.start_episode(i, observations[i, -1])
-    run.announce(f"1 agent(s) x {agent.num_parameters:,} parameters", num_resets=0)
+    run.announce(agent.summary(), num_resets=0)
 
     while run.goes_on():
         # Between two steps: an evaluation.

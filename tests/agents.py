@@ -100,6 +100,11 @@ def sac_agent(
     return agent
 
 
+def reset_in_turn(agent, num_resets: int) -> None:
+    """As after so many resets, of the oldest agent each time: it judges, and is the next; the networks stay as they are."""
+    agent.resets = [number % agent.args.num_agents for number in range(num_resets)]
+
+
 def mlp_agent(script, num_agents: int, stored: int = 200, terminated: float = 0.3, **arguments):
     """A small agent of rde_dqn.py on random transitions. `learning_rate` and the like are those of the script, if not given."""
     args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "num_hidden_layers": 3, "batch_size": 32} | arguments)
