@@ -54,7 +54,6 @@ import enum
 import fcntl
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -199,8 +198,7 @@ class Args:
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
     beta: Annotated[float | None, Field(ge=0)] = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -235,8 +233,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -381,9 +378,7 @@ class Agent:
         return lambda observations: epsilon_greedy(self.act(observations, generator)[0], epsilon, num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
-        choice was (at most log N).
-        """
+        """For TensorBoard: who judges; since the last call, whose proposals were taken and how undecided the choice was."""
         fractions = self.acting_counts / max(1, self.acting_counts.sum())
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
@@ -476,7 +471,7 @@ def train(args: Args) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
-    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
@@ -572,8 +567,6 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 COLOURS = ("blue", "green", "grey", "purple", "red", "yellow")  # all that MiniGrid has
 VIEW_RANGES = np.array([10, 5, 2], np.float32)  # the largest object, colour and state of a cell
-
-
 MISSION_OBJECTS = ("key", "ball", "box", "door")
 MISSION_PATTERN = re.compile(rf"\b(?:({'|'.join(COLOURS)})\b ?)?\b({'|'.join(MISSION_OBJECTS)})?\b")
 
@@ -734,33 +727,27 @@ def check_environment(args: Args) -> None:
         fail(f"--actions move has a meaning in MiniGrid alone, and {given} is none of its tasks; leave it out")
     if args.actions == "move" and not env_id.split("MiniGrid-")[-1].startswith(MOVES_SUFFICE):
         fail(f"--actions move leaves {given} without an action that it needs; use --actions all")
-    if env_id not in known_environments(env_id):
-        near = difflib.get_close_matches(env_id, gym.registry, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"
-        fail(f"{given} is not registered with Gymnasium; {hint}")
     try:
+        if not is_registered(env_id):
+            near = difflib.get_close_matches(env_id, gym.registry, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"
+            fail(f"{given} is not registered with Gymnasium; {hint}")
         env = make_bare_env(args, args.capture_video)
-    except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
-        fail(f"{given} does not work here{drawn}: {' '.join(str(error).split()) or repr(error)}")
-    observation_space, action_space = env.observation_space, env.action_space
-    if not is_minigrid(env_id) and not isinstance(observation_space, gym.spaces.Discrete):
-        shape = getattr(observation_space, "shape", None)
-        if not isinstance(observation_space, gym.spaces.Box):
-            fail(f"{given} has observations in {observation_space}, and this script takes arrays (Box) or single numbers "
-                 "(Discrete)")  # fmt: skip
-        if observation_space.dtype == np.uint8 and len(shape) == 3 and math.prod(shape) > 10_000:
-            fail(f"{given} has pictures as observations, of shape {shape}, and this script takes vectors or single numbers; "
-                 "for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
-    if not isinstance(action_space, gym.spaces.Discrete):
-        kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
-        fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
-    try:
+        space, action_space = env.observation_space, env.action_space
+        if not (is_minigrid(env_id) or isinstance(space, (gym.spaces.Box, gym.spaces.Discrete))):
+            fail(f"{given} has observations in {space}, and this script takes arrays (Box) or single numbers (Discrete)")
+        if space.dtype == np.uint8 and len(space.shape) == 3 and math.prod(space.shape) > 10_000:
+            fail(f"{given} has pictures as observations, of shape {space.shape}, and this script takes vectors or single "
+                 "numbers; for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
+        if not isinstance(action_space, gym.spaces.Discrete):
+            kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
+            fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
         env = make_env(args, args.capture_video)
         for observation in (env.reset(seed=0)[0], env.step(0)[0]):
             if observation.shape != env.observation_space.shape:
                 raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
-    except Exception as error:
+    except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
         fail(f"{given} does not work here{drawn}: {' '.join(str(error).split()) or repr(error)}")
     if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
         fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
@@ -770,22 +757,18 @@ def check_environment(args: Args) -> None:
     env.close()
 
 
-def known_environments(env_id: str) -> list[str]:
-    """All that are registered, MiniGrid's among them, and those of the module in module:MyTask-v0, with its name."""
-    module = env_id.partition(":")[0] if ":" in env_id else ""
-    if env_id not in gym.registry:  # MinAtar and others offer their environments as plugins, which Gymnasium 1.x does not load
-        for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):
-            try:
-                plugin.load()()
-            except Exception as error:  # somebody's own package, which may have nothing to do with this run
-                print(f"warning: the plugin {plugin.name} cannot be loaded: {error!r}", file=sys.stderr)
-    minigrid = "minigrid" if env_id not in gym.registry and importlib.util.find_spec("minigrid") else ""
-    for name in filter(None, (minigrid, module)):
+def is_registered(env_id: str) -> bool:
+    """Whether Gymnasium knows the environment. MiniGrid and plugins have to be loaded; the module of an id it loads by itself."""
+    if ":" in env_id or env_id in gym.registry:
+        return True
+    for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):  # MinAtar's, ...: Gymnasium 1.x does not load them
         try:
-            importlib.import_module(name)
-        except Exception as error:  # somebody's own module
-            fail(f"--env-id {env_id}: the module {name} cannot be imported: {' '.join(str(error).split()) or repr(error)}")
-    return [f"{module}:{name}" if module else name for name in gym.registry]
+            plugin.load()()
+        except Exception as error:  # somebody's own package, which may have nothing to do with this run
+            print(f"warning: the plugin {plugin.name} cannot be loaded: {error!r}", file=sys.stderr)
+    if importlib.util.find_spec("minigrid"):
+        import minigrid  # noqa: F401  (registers its environments)
+    return env_id in gym.registry
 
 
 def normalized_scores(env_id: str, score: float) -> dict[str, float]:
@@ -805,7 +788,7 @@ def epsilon_greedy(actions: torch.Tensor, epsilon: float, num_actions: int, gene
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on the generator's device.
 
     A row is observation, action, reward, terminated, next observation. The next observation is stored with every
     transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
@@ -814,19 +797,12 @@ class ReplayBuffer:
     # num_added before used_rows, whose length it decides.
     KEPT = ("num_added", "size", "used_rows")
 
-    def __init__(
-        self,
-        capacity: int,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         self.widths = [observation_space.shape[0], math.prod(action_space.shape), 1, 1, observation_space.shape[0]]
-        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=self.device)
         self.num_added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+        self.size = torch.zeros((), dtype=torch.int64, device=self.device)  # on the device: a captured CUDA graph draws from it
 
     @property
     def used_rows(self) -> torch.Tensor:

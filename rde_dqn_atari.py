@@ -173,8 +173,7 @@ class Args:
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
     beta: Annotated[float | None, Field(ge=0)] = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -220,8 +219,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -360,9 +358,7 @@ class Agent:
         return lambda observations: epsilon_greedy(self.act(observations, generator)[0], epsilon, num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
-        choice was (at most log N).
-        """
+        """For TensorBoard: who judges; since the last call, whose proposals were taken and how undecided the choice was."""
         fractions = self.acting_counts / max(1, self.acting_counts.sum())
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
@@ -436,7 +432,7 @@ def train(args: Args) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
@@ -795,7 +791,7 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; every 84x84 frame is stored once, as uint8, on `device`.
+    """The last `capacity` transitions, drawn uniformly, on the generator's device; every 84x84 frame is stored once, as uint8.
 
     A transition is a row of numbers: the places of its five frames (its stack of 4 and the next one), action, reward,
     terminated. Frames before the first one of an episode or life are the place of a black frame. So the boundaries of episodes,
@@ -806,15 +802,15 @@ class ReplayBuffer:
     # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "oldest_frames")
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, num_envs: int, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         # One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games.
         self.num_frames = capacity + 10 * num_envs + capacity // 100
-        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
-        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=device)  # float64 is exact for all of them
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=self.device)  # the last is black
+        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=self.device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
         self.oldest, self.size = 0, 0
-        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, size)
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=self.device)  # (oldest, size)
         # Frames are numbered as they are written; None stands for black.
         self.frames_written = 0
         self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations

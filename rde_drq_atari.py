@@ -47,7 +47,7 @@ Where is what:
     -- the line --                below it nothing is of the algorithm; equal in all Atari scripts
     AtariGame, AtariView          the environment
     plasticity                    what is measured of a network beside its scores
-    NStepReplayBuffer             transitions over n steps; every frame once
+    ReplayBuffer                  transitions over n steps; every frame once
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
     Run                           folder, logs, checkpoints, signals
@@ -209,8 +209,7 @@ class Args:
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
     beta: Annotated[float | None, Field(ge=0)] = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -287,8 +286,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -585,7 +583,7 @@ def train(args: Args) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches, args.n_step)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, mini_batches, args.n_step)
     keep_freed_memory()
     agent = Agent(args, *spaces, buffer, run.device)
 
@@ -945,9 +943,22 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ replay buffer
 
 
-class NStepReplayBuffer:
+class NStepBatch(typing.NamedTuple):
+    """What `ReplayBuffer.sample` draws. (N, ...) are without N if n and gamma are numbers."""
+
+    positions: torch.Tensor  # (batch_size,) int64, where they lie in the buffer
+    observations: torch.Tensor  # (batch_size, 4, 84, 84) uint8
+    actions: torch.Tensor  # (batch_size,) int64
+    returns: torch.Tensor  # (N, batch_size) float32: the k rewards, the i-th times gamma ** i
+    next_observations: torch.Tensor  # (N, batch_size, 4, 84, 84) uint8, after these k steps
+    discounts: torch.Tensor  # (N, batch_size) float32: gamma ** k
+    terminated: torch.Tensor  # (N, batch_size) float32: 1 = the k-th step was terminal
+    num_steps: torch.Tensor  # (N, batch_size) int64: k, n or fewer where an episode or life ends
+
+
+class ReplayBuffer:
     """The last `capacity` transitions, to be drawn uniformly and summed over n steps; every 84x84 frame is stored once, as
-    uint8, on `device`.
+    uint8, on the generator's device.
 
     A transition is a row of numbers, written in one copy: the places of its five frames (its stack of 4 and the next one), action,
     reward, terminated, ended. Frames before the first one of an episode or life are the place of a black frame. So the
@@ -967,16 +978,16 @@ class NStepReplayBuffer:
     # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "newest", "oldest_frames")
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator, max_n: int):
-        self.capacity, self.num_envs, self.device, self.generator = capacity, num_envs, device, generator
-        self.max_n, self.steps = max_n, torch.arange(max_n, device=device)
+    def __init__(self, capacity: int, num_envs: int, generator: torch.Generator, max_n: int):
+        self.capacity, self.num_envs, self.device, self.generator = capacity, num_envs, generator.device, generator
+        self.max_n, self.steps = max_n, torch.arange(max_n, device=self.device)
         # One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games.
         self.num_frames = capacity + 10 * num_envs + capacity // 100
-        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
-        self.rows = torch.zeros((capacity, 9), dtype=torch.float64, device=device)  # float64 is exact for all of them
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=self.device)  # the last is black
+        self.rows = torch.zeros((capacity, 9), dtype=torch.float64, device=self.device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
         self.oldest, self.size = 0, 0
-        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, how many)
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=self.device)  # (oldest, how many)
         # Frames are numbered as they are written; None stands for black.
         self.frames_written = 0
         self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations
@@ -1032,7 +1043,7 @@ class NStepReplayBuffer:
     def _publish_drawable(self) -> None:
         upload(np.array([self.oldest, max(0, self.size - (self.max_n - 1) * self.num_envs)]), self.drawable)
 
-    def sample(self, batch_size: int, n: int | torch.Tensor, gamma: float | torch.Tensor) -> "NStepBatch":
+    def sample(self, batch_size: int, n: int | torch.Tensor, gamma: float | torch.Tensor) -> NStepBatch:
         """Draws transitions uniformly, with replacement, and sums their rewards over n steps (1 to max_n), discounted by gamma.
 
         n and gamma may be tensors (N,) on the device, one for each of N agents. Then what depends on them has a dimension N in
@@ -1073,22 +1084,6 @@ class NStepReplayBuffer:
 
     def _frames_at(self, places: torch.Tensor) -> torch.Tensor:
         return self.frames.index_select(0, places.flatten()).view(*places.shape, 84, 84)
-
-
-class NStepBatch(typing.NamedTuple):
-    """What `NStepReplayBuffer.sample` draws. (N, ...) are without N if n and gamma are numbers."""
-
-    positions: torch.Tensor  # (batch_size,) int64, where they lie in the buffer
-    observations: torch.Tensor  # (batch_size, 4, 84, 84) uint8
-    actions: torch.Tensor  # (batch_size,) int64
-    returns: torch.Tensor  # (N, batch_size) float32: the k rewards, the i-th times gamma ** i
-    next_observations: torch.Tensor  # (N, batch_size, 4, 84, 84) uint8, after these k steps
-    discounts: torch.Tensor  # (N, batch_size) float32: gamma ** k
-    terminated: torch.Tensor  # (N, batch_size) float32: 1 = the k-th step was terminal
-    num_steps: torch.Tensor  # (N, batch_size) int64: k, n or fewer where an episode or life ends
-
-
-ReplayBuffer = NStepReplayBuffer  # as all scripts call theirs
 
 
 # ==================================================================================================== the second line

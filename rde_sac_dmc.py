@@ -171,8 +171,7 @@ class Args:
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
     beta: Annotated[float | None, Field(ge=0)] = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -251,8 +250,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -479,9 +477,7 @@ class Agent:
         return lambda observations: self.act(observations, generator, generator, deterministic=True)[:, :-1]
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
-        choice was (at most log N).
-        """
+        """For TensorBoard: who judges; since the last call, whose proposals were taken and how undecided the choice was."""
         fractions = self.acting_counts / max(1, self.acting_counts.sum())
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
@@ -554,7 +550,7 @@ def train(args: Args) -> None:
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
     random_actions = torch.Generator(run.device).manual_seed(derive_seed(args.seed, RANDOM_ACTIONS))
-    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
@@ -852,20 +848,16 @@ def check_gymnasium(args: Args) -> None:
     given = f"--env-id {args.env_id}"
     drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
     try:
-        env = make_bare_env(args, args.capture_video)
-    except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
-        fail(f"{given} does not work here{drawn}: {one_line(error)}")
-    space = env.action_space
-    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-        fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete ones "
-             "there is rde_dqn.py")  # fmt: skip
-    try:
+        space = make_bare_env(args, args.capture_video).action_space
+        if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+            fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete "
+                 "ones there is rde_dqn.py")  # fmt: skip
         env = make_env(args, args.capture_video)
         for observation in (env.reset(seed=0)[0], env.step(np.zeros(env.action_space.shape, np.float32))[0]):
             if observation.shape != env.observation_space.shape:
                 raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
-    except Exception as error:
+    except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
         fail(f"{given} does not work here{drawn}: {one_line(error)}")
     if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
         fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
@@ -922,7 +914,7 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on the generator's device.
 
     A row is observation, action, reward, terminated, next observation. The next observation is stored with every
     transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
@@ -931,19 +923,12 @@ class ReplayBuffer:
     # num_added before used_rows, whose length it decides.
     KEPT = ("num_added", "size", "used_rows")
 
-    def __init__(
-        self,
-        capacity: int,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         self.widths = [observation_space.shape[0], math.prod(action_space.shape), 1, 1, observation_space.shape[0]]
-        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=self.device)
         self.num_added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+        self.size = torch.zeros((), dtype=torch.int64, device=self.device)  # on the device: a captured CUDA graph draws from it
 
     @property
     def used_rows(self) -> torch.Tensor:

@@ -192,11 +192,9 @@ class Args:
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
     beta: Annotated[float | None, Field(ge=0)] = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
     beta_cost: Annotated[float | None, Field(ge=0)] = None
-    """how strongly the choice of the acting agent prefers a low expected cost; 0 = uniform, 1e9 = the lowest; not given: as
-    the default of --beta"""
+    """how strongly the choice prefers a low expected cost: 0 = uniform, 1e9 = the lowest; not given: the default of --beta"""
     kappa: UnitInterval = 0.5
     """the weight of reward in the choice of the acting agent; the rest is the weight of cost (1 = RDE's own choice)"""
 
@@ -277,8 +275,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -660,7 +657,7 @@ def train(args: Args) -> None:
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
     random_actions = torch.Generator(run.device).manual_seed(derive_seed(args.seed, RANDOM_ACTIONS))
-    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
@@ -986,10 +983,8 @@ def check_environment(args: Args) -> None:
     except gym.error.UnregisteredEnv:
         tasks = [MAZE_TASK, *VELOCITY_TASKS]
         near = difflib.get_close_matches(args.env_id, tasks, n=1, cutoff=0.5)
-        fail(
-            f"--env-id {args.env_id} is no environment; "
-            + (f"did you mean {near[0]}?" if near else f"examples are {tasks[0]} and {tasks[1]}")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"examples are {tasks[0]} and {tasks[1]}"
+        fail(f"--env-id {args.env_id} is no environment; {hint}")
     except Exception as error:  # of another package, or of one that is missing
         drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
         fail(f"--env-id {args.env_id} does not start{drawn}: {one_line(error)}")
@@ -1021,7 +1016,7 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on the generator's device.
 
     A row is observation, action, reward, cost, terminated, next observation. The next observation is stored with every
     transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
@@ -1030,19 +1025,12 @@ class ReplayBuffer:
     # num_added before used_rows, whose length it decides.
     KEPT = ("num_added", "size", "used_rows")
 
-    def __init__(
-        self,
-        capacity: int,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         self.widths = [observation_space.shape[0], action_space.shape[0], 1, 1, 1, observation_space.shape[0]]
-        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=self.device)
         self.num_added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+        self.size = torch.zeros((), dtype=torch.int64, device=self.device)  # on the device: a captured CUDA graph draws from it
 
     @property
     def used_rows(self) -> torch.Tensor:

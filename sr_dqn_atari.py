@@ -328,7 +328,7 @@ def train(args: Args) -> None:
     spaces = envs[0].observation_space, envs[0].action_space
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
@@ -684,7 +684,7 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; every 84x84 frame is stored once, as uint8, on `device`.
+    """The last `capacity` transitions, drawn uniformly, on the generator's device; every 84x84 frame is stored once, as uint8.
 
     A transition is a row of numbers: the places of its five frames (its stack of 4 and the next one), action, reward,
     terminated. Frames before the first one of an episode or life are the place of a black frame. So the boundaries of episodes,
@@ -695,15 +695,15 @@ class ReplayBuffer:
     # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "oldest_frames")
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, num_envs: int, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         # One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games.
         self.num_frames = capacity + 10 * num_envs + capacity // 100
-        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
-        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=device)  # float64 is exact for all of them
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=self.device)  # the last is black
+        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=self.device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
         self.oldest, self.size = 0, 0
-        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, size)
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=self.device)  # (oldest, size)
         # Frames are numbered as they are written; None stands for black.
         self.frames_written = 0
         self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations

@@ -147,7 +147,7 @@ CANNOT_BE_USED = [
     ("rde_dqn", "LunarLander-v2", "is not registered with Gymnasium; did you mean LunarLander-v3"),
     ("rde_dqn", "LavaGapS5", "did you mean MiniGrid-LavaGapS5-v0"),
     ("rde_dqn", "nothing-like-it", "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"),
-    ("rde_dqn", "no_module:Task-v0", "the module no_module cannot be imported"),
+    ("rde_dqn", "no_module:Task-v0", "does not work here: No module named 'no_module'"),
     ("rde_dqn", "Pendulum-v1", "has continuous actions, Box(-2.0, 2.0, (1,), float32)"),
     ("rde_dqn", "CarRacing-v3", "has pictures as observations, of shape (96, 96, 3)"),
     ("rde_dqn", "CarRacing-v3", "for Atari's pictures there is rde_dqn_atari.py"),
