@@ -758,7 +758,7 @@ def check_environment(args: Args) -> None:
 
 
 def is_registered(env_id: str) -> bool:
-    """Whether Gymnasium knows the environment. MiniGrid and plugins have to be loaded; the module of an id it loads by itself."""
+    """Whether Gymnasium knows the environment. MiniGrid and plugins have to be loaded; the module of an id it loads itself."""
     if ":" in env_id or env_id in gym.registry:
         return True
     for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):  # MinAtar's, ...: Gymnasium 1.x does not load them
