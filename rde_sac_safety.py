@@ -887,7 +887,7 @@ def make_task(env_id: str, render_mode: str | None) -> gym.Env:
         mujoco.set_mju_user_warning(warn)
 
 
-class ConstrainedTask(gym.Env):
+class ConstrainedTask(gym.Wrapper):
     """What the algorithm sees of an environment: vectors of float32, actions in [-1, 1], and `info["cost"]` at every step.
 
     The cost is `info["cost"]` of the environment, or the third of six values, as Safety-Gymnasium's own interface has it. At
@@ -898,23 +898,23 @@ class ConstrainedTask(gym.Env):
     since; played again, they bring the environment exactly to where it was, whatever it is made of.
     """
 
-    KEPT = ("np_random", "episode")
+    KEPT = ("seeds", "episode")
 
     def __init__(self, args: Args, render_mode: str | None = None):
-        self.env_id, self.env, self.render_mode = args.env_id, make_task(args.env_id, render_mode), render_mode
-        self.metadata, self.time_limit = self.env.metadata, episode_limit(args) or math.inf
-        space = self.env.action_space
+        super().__init__(make_task(args.env_id, render_mode))
+        self.env_id, self.time_limit, space = args.env_id, episode_limit(args) or math.inf, self.env.action_space
         if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
             fail(f"--env-id {self.env_id} has actions in {space}, and this script takes continuous ones within bounds (Box)")
         observation_dim = gym.spaces.flatdim(self.env.observation_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.low, self.high = (bound.astype(np.float64) for bound in (self.env.action_space.low, self.env.action_space.high))
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
-        self.episode_seed, self.actions, self.observation = 0, [], np.zeros(observation_dim, np.float32)
+        self.seeds = np.random.default_rng(0)  # of the episodes
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        return self.begin(int(self.np_random.integers(2**31))), {}
+        if seed is not None:
+            self.seeds = np.random.default_rng(seed)
+        return self.begin(int(self.seeds.integers(2**31))), {}
 
     def begin(self, seed: int) -> np.ndarray:
         """A new episode; returns its first observation."""
@@ -942,12 +942,6 @@ class ConstrainedTask(gym.Env):
         """The observation as a vector, (observation_dim,) float32."""
         self.observation = gym.spaces.flatten(self.env.observation_space, observation).astype(np.float32)
         return self.observation
-
-    def render(self) -> np.ndarray:
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
 
     @property
     def episode(self) -> dict:
