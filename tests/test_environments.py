@@ -243,12 +243,12 @@ class Diary:
 
         def begun(env, seed):
             result = begin(env, seed)
-            self.episodes.append((id(env), seed, [], [env.observation.copy()], []))
+            self.episodes.append((env, seed, [], [env.observation.copy()], []))
             return result
 
         def stepped(env, action):
             result = step(env, action)
-            _, _, actions, observations, ends = next(e for e in reversed(self.episodes) if e[0] == id(env))
+            _, _, actions, observations, ends = next(e for e in reversed(self.episodes) if e[0] is env)
             actions.append(np.array(action))
             observations.append(result[0].copy())
             ends.append([*result[1:4], result[4].get("cost")])
@@ -299,7 +299,7 @@ def test_what_is_played_is_stored_and_is_that_of_the_seeds_in_fresh_environments
     assert name == "rde_dqn" or diary.acts == list(range(100, num_steps, 2))
     cut_off = 0
     for i, env in enumerate(diary.envs):
-        episodes = [episode for episode in diary.episodes if episode[0] == id(env)]
+        episodes = [episode for episode in diary.episodes if episode[0] is env]
         first, rows = script.derive_seed(1, script.ENVIRONMENT, i), iter(diary.stored[i::2])
         seeds = np.random.default_rng(first)
         expected = [] if name == "rde_sac_safety" else [first]
