@@ -109,7 +109,7 @@ class TrainingLoop:
         self.args = args = script.Args(env_id=env_id, buffer_size=10_000, **arguments)
         self.env, self.device = script.make_env(args), device
         n_step = (args.n_step,) if hasattr(args, "n_step") else ()
-        self.buffer = script.ReplayBuffer(args.buffer_size, 1, device, torch.Generator(device).manual_seed(0), *n_step)
+        self.buffer = script.ReplayBuffer(args.buffer_size, 1, torch.Generator(device).manual_seed(0), *n_step)
         self.agent = script.Agent(args, self.env.observation_space, self.env.action_space, self.buffer, device)
         if script is not rnd:
             self.agent.reset()  # so that the oldest agent judges
@@ -228,7 +228,7 @@ class SACTrainingLoop:
         args = script.Args(env_id=task, buffer_size=10_000, **arguments)
         self.env, self.device = script.make_env(args), device
         spaces = self.env.observation_space, self.env.action_space
-        self.buffer = script.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
+        self.buffer = script.ReplayBuffer(args.buffer_size, *spaces, torch.Generator(device).manual_seed(0))
         self.agent = script.Agent(args, *spaces, self.buffer, device)
         self.agent.reset()  # so that the oldest agent judges
         generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]  # of the choice, and of random actions
@@ -273,7 +273,7 @@ class MLPTrainingLoop:
         self.args = args = mlp.Args(buffer_size=10_000, num_agents=num_agents)
         self.env = mlp.make_env(args)
         spaces = self.env.observation_space, self.env.action_space
-        self.buffer = mlp.ReplayBuffer(args.buffer_size, *spaces, device, torch.Generator(device).manual_seed(0))
+        self.buffer = mlp.ReplayBuffer(args.buffer_size, *spaces, torch.Generator(device).manual_seed(0))
         self.agent = mlp.Agent(args, *spaces, self.buffer, device)
         self.agent.reset()  # so that the oldest agent judges
         selection = torch.Generator(device).manual_seed(1)
@@ -420,7 +420,7 @@ def memory_gigabytes_per_second(device: torch.device) -> float:
 
 def replay_buffer_gigabytes(device: torch.device) -> float:
     """What the tensors of a replay buffer of 100,000 transitions take on the device."""
-    buffer = rde.ReplayBuffer(100_000, 1, device, torch.Generator(device))
+    buffer = rde.ReplayBuffer(100_000, 1, torch.Generator(device))
     return sum(value.nbytes for value in vars(buffer).values() if isinstance(value, torch.Tensor)) / 1e9
 
 

@@ -95,10 +95,11 @@ def different_screens(frames: np.ndarray, count: int) -> np.ndarray:
 def played_screens(args: rnd.Args, agent: rnd.Agent, num_steps: int, epsilon: float) -> np.ndarray:
     """The newest frame after every step, (num_steps, 84, 84) uint8; the same whenever it is called."""
     env, generator, frames = rnd.make_env(args), torch.Generator().manual_seed(0), []
-    policy = rnd.epsilon_greedy(agent.act, epsilon, agent.num_actions, generator)
     observation, _ = env.reset(seed=0)
     for _ in range(num_steps):
-        observation, _, terminated, truncated, _ = env.step(policy(torch.from_numpy(observation[None])).item())
+        greedy_action = agent.act(torch.from_numpy(observation[None]))  # (1,)
+        action = rnd.epsilon_greedy(greedy_action, epsilon, agent.num_actions, generator).item()
+        observation, _, terminated, truncated, _ = env.step(action)
         frames.append(observation[-1])
         if terminated or truncated:
             observation, _ = env.reset()

@@ -54,7 +54,6 @@ import enum
 import fcntl
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -84,7 +83,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -198,9 +197,8 @@ class Args:
     selection: Literal["value", "advantage"] = "value"
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
-    beta: NonNegativeFloat | None = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    beta: Annotated[float | None, Field(ge=0)] = None
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -235,8 +233,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -288,14 +285,10 @@ class Agent:
     def fresh_network(self) -> QNetwork:
         return QNetwork(self.args, self.observation_dim, self.num_actions)
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent's network."""
-        return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        num_parameters = sum(parameter.numel() for parameter in self.q_networks[0].parameters())
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -312,15 +305,6 @@ class Agent:
         # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
@@ -390,13 +374,11 @@ class Agent:
 
     def evaluation_policy(self, generator: torch.Generator):
         """What evaluations play: (batch, observation_dim) to (batch,) actions."""
-        greedy = lambda observations: self.act(observations, generator)[0]
-        return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
+        epsilon, num_actions = self.args.eval_epsilon, self.num_actions
+        return lambda observations: epsilon_greedy(self.act(observations, generator)[0], epsilon, num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
-        choice was (at most log N).
-        """
+        """For TensorBoard: who judges; since the last call, whose proposals were taken and how undecided the choice was."""
         fractions = self.acting_counts / max(1, self.acting_counts.sum())
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
@@ -409,17 +391,16 @@ class Agent:
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
-        q_networks = copy.deepcopy(self.q_networks).cpu()
         return {
-            "q_networks": [q_network.state_dict() for q_network in q_networks],
+            "q_networks": [q_network.state_dict() for q_network in copy.deepcopy(self.q_networks).cpu()],
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
         }
 
     def load_weights(self, weights: dict) -> None:
         for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
             q_network.load_state_dict(state)
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
@@ -490,7 +471,7 @@ def train(args: Args) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
-    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
@@ -550,9 +531,9 @@ def train(args: Args) -> None:
 
         # Log, and see what is due.
         run.count_step()
-        if run.log_is_due():
+        if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, {"charts/epsilon": epsilon} | agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())
@@ -564,14 +545,10 @@ def train(args: Args) -> None:
 
 # ------------------------------------------------------------------------------------------------------- environments
 
-
-def environment_versions() -> dict[str, str]:
-    """Of the packages that environments come from, where they are installed."""
-    versions = {}
-    for name in ("box2d", "minigrid"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+ENVIRONMENT_VERSIONS = {}
+for package in ("box2d", "minigrid"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs all of them
+        ENVIRONMENT_VERSIONS[package] = importlib.metadata.version(package)
 
 
 def is_minigrid(env_id: str) -> bool:
@@ -590,8 +567,6 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 COLOURS = ("blue", "green", "grey", "purple", "red", "yellow")  # all that MiniGrid has
 VIEW_RANGES = np.array([10, 5, 2], np.float32)  # the largest object, colour and state of a cell
-
-
 MISSION_OBJECTS = ("key", "ball", "box", "door")
 MISSION_PATTERN = re.compile(rf"\b(?:({'|'.join(COLOURS)})\b ?)?\b({'|'.join(MISSION_OBJECTS)})?\b")
 
@@ -752,33 +727,27 @@ def check_environment(args: Args) -> None:
         fail(f"--actions move has a meaning in MiniGrid alone, and {given} is none of its tasks; leave it out")
     if args.actions == "move" and not env_id.split("MiniGrid-")[-1].startswith(MOVES_SUFFICE):
         fail(f"--actions move leaves {given} without an action that it needs; use --actions all")
-    if env_id not in known_environments(env_id):
-        near = difflib.get_close_matches(env_id, gym.registry, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"
-        fail(f"{given} is not registered with Gymnasium; {hint}")
     try:
+        if not is_registered(env_id):
+            near = difflib.get_close_matches(env_id, gym.registry, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "examples are MiniGrid-LavaGapS5-v0 and LunarLander-v3"
+            fail(f"{given} is not registered with Gymnasium; {hint}")
         env = make_bare_env(args, args.capture_video)
-    except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
-        fail(f"{given} does not work here{drawn}: {' '.join(str(error).split()) or repr(error)}")
-    observation_space, action_space = env.observation_space, env.action_space
-    if not is_minigrid(env_id) and not isinstance(observation_space, gym.spaces.Discrete):
-        shape = getattr(observation_space, "shape", None)
-        if not isinstance(observation_space, gym.spaces.Box):
-            fail(f"{given} has observations in {observation_space}, and this script takes arrays (Box) or single numbers "
-                 "(Discrete)")  # fmt: skip
-        if observation_space.dtype == np.uint8 and len(shape) == 3 and math.prod(shape) > 10_000:
-            fail(f"{given} has pictures as observations, of shape {shape}, and this script takes vectors or single numbers; "
-                 "for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
-    if not isinstance(action_space, gym.spaces.Discrete):
-        kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
-        fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
-    try:
+        space, action_space = env.observation_space, env.action_space
+        if not (is_minigrid(env_id) or isinstance(space, (gym.spaces.Box, gym.spaces.Discrete))):
+            fail(f"{given} has observations in {space}, and this script takes arrays (Box) or single numbers (Discrete)")
+        if space.dtype == np.uint8 and len(space.shape) == 3 and math.prod(space.shape) > 10_000:
+            fail(f"{given} has pictures as observations, of shape {space.shape}, and this script takes vectors or single "
+                 "numbers; for Atari's pictures there is rde_dqn_atari.py")  # fmt: skip
+        if not isinstance(action_space, gym.spaces.Discrete):
+            kind = "continuous actions" if isinstance(action_space, gym.spaces.Box) else "more than one action at a time"
+            fail(f"{given} has {kind}, {action_space}, and this script takes discrete ones (Discrete)")
         env = make_env(args, args.capture_video)
         for observation in (env.reset(seed=0)[0], env.step(0)[0]):
             if observation.shape != env.observation_space.shape:
                 raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
-    except Exception as error:
+    except Exception as error:  # a package or a file is missing, an argument is not taken, ...: every environment has its own
         fail(f"{given} does not work here{drawn}: {' '.join(str(error).split()) or repr(error)}")
     if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
         fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
@@ -788,22 +757,18 @@ def check_environment(args: Args) -> None:
     env.close()
 
 
-def known_environments(env_id: str) -> list[str]:
-    """All that are registered, MiniGrid's among them, and those of the module in module:MyTask-v0, with its name."""
-    module = env_id.partition(":")[0] if ":" in env_id else ""
-    if env_id not in gym.registry:  # MinAtar and others offer their environments as plugins, which Gymnasium 1.x does not load
-        for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):
-            try:
-                plugin.load()()
-            except Exception as error:  # somebody's own package, which may have nothing to do with this run
-                print(f"warning: the plugin {plugin.name} cannot be loaded: {error!r}", file=sys.stderr)
-    minigrid = "minigrid" if env_id not in gym.registry and importlib.util.find_spec("minigrid") else ""
-    for name in filter(None, (minigrid, module)):
+def is_registered(env_id: str) -> bool:
+    """Whether Gymnasium knows the environment. MiniGrid and plugins have to be loaded; the module of an id it loads itself."""
+    if ":" in env_id or env_id in gym.registry:
+        return True
+    for plugin in importlib.metadata.entry_points(group="gymnasium.envs"):  # MinAtar's, ...: Gymnasium 1.x does not load them
         try:
-            importlib.import_module(name)
-        except Exception as error:  # somebody's own module
-            fail(f"--env-id {env_id}: the module {name} cannot be imported: {' '.join(str(error).split()) or repr(error)}")
-    return [f"{module}:{name}" if module else name for name in gym.registry]
+            plugin.load()()
+        except Exception as error:  # somebody's own package, which may have nothing to do with this run
+            print(f"warning: the plugin {plugin.name} cannot be loaded: {error!r}", file=sys.stderr)
+    if importlib.util.find_spec("minigrid"):
+        import minigrid  # noqa: F401  (registers its environments)
+    return env_id in gym.registry
 
 
 def normalized_scores(env_id: str, score: float) -> dict[str, float]:
@@ -811,24 +776,19 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
     return {}
 
 
-def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Generator):
-    """The policy that plays as `greedy` does, (batch, ...) to (batch,), but a random action with probability epsilon."""
+def epsilon_greedy(actions: torch.Tensor, epsilon: float, num_actions: int, generator: torch.Generator) -> torch.Tensor:
+    """The actions (batch,), each with probability epsilon replaced by a random one."""
     if epsilon == 0:
-        return greedy
-
-    def policy(observations: torch.Tensor) -> torch.Tensor:
-        actions = greedy(observations)
-        explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
-        return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
-
-    return policy
+        return actions
+    explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
+    return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on the generator's device.
 
     A row is observation, action, reward, terminated, next observation. The next observation is stored with every
     transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
@@ -837,19 +797,12 @@ class ReplayBuffer:
     # num_added before used_rows, whose length it decides.
     KEPT = ("num_added", "size", "used_rows")
 
-    def __init__(
-        self,
-        capacity: int,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         self.widths = [observation_space.shape[0], math.prod(action_space.shape), 1, 1, observation_space.shape[0]]
-        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=self.device)
         self.num_added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+        self.size = torch.zeros((), dtype=torch.int64, device=self.device)  # on the device: a captured CUDA graph draws from it
 
     @property
     def used_rows(self) -> torch.Tensor:
@@ -905,9 +858,7 @@ class Download:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def numpy(self) -> np.ndarray:
         if self.event is not None:
@@ -1101,8 +1052,10 @@ class Run:
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
         self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
+                         "gymnasium": gym.__version__, "device": self.device.type} | ENVIRONMENT_VERSIONS  # fmt: skip
         self.columns = episode_columns(args)
+        # Environment steps before the last loop step, after which there is nothing but the final evaluation.
+        self.last_loop_step = (args.total_timesteps - 1) // args.num_envs * args.num_envs
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
         self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
@@ -1123,11 +1076,6 @@ class Run:
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    @property
-    def last_loop_step(self) -> int:
-        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
-        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
     # ------------------------------------------------------------ begin, go on, end
 
@@ -1196,8 +1144,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
-            self.close_envs()
-            self.progress.close()
+            self.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
 
@@ -1214,13 +1161,12 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        self.close_envs()
-        self.progress.close()
+        self.close()
         print(f"the run is in {self.path}")
 
-    def close_envs(self) -> None:
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+    def close(self) -> None:
+        for part in (*self.parts["envs"], *self.eval_envs, self.progress):
+            part.close()
 
     # ------------------------------------------------------------ what happens at a step
 
@@ -1229,9 +1175,6 @@ class Run:
         if self.gradient_steps:
             self.speed_steps += self.args.num_envs
             self.speed_seconds += time.perf_counter() - self.turn_started
-
-    def log_is_due(self) -> bool:
-        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
     def keep_what_is_due(self, agent: "Agent") -> None:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
@@ -1262,9 +1205,7 @@ class Run:
             (self.path / "videos").mkdir(exist_ok=True)
             clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
             clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
-        self.log_evaluation(phase, episodes)
-        if phase != "after_reset":  # a curve has one point at a step
-            self.log_scalars(evaluation_scalars(agent))
+        self.log_evaluation(agent, phase, episodes)
         self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
@@ -1306,7 +1247,7 @@ class Run:
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
 
-    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+    def log_evaluation(self, agent: "Agent", phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
             self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
@@ -1320,7 +1261,7 @@ class Run:
         if phase in ("before_reset", "after_reset"):
             self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
         if phase != "after_reset":
-            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()} | evaluation_scalars(agent))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1422,13 +1363,9 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        kind, metadata = field.annotation, field.metadata
-        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
-            if hasattr(optional, "__metadata__"):
-                kind, metadata = optional.__origin__, optional.__metadata__
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{'FLOAT' if 'float' in str(field.annotation) else 'INT'} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

@@ -77,7 +77,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
@@ -172,9 +172,8 @@ class Args:
     selection: Literal["value", "advantage"] = "value"
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
-    beta: NonNegativeFloat | None = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    beta: Annotated[float | None, Field(ge=0)] = None
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -220,8 +219,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -270,14 +268,10 @@ class Agent:
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent's network."""
-        return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        num_parameters = sum(parameter.numel() for parameter in self.q_networks[0].parameters())
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -294,15 +288,6 @@ class Agent:
         # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, generator: torch.Generator, counted: bool = False) -> torch.Tensor:
@@ -369,13 +354,11 @@ class Agent:
 
     def evaluation_policy(self, generator: torch.Generator):
         """What evaluations play: (batch, 4, 84, 84) uint8 to (batch,) actions."""
-        greedy = lambda observations: self.act(observations, generator)[0]
-        return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
+        epsilon, num_actions = self.args.eval_epsilon, self.num_actions
+        return lambda observations: epsilon_greedy(self.act(observations, generator)[0], epsilon, num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
-        choice was (at most log N).
-        """
+        """For TensorBoard: who judges; since the last call, whose proposals were taken and how undecided the choice was."""
         fractions = self.acting_counts / max(1, self.acting_counts.sum())
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
@@ -388,17 +371,16 @@ class Agent:
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
-        q_networks = copy.deepcopy(self.q_networks).cpu()
         return {
-            "q_networks": [q_network.state_dict() for q_network in q_networks],
+            "q_networks": [q_network.state_dict() for q_network in copy.deepcopy(self.q_networks).cpu()],
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
         }
 
     def load_weights(self, weights: dict) -> None:
         for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
             q_network.load_state_dict(state)
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
@@ -450,7 +432,7 @@ def train(args: Args) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.uint8)
@@ -511,9 +493,9 @@ def train(args: Args) -> None:
 
         # Log, and see what is due.
         run.count_step()
-        if run.log_is_due():
+        if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, {"charts/epsilon": epsilon} | agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())
@@ -527,10 +509,7 @@ def train(args: Args) -> None:
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 gym.register_envs(ale_py)
-
-
-def environment_versions() -> dict[str, str]:
-    return {"ale-py": ale_py.__version__, "opencv": cv2.__version__}
+ENVIRONMENT_VERSIONS = {"ale-py": ale_py.__version__, "opencv": cv2.__version__}
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
@@ -706,17 +685,12 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
     return {"human_normalized_score": (score - random_score) / (human_score - random_score)}
 
 
-def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Generator):
-    """The policy that plays as `greedy` does, (batch, ...) to (batch,), but a random action with probability epsilon."""
+def epsilon_greedy(actions: torch.Tensor, epsilon: float, num_actions: int, generator: torch.Generator) -> torch.Tensor:
+    """The actions (batch,), each with probability epsilon replaced by a random one."""
     if epsilon == 0:
-        return greedy
-
-    def policy(observations: torch.Tensor) -> torch.Tensor:
-        actions = greedy(observations)
-        explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
-        return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
-
-    return policy
+        return actions
+    explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
+    return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
 
 
 # --------------------------------------------------------------------------------------------------------- plasticity
@@ -817,7 +791,7 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; every 84x84 frame is stored once, as uint8, on `device`.
+    """The last `capacity` transitions, drawn uniformly, on the generator's device; every 84x84 frame is stored once, as uint8.
 
     A transition is a row of numbers: the places of its five frames (its stack of 4 and the next one), action, reward,
     terminated. Frames before the first one of an episode or life are the place of a black frame. So the boundaries of episodes,
@@ -828,15 +802,15 @@ class ReplayBuffer:
     # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "oldest_frames")
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, num_envs: int, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         # One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games.
         self.num_frames = capacity + 10 * num_envs + capacity // 100
-        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
-        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=device)  # float64 is exact for all of them
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=self.device)  # the last is black
+        self.rows = torch.zeros((capacity, 8), dtype=torch.float64, device=self.device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
         self.oldest, self.size = 0, 0
-        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, size)
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=self.device)  # (oldest, size)
         # Frames are numbered as they are written; None stands for black.
         self.frames_written = 0
         self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations
@@ -923,9 +897,7 @@ class Download:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def numpy(self) -> np.ndarray:
         if self.event is not None:
@@ -1119,8 +1091,10 @@ class Run:
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
         self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
+                         "gymnasium": gym.__version__, "device": self.device.type} | ENVIRONMENT_VERSIONS  # fmt: skip
         self.columns = episode_columns(args)
+        # Environment steps before the last loop step, after which there is nothing but the final evaluation.
+        self.last_loop_step = (args.total_timesteps - 1) // args.num_envs * args.num_envs
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
         self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
@@ -1141,11 +1115,6 @@ class Run:
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    @property
-    def last_loop_step(self) -> int:
-        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
-        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
     # ------------------------------------------------------------ begin, go on, end
 
@@ -1214,8 +1183,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
-            self.close_envs()
-            self.progress.close()
+            self.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
 
@@ -1232,13 +1200,12 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        self.close_envs()
-        self.progress.close()
+        self.close()
         print(f"the run is in {self.path}")
 
-    def close_envs(self) -> None:
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+    def close(self) -> None:
+        for part in (*self.parts["envs"], *self.eval_envs, self.progress):
+            part.close()
 
     # ------------------------------------------------------------ what happens at a step
 
@@ -1247,9 +1214,6 @@ class Run:
         if self.gradient_steps:
             self.speed_steps += self.args.num_envs
             self.speed_seconds += time.perf_counter() - self.turn_started
-
-    def log_is_due(self) -> bool:
-        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
     def keep_what_is_due(self, agent: "Agent") -> None:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
@@ -1280,9 +1244,7 @@ class Run:
             (self.path / "videos").mkdir(exist_ok=True)
             clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
             clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
-        self.log_evaluation(phase, episodes)
-        if phase != "after_reset":  # a curve has one point at a step
-            self.log_scalars(evaluation_scalars(agent))
+        self.log_evaluation(agent, phase, episodes)
         self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
@@ -1324,7 +1286,7 @@ class Run:
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
 
-    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+    def log_evaluation(self, agent: "Agent", phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
             self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
@@ -1338,7 +1300,7 @@ class Run:
         if phase in ("before_reset", "after_reset"):
             self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
         if phase != "after_reset":
-            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()} | evaluation_scalars(agent))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1440,13 +1402,9 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        kind, metadata = field.annotation, field.metadata
-        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
-            if hasattr(optional, "__metadata__"):
-                kind, metadata = optional.__origin__, optional.__metadata__
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{'FLOAT' if 'float' in str(field.annotation) else 'INT'} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

@@ -47,7 +47,7 @@ Where is what:
     -- the line --                below it nothing is of the algorithm; equal in all Atari scripts
     AtariGame, AtariView          the environment
     plasticity                    what is measured of a network beside its scores
-    NStepReplayBuffer             transitions over n steps; every frame once
+    ReplayBuffer                  transitions over n steps; every frame once
     -- the second line --         equal in all scripts
     derive_seed, CudaGraph, ...   seeds, devices, evaluation
     Run                           folder, logs, checkpoints, signals
@@ -93,7 +93,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
@@ -208,9 +208,8 @@ class Args:
     selection: Literal["value", "advantage"] = "value"
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
-    beta: NonNegativeFloat | None = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    beta: Annotated[float | None, Field(ge=0)] = None
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -287,8 +286,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -341,14 +339,10 @@ class Agent:
     def fresh_network(self) -> QNetwork:
         return QNetwork(self.num_actions, self.args.num_atoms, self.args.width)
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent's network."""
-        return sum(parameter.numel() for parameter in self.q_networks[0].parameters())
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        num_parameters = sum(parameter.numel() for parameter in self.q_networks[0].parameters())
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -365,15 +359,6 @@ class Agent:
         # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     def q_values(self, logits: torch.Tensor) -> torch.Tensor:
         """What the distributions amount to: (..., num_atoms) to (...), float32."""
@@ -493,8 +478,8 @@ class Agent:
 
     def evaluation_policy(self, generator: torch.Generator):
         """What evaluations play: (batch, 4, 84, 84) uint8 to (batch,) actions."""
-        greedy = lambda observations: self.act(observations, generator)[0]
-        return epsilon_greedy(greedy, self.args.eval_epsilon, self.num_actions, generator)
+        epsilon, num_actions = self.args.eval_epsilon, self.num_actions
+        return lambda observations: epsilon_greedy(self.act(observations, generator)[0], epsilon, num_actions, generator)
 
     def scalars(self) -> dict[str, float]:
         """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, how undecided the choice
@@ -513,17 +498,16 @@ class Agent:
 
     def weights(self) -> dict:
         """What model.pt holds, on the CPU: so it can be loaded without a GPU, too."""
-        q_networks = copy.deepcopy(self.q_networks).cpu()
         return {
-            "q_networks": [q_network.state_dict() for q_network in q_networks],
+            "q_networks": [q_network.state_dict() for q_network in copy.deepcopy(self.q_networks).cpu()],
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
         }
 
     def load_weights(self, weights: dict) -> None:
         for q_network, state in zip(self.q_networks, weights["q_networks"], strict=True):
             q_network.load_state_dict(state)
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
@@ -599,7 +583,7 @@ def train(args: Args) -> None:
     exploration = np.random.default_rng(derive_seed(args.seed, EXPLORATION))
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, run.device, mini_batches, args.n_step)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, mini_batches, args.n_step)
     keep_freed_memory()
     agent = Agent(args, *spaces, buffer, run.device)
 
@@ -662,9 +646,9 @@ def train(args: Args) -> None:
 
         # Log, and see what is due.
         run.count_step()
-        if run.log_is_due():
+        if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, {"charts/epsilon": epsilon} | agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())
@@ -678,10 +662,7 @@ def train(args: Args) -> None:
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 gym.register_envs(ale_py)
-
-
-def environment_versions() -> dict[str, str]:
-    return {"ale-py": ale_py.__version__, "opencv": cv2.__version__}
+ENVIRONMENT_VERSIONS = {"ale-py": ale_py.__version__, "opencv": cv2.__version__}
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
@@ -857,17 +838,12 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
     return {"human_normalized_score": (score - random_score) / (human_score - random_score)}
 
 
-def epsilon_greedy(greedy, epsilon: float, num_actions: int, generator: torch.Generator):
-    """The policy that plays as `greedy` does, (batch, ...) to (batch,), but a random action with probability epsilon."""
+def epsilon_greedy(actions: torch.Tensor, epsilon: float, num_actions: int, generator: torch.Generator) -> torch.Tensor:
+    """The actions (batch,), each with probability epsilon replaced by a random one."""
     if epsilon == 0:
-        return greedy
-
-    def policy(observations: torch.Tensor) -> torch.Tensor:
-        actions = greedy(observations)
-        explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
-        return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
-
-    return policy
+        return actions
+    explore = torch.rand(actions.shape, device=actions.device, generator=generator) < epsilon
+    return torch.where(explore, torch.randint_like(actions, num_actions, generator=generator), actions)
 
 
 # --------------------------------------------------------------------------------------------------------- plasticity
@@ -967,9 +943,22 @@ def evaluation_scalars(agent: "Agent") -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ replay buffer
 
 
-class NStepReplayBuffer:
+class NStepBatch(typing.NamedTuple):
+    """What `ReplayBuffer.sample` draws. (N, ...) are without N if n and gamma are numbers."""
+
+    positions: torch.Tensor  # (batch_size,) int64, where they lie in the buffer
+    observations: torch.Tensor  # (batch_size, 4, 84, 84) uint8
+    actions: torch.Tensor  # (batch_size,) int64
+    returns: torch.Tensor  # (N, batch_size) float32: the k rewards, the i-th times gamma ** i
+    next_observations: torch.Tensor  # (N, batch_size, 4, 84, 84) uint8, after these k steps
+    discounts: torch.Tensor  # (N, batch_size) float32: gamma ** k
+    terminated: torch.Tensor  # (N, batch_size) float32: 1 = the k-th step was terminal
+    num_steps: torch.Tensor  # (N, batch_size) int64: k, n or fewer where an episode or life ends
+
+
+class ReplayBuffer:
     """The last `capacity` transitions, to be drawn uniformly and summed over n steps; every 84x84 frame is stored once, as
-    uint8, on `device`.
+    uint8, on the generator's device.
 
     A transition is a row of numbers, written in one copy: the places of its five frames (its stack of 4 and the next one), action,
     reward, terminated, ended. Frames before the first one of an episode or life are the place of a black frame. So the
@@ -989,16 +978,16 @@ class NStepReplayBuffer:
     # frames_written before used_frames, whose length it decides.
     KEPT = ("frames_written", "used_frames", "rows", "oldest", "size", "drawable", "stacks", "newest", "oldest_frames")
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, generator: torch.Generator, max_n: int):
-        self.capacity, self.num_envs, self.device, self.generator = capacity, num_envs, device, generator
-        self.max_n, self.steps = max_n, torch.arange(max_n, device=device)
+    def __init__(self, capacity: int, num_envs: int, generator: torch.Generator, max_n: int):
+        self.capacity, self.num_envs, self.device, self.generator = capacity, num_envs, generator.device, generator
+        self.max_n, self.steps = max_n, torch.arange(max_n, device=self.device)
         # One frame per transition, the stacks of the oldest ones, and 1 % for the last frames of truncated games.
         self.num_frames = capacity + 10 * num_envs + capacity // 100
-        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=device)  # the last is black
-        self.rows = torch.zeros((capacity, 9), dtype=torch.float64, device=device)  # float64 is exact for all of them
+        self.frames = torch.zeros((self.num_frames + 1, 84, 84), dtype=torch.uint8, device=self.device)  # the last is black
+        self.rows = torch.zeros((capacity, 9), dtype=torch.float64, device=self.device)  # float64 is exact for all of them
         # The transitions that can be drawn. On the device, too, because a captured CUDA graph draws from them.
         self.oldest, self.size = 0, 0
-        self.drawable = torch.zeros(2, dtype=torch.int64, device=device)  # (oldest, how many)
+        self.drawable = torch.zeros(2, dtype=torch.int64, device=self.device)  # (oldest, how many)
         # Frames are numbered as they are written; None stands for black.
         self.frames_written = 0
         self.stacks: list[list[int | None]] = [[None] * 4 for _ in range(num_envs)]  # of the current observations
@@ -1054,7 +1043,7 @@ class NStepReplayBuffer:
     def _publish_drawable(self) -> None:
         upload(np.array([self.oldest, max(0, self.size - (self.max_n - 1) * self.num_envs)]), self.drawable)
 
-    def sample(self, batch_size: int, n: int | torch.Tensor, gamma: float | torch.Tensor) -> "NStepBatch":
+    def sample(self, batch_size: int, n: int | torch.Tensor, gamma: float | torch.Tensor) -> NStepBatch:
         """Draws transitions uniformly, with replacement, and sums their rewards over n steps (1 to max_n), discounted by gamma.
 
         n and gamma may be tensors (N,) on the device, one for each of N agents. Then what depends on them has a dimension N in
@@ -1097,22 +1086,6 @@ class NStepReplayBuffer:
         return self.frames.index_select(0, places.flatten()).view(*places.shape, 84, 84)
 
 
-class NStepBatch(typing.NamedTuple):
-    """What `NStepReplayBuffer.sample` draws. (N, ...) are without N if n and gamma are numbers."""
-
-    positions: torch.Tensor  # (batch_size,) int64, where they lie in the buffer
-    observations: torch.Tensor  # (batch_size, 4, 84, 84) uint8
-    actions: torch.Tensor  # (batch_size,) int64
-    returns: torch.Tensor  # (N, batch_size) float32: the k rewards, the i-th times gamma ** i
-    next_observations: torch.Tensor  # (N, batch_size, 4, 84, 84) uint8, after these k steps
-    discounts: torch.Tensor  # (N, batch_size) float32: gamma ** k
-    terminated: torch.Tensor  # (N, batch_size) float32: 1 = the k-th step was terminal
-    num_steps: torch.Tensor  # (N, batch_size) int64: k, n or fewer where an episode or life ends
-
-
-ReplayBuffer = NStepReplayBuffer  # as all scripts call theirs
-
-
 # ==================================================================================================== the second line
 # Below it all scripts are equal to the byte.
 
@@ -1139,9 +1112,7 @@ class Download:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def numpy(self) -> np.ndarray:
         if self.event is not None:
@@ -1335,8 +1306,10 @@ class Run:
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
         self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
+                         "gymnasium": gym.__version__, "device": self.device.type} | ENVIRONMENT_VERSIONS  # fmt: skip
         self.columns = episode_columns(args)
+        # Environment steps before the last loop step, after which there is nothing but the final evaluation.
+        self.last_loop_step = (args.total_timesteps - 1) // args.num_envs * args.num_envs
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
         self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
@@ -1357,11 +1330,6 @@ class Run:
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    @property
-    def last_loop_step(self) -> int:
-        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
-        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
     # ------------------------------------------------------------ begin, go on, end
 
@@ -1430,8 +1398,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
-            self.close_envs()
-            self.progress.close()
+            self.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
 
@@ -1448,13 +1415,12 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        self.close_envs()
-        self.progress.close()
+        self.close()
         print(f"the run is in {self.path}")
 
-    def close_envs(self) -> None:
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+    def close(self) -> None:
+        for part in (*self.parts["envs"], *self.eval_envs, self.progress):
+            part.close()
 
     # ------------------------------------------------------------ what happens at a step
 
@@ -1463,9 +1429,6 @@ class Run:
         if self.gradient_steps:
             self.speed_steps += self.args.num_envs
             self.speed_seconds += time.perf_counter() - self.turn_started
-
-    def log_is_due(self) -> bool:
-        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
     def keep_what_is_due(self, agent: "Agent") -> None:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
@@ -1496,9 +1459,7 @@ class Run:
             (self.path / "videos").mkdir(exist_ok=True)
             clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
             clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
-        self.log_evaluation(phase, episodes)
-        if phase != "after_reset":  # a curve has one point at a step
-            self.log_scalars(evaluation_scalars(agent))
+        self.log_evaluation(agent, phase, episodes)
         self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
@@ -1540,7 +1501,7 @@ class Run:
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
 
-    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+    def log_evaluation(self, agent: "Agent", phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
             self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
@@ -1554,7 +1515,7 @@ class Run:
         if phase in ("before_reset", "after_reset"):
             self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
         if phase != "after_reset":
-            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()} | evaluation_scalars(agent))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1656,13 +1617,9 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        kind, metadata = field.annotation, field.metadata
-        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
-            if hasattr(optional, "__metadata__"):
-                kind, metadata = optional.__origin__, optional.__metadata__
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{'FLOAT' if 'float' in str(field.annotation) else 'INT'} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

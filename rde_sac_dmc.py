@@ -81,7 +81,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -170,9 +170,8 @@ class Args:
     selection: Literal["value", "advantage"] = "value"
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
-    beta: NonNegativeFloat | None = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
+    beta: Annotated[float | None, Field(ge=0)] = None
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
 
 
 # ------------------------------------------------------------------------------------------------- network, selection
@@ -251,8 +250,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -312,15 +310,11 @@ class Agent:
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent: actor, critics, entropy coefficient."""
-        parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
-        return sum(parameter.numel() for parameter in parameters) // self.args.num_agents
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
+        num_parameters = sum(parameter.numel() for parameter in parameters) // self.args.num_agents
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -337,15 +331,6 @@ class Agent:
         # By the paper's rule the choice is uniform before the first reset; by the other one agent 0 judges from the start.
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -492,9 +477,7 @@ class Agent:
         return lambda observations: self.act(observations, generator, generator, deterministic=True)[:, :-1]
 
     def scalars(self) -> dict[str, float]:
-        """For TensorBoard: who judges, and since the last call how often an agent's proposal was taken, and how undecided the
-        choice was (at most log N).
-        """
+        """For TensorBoard: who judges; since the last call, whose proposals were taken and how undecided the choice was."""
         fractions = self.acting_counts / max(1, self.acting_counts.sum())
         num_choices, entropy = self.choices.tolist()
         self.acting_counts[:] = 0
@@ -512,14 +495,14 @@ class Agent:
             "critics": copy.deepcopy(self.critics).cpu().state_dict(),
             "log_alphas": self.log_alphas.cpu(),
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
         }
 
     def load_weights(self, weights: dict) -> None:
         self.actors.load_state_dict(weights["actors"])
         self.critics.load_state_dict(weights["critics"])
         self.log_alphas.copy_(weights["log_alphas"])
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
 
 
@@ -567,7 +550,7 @@ def train(args: Args) -> None:
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
     random_actions = torch.Generator(run.device).manual_seed(derive_seed(args.seed, RANDOM_ACTIONS))
-    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
@@ -628,9 +611,9 @@ def train(args: Args) -> None:
 
         # Log, and see what is due.
         run.count_step()
-        if run.log_is_due():
+        if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())
@@ -642,14 +625,10 @@ def train(args: Args) -> None:
 
 # ------------------------------------------------------------------------------------------------------- environments
 
-
-def environment_versions() -> dict[str, str]:
-    """Of the packages that environments come from, where they are installed."""
-    versions = {}
-    for name in ("dm-control", "mujoco", "box2d"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+ENVIRONMENT_VERSIONS = {}
+for package in ("dm-control", "mujoco", "box2d"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs all of them
+        ENVIRONMENT_VERSIONS[package] = importlib.metadata.version(package)
 
 
 def is_gymnasium(env_id: str) -> bool:
@@ -869,20 +848,16 @@ def check_gymnasium(args: Args) -> None:
     given = f"--env-id {args.env_id}"
     drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
     try:
-        env = make_bare_env(args, args.capture_video)
-    except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
-        fail(f"{given} does not work here{drawn}: {one_line(error)}")
-    space = env.action_space
-    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-        fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete ones "
-             "there is rde_dqn.py")  # fmt: skip
-    try:
+        space = make_bare_env(args, args.capture_video).action_space
+        if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+            fail(f"{given} has actions in {space}, and this script takes continuous ones within bounds (Box); for discrete "
+                 "ones there is rde_dqn.py")  # fmt: skip
         env = make_env(args, args.capture_video)
         for observation in (env.reset(seed=0)[0], env.step(np.zeros(env.action_space.shape, np.float32))[0]):
             if observation.shape != env.observation_space.shape:
                 raise ValueError(f"it shows {observation.shape}, but its observations are {env.observation_space.shape}")
         frame = np.asarray(env.render() if args.capture_video else None)
-    except Exception as error:
+    except Exception as error:  # not registered, a package or a file is missing, ...: every environment has its own
         fail(f"{given} does not work here{drawn}: {one_line(error)}")
     if args.capture_video and not (frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
         fail(f"--capture-video: {given} draws no pictures in colour, (height, width, 3) uint8, but {frame.dtype} {frame.shape}")
@@ -939,7 +914,7 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on the generator's device.
 
     A row is observation, action, reward, terminated, next observation. The next observation is stored with every
     transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
@@ -948,19 +923,12 @@ class ReplayBuffer:
     # num_added before used_rows, whose length it decides.
     KEPT = ("num_added", "size", "used_rows")
 
-    def __init__(
-        self,
-        capacity: int,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         self.widths = [observation_space.shape[0], math.prod(action_space.shape), 1, 1, observation_space.shape[0]]
-        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=self.device)
         self.num_added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+        self.size = torch.zeros((), dtype=torch.int64, device=self.device)  # on the device: a captured CUDA graph draws from it
 
     @property
     def used_rows(self) -> torch.Tensor:
@@ -1016,9 +984,7 @@ class Download:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def numpy(self) -> np.ndarray:
         if self.event is not None:
@@ -1212,8 +1178,10 @@ class Run:
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
         self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
+                         "gymnasium": gym.__version__, "device": self.device.type} | ENVIRONMENT_VERSIONS  # fmt: skip
         self.columns = episode_columns(args)
+        # Environment steps before the last loop step, after which there is nothing but the final evaluation.
+        self.last_loop_step = (args.total_timesteps - 1) // args.num_envs * args.num_envs
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
         self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
@@ -1234,11 +1202,6 @@ class Run:
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    @property
-    def last_loop_step(self) -> int:
-        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
-        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
     # ------------------------------------------------------------ begin, go on, end
 
@@ -1307,8 +1270,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
-            self.close_envs()
-            self.progress.close()
+            self.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
 
@@ -1325,13 +1287,12 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        self.close_envs()
-        self.progress.close()
+        self.close()
         print(f"the run is in {self.path}")
 
-    def close_envs(self) -> None:
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+    def close(self) -> None:
+        for part in (*self.parts["envs"], *self.eval_envs, self.progress):
+            part.close()
 
     # ------------------------------------------------------------ what happens at a step
 
@@ -1340,9 +1301,6 @@ class Run:
         if self.gradient_steps:
             self.speed_steps += self.args.num_envs
             self.speed_seconds += time.perf_counter() - self.turn_started
-
-    def log_is_due(self) -> bool:
-        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
     def keep_what_is_due(self, agent: "Agent") -> None:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
@@ -1373,9 +1331,7 @@ class Run:
             (self.path / "videos").mkdir(exist_ok=True)
             clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
             clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
-        self.log_evaluation(phase, episodes)
-        if phase != "after_reset":  # a curve has one point at a step
-            self.log_scalars(evaluation_scalars(agent))
+        self.log_evaluation(agent, phase, episodes)
         self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
@@ -1417,7 +1373,7 @@ class Run:
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
 
-    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+    def log_evaluation(self, agent: "Agent", phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
             self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
@@ -1431,7 +1387,7 @@ class Run:
         if phase in ("before_reset", "after_reset"):
             self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
         if phase != "after_reset":
-            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()} | evaluation_scalars(agent))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1533,13 +1489,9 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        kind, metadata = field.annotation, field.metadata
-        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
-            if hasattr(optional, "__metadata__"):
-                kind, metadata = optional.__origin__, optional.__metadata__
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{'FLOAT' if 'float' in str(field.annotation) else 'INT'} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

@@ -191,12 +191,10 @@ class Args:
     selection: Literal["value", "advantage"] = "value"
     """what the judged Q-values of the proposals are divided by: the largest of them (value, the paper's rule), or what is at
     stake in the state, the best action's lead over a random one (advantage)"""
-    beta: NonNegativeFloat | None = None
-    """how strongly the choice of the acting agent prefers a high Q-value; 0 = uniform, 1e9 = the highest; not given: 50 with
-    --selection value, 5 with advantage"""
-    beta_cost: NonNegativeFloat | None = None
-    """how strongly the choice of the acting agent prefers a low expected cost; 0 = uniform, 1e9 = the lowest; not given: as
-    the default of --beta"""
+    beta: Annotated[float | None, Field(ge=0)] = None
+    """how strongly the choice prefers a high Q-value: 0 = uniform, 1e9 = the highest; not given: 50 by value, 5 by advantage"""
+    beta_cost: Annotated[float | None, Field(ge=0)] = None
+    """how strongly the choice prefers a low expected cost: 0 = uniform, 1e9 = the lowest; not given: the default of --beta"""
     kappa: UnitInterval = 0.5
     """the weight of reward in the choice of the acting agent; the rest is the weight of cost (1 = RDE's own choice)"""
 
@@ -277,8 +275,7 @@ def selection_probabilities(q_values: torch.Tensor, scale: torch.Tensor, beta: t
 def value_scale(q_values: torch.Tensor) -> torch.Tensor:
     """The scale of `--selection value`, the largest |q| of the proposals: (batch, N) to (batch, 1).
 
-    The absolute value, not the value, keeps the order of proposals whose values are negative (the official code clips
-    there, and chooses uniformly).
+    The absolute value keeps the order of negative values, too (the official code clips there, and chooses uniformly).
     """
     return q_values.abs().amax(dim=1, keepdim=True)
 
@@ -392,15 +389,11 @@ class Agent:
         self.acting_counts = np.zeros(args.num_agents, np.int64)  # whose proposals were taken since the last log
         self.choices = torch.zeros(2, device=device)  # since the last log: how many, and the sum of their entropies
 
-    @property
-    def num_parameters(self) -> int:
-        """Of one agent: actor, critics, entropy coefficient."""
-        parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
-        return sum(parameter.numel() for parameter in parameters) // self.args.num_agents
-
     def summary(self) -> str:
         """For the line in which a run says what it will do."""
-        agents = f"{self.args.num_agents} agent(s) x {self.num_parameters:,} parameters"
+        parameters = [*self.actor_parameters, *self.critic_parameters, self.log_alphas]
+        num_parameters = sum(parameter.numel() for parameter in parameters) // self.args.num_agents
+        agents = f"{self.args.num_agents} agent(s) x {num_parameters:,} parameters"
         choice = f", selection by {self.args.selection} (beta {self.chosen_beta:g})" if self.args.num_agents > 1 else ""
         return agents + choice
 
@@ -418,15 +411,6 @@ class Agent:
         judges = len(resets) > 0 or self.args.selection == "advantage"
         self.beta.fill_(self.chosen_beta if judges else 0.0)
         self.beta_cost.fill_(self.chosen_beta_cost if judges else 0.0)
-
-    @property
-    def num_resets(self) -> int:
-        return len(self.resets)
-
-    @num_resets.setter
-    def num_resets(self, num_resets: int) -> None:
-        """So many, of the oldest agent each time."""
-        self.resets = [number % self.args.num_agents for number in range(num_resets)]
 
     @torch.no_grad()
     def initialise(self, index: int) -> None:
@@ -616,7 +600,7 @@ class Agent:
             "critics": copy.deepcopy(self.critics).cpu().state_dict(),
             "log_alphas": self.log_alphas.cpu(),
             "oldest_agent": self.oldest.item(),
-            "num_resets": self.num_resets,
+            "num_resets": len(self.resets),
             "lagrange_multiplier": self.multiplier.value.item(),
         }
 
@@ -624,7 +608,7 @@ class Agent:
         self.actors.load_state_dict(weights["actors"])
         self.critics.load_state_dict(weights["critics"])
         self.log_alphas.copy_(weights["log_alphas"])
-        self.num_resets = weights["num_resets"]
+        self.resets = [number % self.args.num_agents for number in range(weights["num_resets"])]
         self.oldest.fill_(weights["oldest_agent"])  # in a copy the order of resets may be another one
         self.multiplier.value.fill_(weights["lagrange_multiplier"])
 
@@ -673,7 +657,7 @@ def train(args: Args) -> None:
     mini_batches = torch.Generator(run.device).manual_seed(derive_seed(args.seed, MINI_BATCHES))
     selection = torch.Generator(run.device).manual_seed(derive_seed(args.seed, SELECTION))
     random_actions = torch.Generator(run.device).manual_seed(derive_seed(args.seed, RANDOM_ACTIONS))
-    buffer = ReplayBuffer(args.buffer_size, *spaces, run.device, mini_batches)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, mini_batches)
     agent = Agent(args, *spaces, buffer, run.device)
 
     observations = np.zeros((args.num_envs, *spaces[0].shape), np.float32)
@@ -738,9 +722,9 @@ def train(args: Args) -> None:
 
         # Log, and see what is due.
         run.count_step()
-        if run.log_is_due():
+        if interval_has_passed(LOG_INTERVAL, run.global_step, args.num_envs):
             run.log(agent, agent.scalars())
-        run.agenda = events_due(args, run.global_step, run.gradient_steps, agent.num_resets)
+        run.agenda = events_due(args, run.global_step, run.gradient_steps, len(agent.resets))
         run.keep_what_is_due(agent)
 
     run.finish(agent.weights())
@@ -763,14 +747,10 @@ VELOCITY_TASKS = {
     "SafetyHumanoidVelocity-v1": ("Humanoid-v4", 1.4149),
 }
 MAZE_TASK, MAZE_STEPS = "SafetyPointMaze-v0", 300
-
-
-def environment_versions() -> dict[str, str]:
-    versions = {}
-    for name in ("mujoco", "gymnasium-robotics"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs both
-            versions[name] = importlib.metadata.version(name)
-    return versions
+ENVIRONMENT_VERSIONS = {}
+for package in ("mujoco", "gymnasium-robotics"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every task needs both
+        ENVIRONMENT_VERSIONS[package] = importlib.metadata.version(package)
 
 
 def episode_columns(args: Args) -> tuple[str, ...]:
@@ -907,7 +887,7 @@ def make_task(env_id: str, render_mode: str | None) -> gym.Env:
         mujoco.set_mju_user_warning(warn)
 
 
-class ConstrainedTask(gym.Env):
+class ConstrainedTask(gym.Wrapper):
     """What the algorithm sees of an environment: vectors of float32, actions in [-1, 1], and `info["cost"]` at every step.
 
     The cost is `info["cost"]` of the environment, or the third of six values, as Safety-Gymnasium's own interface has it. At
@@ -918,23 +898,23 @@ class ConstrainedTask(gym.Env):
     since; played again, they bring the environment exactly to where it was, whatever it is made of.
     """
 
-    KEPT = ("np_random", "episode")
+    KEPT = ("seeds", "episode")
 
     def __init__(self, args: Args, render_mode: str | None = None):
-        self.env_id, self.env, self.render_mode = args.env_id, make_task(args.env_id, render_mode), render_mode
-        self.metadata, self.time_limit = self.env.metadata, episode_limit(args) or math.inf
-        space = self.env.action_space
+        super().__init__(make_task(args.env_id, render_mode))
+        self.env_id, self.time_limit, space = args.env_id, episode_limit(args) or math.inf, self.env.action_space
         if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
             fail(f"--env-id {self.env_id} has actions in {space}, and this script takes continuous ones within bounds (Box)")
         observation_dim = gym.spaces.flatdim(self.env.observation_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.low, self.high = (bound.astype(np.float64) for bound in (self.env.action_space.low, self.env.action_space.high))
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
-        self.episode_seed, self.actions, self.observation = 0, [], np.zeros(observation_dim, np.float32)
+        self.seeds = np.random.default_rng(0)  # of the episodes
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        return self.begin(int(self.np_random.integers(2**31))), {}
+        if seed is not None:
+            self.seeds = np.random.default_rng(seed)
+        return self.begin(int(self.seeds.integers(2**31))), {}
 
     def begin(self, seed: int) -> np.ndarray:
         """A new episode; returns its first observation."""
@@ -962,12 +942,6 @@ class ConstrainedTask(gym.Env):
         """The observation as a vector, (observation_dim,) float32."""
         self.observation = gym.spaces.flatten(self.env.observation_space, observation).astype(np.float32)
         return self.observation
-
-    def render(self) -> np.ndarray:
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
 
     @property
     def episode(self) -> dict:
@@ -1003,10 +977,8 @@ def check_environment(args: Args) -> None:
     except gym.error.UnregisteredEnv:
         tasks = [MAZE_TASK, *VELOCITY_TASKS]
         near = difflib.get_close_matches(args.env_id, tasks, n=1, cutoff=0.5)
-        fail(
-            f"--env-id {args.env_id} is no environment; "
-            + (f"did you mean {near[0]}?" if near else f"examples are {tasks[0]} and {tasks[1]}")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"examples are {tasks[0]} and {tasks[1]}"
+        fail(f"--env-id {args.env_id} is no environment; {hint}")
     except Exception as error:  # of another package, or of one that is missing
         drawn = " with pictures (render_mode rgb_array)" if args.capture_video else ""
         fail(f"--env-id {args.env_id} does not start{drawn}: {one_line(error)}")
@@ -1038,7 +1010,7 @@ def normalized_scores(env_id: str, score: float) -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on `device`.
+    """The last `capacity` transitions, to be drawn uniformly; each is one row of float32 on the generator's device.
 
     A row is observation, action, reward, cost, terminated, next observation. The next observation is stored with every
     transition, so that a truncated one bootstraps from its own last observation and not from the next episode's first.
@@ -1047,19 +1019,12 @@ class ReplayBuffer:
     # num_added before used_rows, whose length it decides.
     KEPT = ("num_added", "size", "used_rows")
 
-    def __init__(
-        self,
-        capacity: int,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
-        self.capacity, self.device, self.generator = capacity, device, generator
+    def __init__(self, capacity: int, observation_space: gym.Space, action_space: gym.Space, generator: torch.Generator):
+        self.capacity, self.device, self.generator = capacity, generator.device, generator
         self.widths = [observation_space.shape[0], action_space.shape[0], 1, 1, 1, observation_space.shape[0]]
-        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=device)
+        self.rows = torch.zeros((capacity, sum(self.widths)), dtype=torch.float32, device=self.device)
         self.num_added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured CUDA graph draws from it
+        self.size = torch.zeros((), dtype=torch.int64, device=self.device)  # on the device: a captured CUDA graph draws from it
 
     @property
     def used_rows(self) -> torch.Tensor:
@@ -1121,9 +1086,7 @@ class Download:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.to("cpu", non_blocking=True)  # from CUDA into pinned memory, which PyTorch takes by itself
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def numpy(self) -> np.ndarray:
         if self.event is not None:
@@ -1317,8 +1280,10 @@ class Run:
         # Where a unit is dead, Adam's moments fade into denormal numbers, with which a CPU is ten times slower. They become 0.
         torch.set_flush_denormal(True)
         self.versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-                         "gymnasium": gym.__version__, "device": self.device.type} | environment_versions()  # fmt: skip
+                         "gymnasium": gym.__version__, "device": self.device.type} | ENVIRONMENT_VERSIONS  # fmt: skip
         self.columns = episode_columns(args)
+        # Environment steps before the last loop step, after which there is nothing but the final evaluation.
+        self.last_loop_step = (args.total_timesteps - 1) // args.num_envs * args.num_envs
         self.global_step, self.gradient_steps, self.num_episodes = 0, 0, 0
         self.agenda: list[str] = []  # evaluations (by their phase) and resets that come before the next step
         self.last_returns: list[float] = []
@@ -1339,11 +1304,6 @@ class Run:
             self.remove_checkpoint()
             print(f"the run in {self.path} is finished")
             sys.exit(0)
-
-    @property
-    def last_loop_step(self) -> int:
-        """The environment steps before the last loop step, after which there is nothing but the final evaluation."""
-        return (self.args.total_timesteps - 1) // self.args.num_envs * self.args.num_envs
 
     # ------------------------------------------------------------ begin, go on, end
 
@@ -1412,8 +1372,7 @@ class Run:
         """Called between two turns of the loop, and in evaluations: they change nothing, and are played again."""
         if self.stopped_by:
             self.save()
-            self.close_envs()
-            self.progress.close()
+            self.close()
             print(f"stopped at step {self.global_step}; the same command goes on from there", file=sys.stderr)
             sys.exit(128 + self.stopped_by)  # as a shell expects it
 
@@ -1430,13 +1389,12 @@ class Run:
         self.write("model.pt", weights)
         self.remove_checkpoint()
         self.writer.close()
-        self.close_envs()
-        self.progress.close()
+        self.close()
         print(f"the run is in {self.path}")
 
-    def close_envs(self) -> None:
-        for env in self.parts["envs"] + self.eval_envs:
-            env.close()
+    def close(self) -> None:
+        for part in (*self.parts["envs"], *self.eval_envs, self.progress):
+            part.close()
 
     # ------------------------------------------------------------ what happens at a step
 
@@ -1445,9 +1403,6 @@ class Run:
         if self.gradient_steps:
             self.speed_steps += self.args.num_envs
             self.speed_seconds += time.perf_counter() - self.turn_started
-
-    def log_is_due(self) -> bool:
-        return interval_has_passed(LOG_INTERVAL, self.global_step, self.args.num_envs)
 
     def keep_what_is_due(self, agent: "Agent") -> None:
         """The weights of --keep-models, and a checkpoint; when what follows the loop step is on the agenda."""
@@ -1478,9 +1433,7 @@ class Run:
             (self.path / "videos").mkdir(exist_ok=True)
             clip = ImageSequenceClip(frames, fps=recorded.metadata.get("render_fps", 30))
             clip.write_videofile(str(self.path / f"videos/step-{self.global_step}-{phase}.mp4"), logger=None)
-        self.log_evaluation(phase, episodes)
-        if phase != "after_reset":  # a curve has one point at a step
-            self.log_scalars(evaluation_scalars(agent))
+        self.log_evaluation(agent, phase, episodes)
         self.agenda.pop(0)
 
     # ------------------------------------------------------------ logs
@@ -1522,7 +1475,7 @@ class Run:
         self.log_scalars({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         self.log_scalars({f"charts/episodic_{name}": value for name, value in extra.items()})
 
-    def log_evaluation(self, phase: str, episodes: list[dict]) -> None:
+    def log_evaluation(self, agent: "Agent", phase: str, episodes: list[dict]) -> None:
         for i, episode in enumerate(episodes):
             self.evaluations.writerow((self.global_step, phase, i, episode["r"], *(episode[name] for name in self.columns)))
         returns = [episode["r"] for episode in episodes]
@@ -1536,7 +1489,7 @@ class Run:
         if phase in ("before_reset", "after_reset"):
             self.log_scalars({f"eval_{phase}/{name}": value for name, value in scalars.items()})
         if phase != "after_reset":
-            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()})
+            self.log_scalars({f"eval/{name}": value for name, value in scalars.items()} | evaluation_scalars(agent))
 
     # ------------------------------------------------------------ checkpoints
 
@@ -1638,13 +1591,9 @@ def show_ranges() -> None:
     """Lets --help show the bounds that pydantic holds the arguments to."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     for name, field in Args.__pydantic_fields__.items():
-        kind, metadata = field.annotation, field.metadata
-        for optional in getattr(kind, "__args__", ()):  # of "NonNegativeFloat | None"
-            if hasattr(optional, "__metadata__"):
-                kind, metadata = optional.__origin__, optional.__metadata__
-        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in metadata for key in signs if hasattr(bound, key)]
+        bounds = [f"{signs[key]} {getattr(bound, key)}" for bound in field.metadata for key in signs if hasattr(bound, key)]
         if bounds:
-            metavar = f"{kind.__name__.upper()} {', '.join(bounds)}"
+            metavar = f"{'FLOAT' if 'float' in str(field.annotation) else 'INT'} {', '.join(bounds)}"
             Args.__annotations__[name] = Annotated[Args.__annotations__[name], tyro.conf.arg(metavar=metavar)]
 
 

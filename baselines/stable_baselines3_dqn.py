@@ -62,8 +62,9 @@ class Logs(BaseCallback):
 
     def evaluation_policy(self, generator: torch.Generator):
         """What `Run.evaluate` asks an agent for."""
+        epsilon, num_actions = self.run.args.eval_epsilon, int(self.model.action_space.n)
         greedy = lambda observations: torch.from_numpy(self.model.predict(observations.numpy(), deterministic=True)[0])
-        return dqn.epsilon_greedy(greedy, self.run.args.eval_epsilon, int(self.model.action_space.n), generator)
+        return lambda observations: dqn.epsilon_greedy(greedy(observations), epsilon, num_actions, generator)
 
 
 def train(args: dqn.Args) -> None:

@@ -67,7 +67,7 @@ class VectorTransitions:
 def dqn_agent(script, seed: int = 1, size: int = 200, stored: int = 200, device: torch.device = CPU, **arguments):
     """An agent of an Atari script, with a fifth of its transitions terminated. `agent.transitions.store` adds some."""
     args = script.Args(buffer_size=size, seed=seed, **arguments)
-    buffer = script.ReplayBuffer(size, 1, device, torch.Generator(device).manual_seed(seed))
+    buffer = script.ReplayBuffer(size, 1, torch.Generator(device).manual_seed(seed))
     agent = script.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, device)
     agent.transitions = AtariTransitions(buffer, seed, terminated=0.2)
     agent.transitions.store(stored)
@@ -79,7 +79,7 @@ def n_step_agent(script, seed: int = 1, num_frames: int = 20, **arguments):
     the middle; of RND one with statistics of so many frames, and of their bonus."""
     narrow = {"width": 0.1, "batch_size": 8, "v_min": -2.0, "v_max": 3.0, "n_step": 3} if "drq" in script.__name__ else {}
     args = script.Args(**{"buffer_size": 200, "seed": seed} | narrow | arguments)
-    buffer = script.ReplayBuffer(200, 1, CPU, torch.Generator().manual_seed(seed), args.n_step)
+    buffer = script.ReplayBuffer(200, 1, torch.Generator().manual_seed(seed), args.n_step)
     AtariTransitions(buffer, seed, terminated=0.15, truncated=0.1, of_screens=True).store(200)
     agent = script.Agent(args, FRAMES, gym.spaces.Discrete(NUM_ACTIONS), buffer, CPU)
     if getattr(agent, "rnd", None) is not None:
@@ -93,18 +93,23 @@ def sac_agent(
 ):
     """A small agent of a script for continuous actions."""
     args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "batch_size": 32} | arguments)
-    buffer = script.ReplayBuffer(200, box(OBSERVATION_DIM), box(ACTION_DIM), device, torch.Generator(device).manual_seed(11))
+    buffer = script.ReplayBuffer(200, box(OBSERVATION_DIM), box(ACTION_DIM), torch.Generator(device).manual_seed(11))
     agent = script.Agent(args, box(OBSERVATION_DIM), box(ACTION_DIM), buffer, device)
     agent.transitions = VectorTransitions(buffer, terminated)
     agent.transitions.store(stored)
     return agent
 
 
+def reset_in_turn(agent, num_resets: int) -> None:
+    """As after so many resets, of the oldest agent each time: it judges, and is the next; the networks stay as they are."""
+    agent.resets = [number % agent.args.num_agents for number in range(num_resets)]
+
+
 def mlp_agent(script, num_agents: int, stored: int = 200, terminated: float = 0.3, **arguments):
     """A small agent of rde_dqn.py on random transitions. `learning_rate` and the like are those of the script, if not given."""
     args = script.Args(**{"num_agents": num_agents, "hidden_dim": 16, "num_hidden_layers": 3, "batch_size": 32} | arguments)
     spaces = box(OBSERVATION_DIM), gym.spaces.Discrete(NUM_ACTIONS)
-    buffer, rng = script.ReplayBuffer(200, *spaces, CPU, torch.Generator().manual_seed(11)), np.random.default_rng(7)
+    buffer, rng = script.ReplayBuffer(200, *spaces, torch.Generator().manual_seed(11)), np.random.default_rng(7)
     for _ in range(stored):
         observation, next_observation = rng.normal(size=(2, OBSERVATION_DIM))
         buffer.add(

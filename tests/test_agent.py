@@ -255,7 +255,7 @@ def test_weights_go_to_another_agent(name, arguments, tmp_path):
     other.load_weights(weights)
     assert equal(other.weights(), weights) and equal(agent.weights(), weights)
     if "rde" in name:
-        assert (weights["num_resets"], weights["oldest_agent"]) == (1, 1) == (other.num_resets, other.oldest.item())
+        assert (weights["num_resets"], weights["oldest_agent"]) == (1, 1) == (len(other.resets), other.oldest.item())
     choices = [one.evaluation_policy(torch.Generator().manual_seed(1))(make_observations(name, 40)) for one in (agent, other)]
     assert torch.equal(*choices)
     if getattr(agent, "rnd", None) is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from agents import dqn_agent, mlp_agent, networks, sac_agent, targets
+from agents import dqn_agent, mlp_agent, networks, reset_in_turn, sac_agent, targets
 from conftest import ROOT, equal, load_module, load_script, only_run, run_main, scalars
 
 atari, sr = load_script("rde_dqn_atari"), load_script("sr_dqn_atari")
@@ -231,9 +231,9 @@ AGENTS = {"rde_dqn_atari": dqn_agent, "rde_dqn": mlp_agent, "rde_sac_dmc": sac_a
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_oldest_agent_is_what_the_weights_say(name):
-    """In a copy that resets its agents in another order, for example those that act least, `num_resets` does not tell it."""
+    """In a copy that resets its agents in another order, for example those that act least, their number does not tell it."""
     agent, other = (AGENTS[name](load_script(name), num_agents=3, seed=seed) for seed in (1, 5))
-    agent.num_resets = 4  # in the scripts' own order agent 1 would be the oldest
+    reset_in_turn(agent, 4)  # in the scripts' own order agent 1 would be the oldest
     agent.oldest.fill_(2)
     file = io.BytesIO()
     torch.save(agent.weights(), file)
@@ -241,4 +241,4 @@ def test_the_oldest_agent_is_what_the_weights_say(name):
     weights, address = torch.load(file, weights_only=True), other.oldest.data_ptr()
     assert (weights["oldest_agent"], weights["num_resets"]) == (2, 4)
     other.load_weights(weights)
-    assert other.oldest.tolist() == [2] and other.oldest.data_ptr() == address and other.num_resets == 4
+    assert other.oldest.tolist() == [2] and other.oldest.data_ptr() == address and len(other.resets) == 4

@@ -53,8 +53,7 @@ def test_the_atari_scripts_define_the_same_but_for_the_idea():
     assert above["dqn_atari"] <= above["sr_dqn_atari"] <= above["rde_dqn_atari"]
 
 
-OF_ENSEMBLES = ["selection_probabilities", "value_scale", "advantage_scale", "DEFAULT_BETA", "resets_due",
-                "events_due", "Agent.summary", "Agent.num_resets"]  # fmt: skip
+OF_ENSEMBLES = ["selection_probabilities", "value_scale", "advantage_scale", "DEFAULT_BETA", "resets_due", "events_due"]
 OF_ALL = ["UnitInterval", "linear_schedule", "Agent.autocast"]
 
 

@@ -190,6 +190,11 @@ class Stream:
     def wait_stream(self, stream) -> None:
         pass
 
+    def record_event(self) -> Event:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
 
 class GeneratorType(type(torch.Generator)):
     def __instancecheck__(cls, value) -> bool:
@@ -456,9 +461,8 @@ def test_what_is_right_is_let_through():
         for tensors, is_cuda, device in ((on_gpu, True, CUDA), (on_host, False, CPU)):
             assert [(x.is_cuda, x.is_cpu, x.device) for x in tensors] == [(is_cuda, not is_cuda, device)] * len(tensors)
 
-        copies, event = [torch.ones(3).copy_(x, non_blocking=True), x.to("cpu", non_blocking=True)], torch.cuda.Event()
-        event.record()
-        event.synchronize()
+        copies = [torch.ones(3).copy_(x, non_blocking=True), x.to("cpu", non_blocking=True)]
+        torch.cuda.current_stream().record_event().synchronize()
         assert all(copied.numpy().tolist() == x.tolist() == [1, 1, 1] for copied in copies) and x.sum().item() == 3
 
 

@@ -258,7 +258,7 @@ def test_one_agent_without_resets_is_a_loop_written_out(tmp_path):
     args = drq.Args(env_id="BreakoutNoFrameskip-v4", num_agents=1, width=0.1, batch_size=4)
     exploration = np.random.default_rng(drq.derive_seed(1, drq.EXPLORATION))
     generator = torch.Generator().manual_seed(drq.derive_seed(1, drq.MINI_BATCHES))
-    buffer, env = drq.ReplayBuffer(300, 1, CPU, generator, 10), drq.make_env(args)
+    buffer, env = drq.ReplayBuffer(300, 1, generator, 10), drq.make_env(args)
     agent = drq.Agent(args, FRAMES, env.action_space, buffer, CPU)
     observation, _ = env.reset(seed=drq.derive_seed(1, drq.ENVIRONMENT, 0))
     buffer.start_episode(0, observation[-1])

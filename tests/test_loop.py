@@ -140,7 +140,7 @@ class LoopOfEnsemble(Loop):
             (script.Agent, "update", lambda _, agent: self.seeds["learn"].add(agent.buffer.generator.initial_seed())),
             (script.Agent, "reset", lambda *_: self.events.append(("reset", len(self.updates)))),
             (script, "linear_schedule", lambda epsilon, *_: self.epsilons.append((len(self.added), epsilon))),
-            (script.Run, "log_evaluation", lambda _, run, phase, *rest: self.events.append((phase, len(self.updates)))),
+            (script.Run, "log_evaluation", lambda _, run, agent, phase, *rest: self.events.append((phase, len(self.updates)))),
         ):
             self.spy(monkeypatch, owner, method, note)
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_capture import watched
 
-from agents import CPU, box
+from agents import box
 from conftest import equal, load_script
 
 rnd, dqn = load_script("rnd_dqn_atari"), load_script("dqn_atari")
@@ -25,11 +25,11 @@ def frame(number: int) -> np.ndarray:
 
 
 def one_step_buffer(capacity: int, num_envs: int = 1, seed: int = 0):
-    return dqn.ReplayBuffer(capacity, num_envs, CPU, torch.Generator().manual_seed(seed))
+    return dqn.ReplayBuffer(capacity, num_envs, torch.Generator().manual_seed(seed))
 
 
 def n_step_buffer(capacity: int, num_envs: int, max_n: int, seed: int = 0):
-    return rnd.NStepReplayBuffer(capacity, num_envs, CPU, torch.Generator().manual_seed(seed), max_n)
+    return rnd.ReplayBuffer(capacity, num_envs, torch.Generator().manual_seed(seed), max_n)
 
 
 @dataclasses.dataclass
@@ -254,7 +254,7 @@ def test_a_buffer_goes_on_from_its_state(num_steps):
 def test_of_vectors_equal_to_a_naive_buffer(name, capacity, num_transitions, observation_dim, action_dim, seed):
     rng, script = np.random.default_rng(seed), load_script(name)
     generator = torch.Generator().manual_seed(seed)
-    buffer = script.ReplayBuffer(capacity, box(observation_dim), box(action_dim), CPU, generator)
+    buffer = script.ReplayBuffer(capacity, box(observation_dim), box(action_dim), generator)
     naive = deque(maxlen=capacity)
     for number in range(num_transitions):
         observation, next_observation = rng.normal(size=(2, observation_dim)).astype(np.float32)
@@ -282,7 +282,7 @@ def test_of_vectors_equal_to_a_naive_buffer(name, capacity, num_transitions, obs
 def filled(kind: str, seed: int):
     """A buffer that has wrapped once, from which 50 transitions can be drawn, numbered by their actions, and how it is drawn."""
     if kind == "vectors":
-        buffer = load_script("rde_sac_dmc").ReplayBuffer(50, box(1), box(1), CPU, torch.Generator().manual_seed(seed))
+        buffer = load_script("rde_sac_dmc").ReplayBuffer(50, box(1), box(1), torch.Generator().manual_seed(seed))
         for number in range(100):
             buffer.add(np.zeros(1), np.array([number]), 0.0, False, np.zeros(1))
         return buffer, lambda: buffer.sample(32)[1][:, 0].long()

@@ -229,7 +229,8 @@ def test_with_bfloat16_the_bonus_is_the_same():
 
 def test_with_coefficient_0_nothing_of_the_bonus_is_kept_or_said():
     agent = make_agent(intrinsic_coef=0.0)
-    assert agent.num_parameters == sum(parameter.numel() for parameter in rnd.QNetwork(NUM_ACTIONS, 1).parameters())
+    num_parameters = sum(parameter.numel() for parameter in rnd.QNetwork(NUM_ACTIONS, 1).parameters())
+    assert agent.summary() == f"1 agent(s) x {num_parameters:,} parameters"
     assert agent.KEPT == ("q_network", "target_network", "optimizer", "metrics") and agent.scalars() == {}
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from agents import ACTION_DIM, OBSERVATION_DIM, make_observations, next_batch, sac_agent, updated
+from agents import ACTION_DIM, OBSERVATION_DIM, make_observations, next_batch, reset_in_turn, sac_agent, updated
 from conftest import equal, load_script
 
 BATCH_SIZE = 32
@@ -370,8 +370,9 @@ def test_proposals_and_judgement_against_float64(script, critic_norm):
         acting_agents = choice[:, -1].long()
         assert choice.shape == (50, ACTION_DIM + 1) and len(acting_agents.unique()) == 3
         torch.testing.assert_close(choice[:, :-1].double(), proposals[torch.arange(50), acting_agents], rtol=0, atol=1e-5)
-    for agent.num_resets in range(4):
-        judge = references[agent.num_resets % 3]
+    for num_resets in range(4):
+        reset_in_turn(agent, num_resets)
+        judge = references[num_resets % 3]
         judged = agent.judge(observations, proposals.float())
         judged = judged if isinstance(judged, tuple) else (judged,)
         for i in range(3):

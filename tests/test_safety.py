@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import CPU, OBSERVATION_DIM, sac_agent
+from agents import CPU, OBSERVATION_DIM, reset_in_turn, sac_agent
 from conftest import (
     QUICK_SAFETY,
     assert_same_end,
@@ -46,7 +46,8 @@ def pair_with_sac(safety, sac, num_agents, **arguments):
         for parameter, source in zip(getattr(ours, name).parameters(), getattr(theirs, name).parameters()):
             for i in range(num_agents):
                 parameter.data[3 * i : 3 * i + 2] = source.data[2 * i : 2 * i + 2]
-    ours.num_resets = theirs.num_resets = 1  # so that there is a judge
+    for agent in (ours, theirs):
+        reset_in_turn(agent, 1)  # so that there is a judge
     return ours, theirs
 
 

@@ -4,6 +4,7 @@ That the functions are one text in all scripts is seen in test_copies.py.
 """
 
 import math
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from agents import ACTION_DIM, CPU, FRAMES, NUM_ACTIONS, OBSERVATION_DIM, box, make_observations
+from agents import ACTION_DIM, CPU, FRAMES, NUM_ACTIONS, OBSERVATION_DIM, box, make_observations, reset_in_turn
 from conftest import load_script, scalars
 
 DISCRETE, CONTINUOUS = ["rde_dqn_atari", "rde_drq_atari", "rde_dqn"], ["rde_sac_dmc", "rde_sac_safety"]
@@ -132,7 +133,7 @@ def composed(name: str, num_resets: int, offset: float = 0.0, slope: float = 1.0
         if name == "rde_drq_atari":
             tables = logits_of(tables, agent.args)
         agent.q_networks = [lambda inputs, q=table: q.expand(len(inputs), *q.shape) for table in tables]
-    agent.num_resets = num_resets
+    reset_in_turn(agent, num_resets)
     return agent
 
 
@@ -158,7 +159,7 @@ def act(name: str, agent, count: int, seed: int = 1) -> tuple[np.ndarray, np.nda
         if name in CONTINUOUS:
             choice = agent.act(torch.zeros(count, OBSERVATION_DIM), *generators, deterministic=True, counted=True)
             acting_agents = choice[:, -1].long()
-            proposed = torch.from_numpy(places(agent.num_resets % 3)).float()[acting_agents]
+            proposed = torch.from_numpy(places(len(agent.resets) % 3)).float()[acting_agents]
             torch.testing.assert_close(choice[:, 0], proposed)
             random_actions = torch.empty(count, 16, ACTION_DIM)
             random_actions.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed + 1))
@@ -222,11 +223,11 @@ def test_the_number_of_resets_says_who_judges_and_how(name, selection, beta, fir
     betas = [agent.beta] if name != "rde_sac_safety" or beta is not None else [agent.beta, agent.beta_cost]
     addresses = [tensor.data_ptr() for tensor in (agent.oldest, *betas)]
     for num_resets, expected in ((0, first), (1, later), (5, later), (0, first)):
-        agent.num_resets = num_resets
-        assert (agent.num_resets, agent.oldest.tolist()) == (num_resets, [num_resets % 3])
+        reset_in_turn(agent, num_resets)
+        assert agent.oldest.tolist() == [num_resets % 3]
         assert [number.item() for number in betas] == [expected] * len(betas)
     assert addresses == [tensor.data_ptr() for tensor in (agent.oldest, *betas)]
-    assert agent.summary() == f"3 agent(s) x {agent.num_parameters:,} parameters, selection by {selection} (beta {later})"
+    assert re.fullmatch(rf"3 agent\(s\) x [\d,]+ parameters, selection by {selection} \(beta {later:g}\)", agent.summary())
 
 
 @pytest.mark.parametrize("num_agents", [1, 2, 3, 5])
@@ -248,7 +249,7 @@ def test_what_is_logged_of_the_choice(name):
     logged_of_the_choice = lambda: {tag: value for tag, value in agent.scalars().items() if tag.startswith("rde/")}
     tags = ["rde/oldest_agent", *(f"rde/acting_fraction_{i}" for i in range(3)), "rde/choice_entropy"]
     assert logged_of_the_choice() == dict.fromkeys(tags, 0)  # before the first reset no agent is the youngest
-    agent.num_resets = 6  # agent 2 was the last one
+    reset_in_turn(agent, 6)  # agent 2 was the last one
     tags.append("rde/youngest_fraction")
     for counts, choices, logged in (([2, 0, 6], [5, 2], [0.25, 0.0, 0.75, 0.4, 0.75]), ([0, 0, 0], [0, 0], [0] * 5)):
         agent.acting_counts += counts
@@ -259,7 +260,7 @@ def test_what_is_logged_of_the_choice(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluations_choose_as_acting_does_and_are_not_counted(name):
     agent, observations = make_agent(name, **{} if name in CONTINUOUS else {"eval_epsilon": 0.0}), make_observations(name, 20)
-    agent.num_resets = 1
+    reset_in_turn(agent, 1)
     ours = agent.evaluation_policy(torch.Generator().manual_seed(3))(observations)
     assert not agent.choices.any() and not agent.acting_counts.any()
     generator = torch.Generator().manual_seed(3)
@@ -279,7 +280,7 @@ def test_random_actions_have_a_generator_of_their_own(name):
     choices, states = {}, {}
     for selection in ("value", "advantage"):
         agent, generators = make_agent(name, selection=selection), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        agent.num_resets = 1
+        reset_in_turn(agent, 1)
         batches = torch.randn(3, 200, OBSERVATION_DIM, generator=torch.Generator().manual_seed(3))
         choices[selection] = torch.cat([agent.act(observations, *generators) for observations in batches])
         states[selection] = [generator.get_state() for generator in generators]
@@ -319,8 +320,8 @@ def test_with_one_agent_both_rules_are_one_to_the_bit(name):
     for selection in ("value", "advantage"):
         agent = make_agent(name, num_agents=1, selection=selection)
         generators = [torch.Generator().manual_seed(i) for i in (1, 2)[: 1 + (name in CONTINUOUS)]]
-        assert agent.summary() == f"1 agent(s) x {agent.num_parameters:,} parameters"
-        agent.num_resets = 1
+        assert re.fullmatch(r"1 agent\(s\) x [\d,]+ parameters", agent.summary())
+        reset_in_turn(agent, 1)
         choices.append(agent.act(make_observations(name, 50), *generators, counted=True))
         states.append(torch.cat([generator.get_state() for generator in generators]))
     assert torch.equal(*choices) and torch.equal(*states) and len(choices[0].unique(dim=0)) > 1

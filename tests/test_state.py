@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import dqn_agent, sac_agent
+from agents import dqn_agent, reset_in_turn, sac_agent
 from conftest import QUICK_CARTPOLE, assert_same_end, error_line, load_script, only_run, put_environments, run_main, stop_when
 
 rde, sr, dqn, sac, mlp = map(load_script, ("rde_dqn_atari", "sr_dqn_atari", "dqn_atari", "rde_sac_dmc", "rde_dqn"))
@@ -322,10 +322,10 @@ def test_a_number_of_resets_in_a_checkpoint_is_that_of_the_judge(script, make):
     """`oldest` and `beta` are not in the state: they follow from `resets`, which is restored through its setter."""
     agent, fresh = (make(script, num_agents=3, stored=0) for _ in range(2))
     for num_resets, oldest in ((1, 1), (5, 2)):
-        agent.num_resets = num_resets
+        reset_in_turn(agent, num_resets)
         state = through_a_file(script.state_of(agent))
         assert state["resets"] == agent.resets and not {"oldest", "beta"} & state.keys()
         addresses = fresh.oldest.data_ptr(), fresh.beta.data_ptr()
         script.restored(fresh, state)
-        assert (fresh.num_resets, fresh.oldest.item(), fresh.beta.item()) == (num_resets, oldest, 50.0)
+        assert (len(fresh.resets), fresh.oldest.item(), fresh.beta.item()) == (num_resets, oldest, 50.0)
         assert addresses == (fresh.oldest.data_ptr(), fresh.beta.data_ptr())
