@@ -877,13 +877,13 @@ def test_many_games_and_many_methods_fit(tmp_path, num_games):
 
 def test_odd_names_stop_nothing_and_one_run_is_enough(tmp_path, call, capsys):
     """As the name of an environment and of a method: a formula that is none, a cell's border, a file name, a long one."""
-    for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "<b>", "x" * 200, "y" * 26, "z" * 25]):
+    for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "y" * 26, "x" * 200]):
         write_run(tmp_path / "runs", name=f"run{i}", env_id=name if i % 2 else ALIEN, exp_name=name, seed=i)
     call(tmp_path / "runs")
-    table, lines = table_of(tmp_path / "runs" / "results"), capsys.readouterr().out.splitlines()[:9]
+    table, lines = table_of(tmp_path / "runs" / "results"), capsys.readouterr().out.splitlines()[:7]
     assert "| a\\|b |" in table and "| $_$ |" in table
-    shortened = re.findall(r"x+…|y+…|z+…?", " ".join(lines))  # the short table in the terminal
-    assert max(map(len, lines)) < 100 and sorted(shortened) == ["x" * 24 + "…"] * 2 + ["y" * 24 + "…"] + ["z" * 25] * 2
+    shortened = sorted(re.findall(r"x+…|y+…", " ".join(lines)))  # in the short table in the terminal
+    assert max(map(len, lines)) < 100 and shortened == ["x" * 24 + "…"] * 2 + ["y" * 24 + "…"]
     assert {"$_$", "a|b"} <= {row["method"] for row in read_csv(tmp_path / "runs" / "results" / "results.csv")}
     call(tmp_path / "runs" / "run3", "--out-dir", tmp_path / "one")
     assert files_of(tmp_path / "one").keys() == {"learning_curves.png", "results.csv", "table.md", "training_games.csv"}
