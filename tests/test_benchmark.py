@@ -273,8 +273,8 @@ def test_runs_in_order_then_skips_and_plots(study):
 
 @pytest.mark.parametrize("jobs", [1, 20])
 def test_time_left_is_that_of_the_runs_of_this_call(study, jobs):
-    """Runs that were finished before, or fail, say nothing of it. A run takes a second: 400 of them 7 minutes, 20 at a time 1."""
-    options = ("--", "--failing-seed", "2", "--seconds", "1")
+    """Runs that were finished before, or fail, say nothing of it. A run takes 2 seconds: 400 of them 14 minutes, 20 at a time 1."""
+    options = ("--", "--failing-seed", "2", "--seconds", "2")
     assert study.run(*ONE_GAME, "--seeds", "1", *options).returncode == 0
     start, before = time.time(), ""
     process = study.start(*ONE_GAME, "--seeds", "1-2,1001-1400", "--jobs", str(jobs), *options)

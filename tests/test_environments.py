@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from dm_control import suite
-from test_play import played, scores
 
 from agents import shortened
 from conftest import (
@@ -208,14 +207,6 @@ def test_an_environment_without_an_end(tmp_path, capsys, script):
     result = run_main(script, *QUICK, "--env-id", env_id, "--max-episode-steps", 20, "--runs-dir", tmp_path)
     assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
     assert {row["episodic_return"] for row in read_csv(only_run(tmp_path) / "evaluations.csv")} == {"20.0"}
-
-
-def test_an_episode_is_played_to_its_end(tmp_path):
-    """By play.py, too: an "episode" of the environment's own ends nothing there either."""
-    options = ["--env-id", id_of("rde_dqn"), "--max-episode-steps", 100, "--runs-dir", tmp_path]
-    assert run_main(load_script("rde_dqn"), *QUICK, *options).returncode == 0
-    lines = played(load_script("play"), only_run(tmp_path), "--episodes", 2)
-    assert scores(lines) == [("48", "48")] * 2  # return and length
 
 
 # ----------------------------------------------------------------------------------------------- what is played and stored
@@ -440,27 +431,3 @@ def test_actions_are_scaled_to_the_bounds(sac):
         env.step(np.array([action], np.float32))
     assert [action.dtype for action in asked] == [np.float32] * 4
     np.testing.assert_allclose(np.ravel(asked), [-2, 0.5, 3, 1.25], rtol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------ what a checkpoint keeps
-
-
-def test_arrays_whose_memory_runs_backwards_are_kept(tmp_path):
-    script = load_script("rde_dqn")
-    arrays = {"mirrored": np.arange(6).reshape(2, 3)[:, ::-1], "turned": np.arange(4.0).reshape(2, 2).T, "number": np.array(3)}
-    torch.save(script.state_of(arrays), tmp_path / "state.pt")
-    kept = script.value_of(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert all(np.array_equal(kept[name], array) and kept[name].shape == array.shape for name, array in arrays.items())
-
-
-def test_gymnasiums_own_wrappers_are_kept():
-    """Running means in objects of their own, two wrappers deep."""
-    script = load_script("rde_dqn")
-    envs = [script.make_env(script.Args(env_id="CartPole-v1")) for _ in range(2)]
-    env, other = (gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(env)) for env in envs)
-    env.reset(seed=1), other.reset(seed=1)
-    play = lambda one, steps: [(one.step(i % 2), one.reset() if i % 9 == 8 else None) for i in range(steps)]
-    play(env, 40)
-    script.restored(other, script.state_of(env))
-    for (ours, _), (theirs, _) in zip(play(other, 30), play(env, 30)):
-        assert np.array_equal(ours[0], theirs[0]) and ours[1:4] == theirs[1:4]
