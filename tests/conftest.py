@@ -53,6 +53,7 @@ QUICK_SAFETY = (
 # one every 10 steps: SR is reset at 460, and RDE's two agents at 380 and 560.
 SR, RDE = "--reset-interval 26 --eval-episodes 1", "--reset-interval 36 --num-envs 2 --eval-episodes 1"
 SHORT = "--num-envs 2 --total-timesteps 400 --eval-interval 0 --eval-episodes 1"
+TO_PLAY = "--eval-interval 0 --batch-size 16 --learning-starts 100 --hidden-dim 8 --replay-ratio 0.25 --buffer-size 500"
 RUNS = {
     "dqn": ("dqn_atari", QUICK),
     "sr": ("sr_dqn_atari", [*QUICK, *f"{SR} --reset-depth last2".split()]),
@@ -66,7 +67,14 @@ RUNS = {
     "safety": ("rde_sac_safety", QUICK_SAFETY),
     "cartpole": ("rde_dqn", QUICK_CARTPOLE),
     "cartpole other seed": ("rde_dqn", [*QUICK_CARTPOLE, "--seed", "2"]),
-}
+    # To be played: with two resets each, so that the agents differ and the choice is not uniform.
+    "play minigrid": ("rde_dqn", f"{TO_PLAY} --env-id MiniGrid-LavaGapS5-v0 --total-timesteps 600 --reset-interval 80 "
+                      "--eval-episodes 3 --keep-models 3 --num-agents 3 --eval-epsilon 0.3".split()),
+    "play one agent": ("rde_dqn", f"{TO_PLAY} --env-id CartPole-v1 --total-timesteps 500 --reset-interval 80 "
+                       "--eval-episodes 4 --eval-epsilon 0.5 --num-agents 1".split()),
+    "play safety": ("rde_sac_safety", f"{TO_PLAY} --env-id SafetyPointMaze-v0 --total-timesteps 400 --reset-interval 60 "
+                    "--eval-episodes 2".split()),
+}  # fmt: skip
 CHECKPOINT_INTERVAL = {"sac": 250, "cartpole": 50}  # of runs that are stopped on their way, else 90. It changes nothing.
 
 
@@ -118,8 +126,8 @@ def no_gpu(request):
         yield
 
 
-def run_script(script: str, *arguments, timeout: float = 300) -> subprocess.CompletedProcess:
-    settings = {"env": environment(), "capture_output": True, "text": True, "timeout": timeout, "check": False}
+def run_script(script: str, *arguments, **variables: str) -> subprocess.CompletedProcess:
+    settings = {"env": environment() | variables, "capture_output": True, "text": True, "timeout": 300, "check": False}
     return subprocess.run(command(script, *arguments), **settings)
 
 
@@ -134,26 +142,33 @@ def restored_signal_handlers():
             signal.signal(number, handler)
 
 
+def call_main(module, *arguments) -> subprocess.CompletedProcess:
+    """As `run_script`, but in this process, without the seconds of the imports: `main` of a program's module."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+        except Exception:  # as the interpreter does it
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+
+
 def run_main(script, *arguments) -> subprocess.CompletedProcess:
-    """As `run_script`, but in this process, without the seconds of the imports: `main` of a script's module."""
-    out, err, code, begun, begin = io.StringIO(), io.StringIO(), 0, [], script.Run.__init__
+    """The same of a script that trains, with what its process would give back when it ends."""
+    begun, begin = [], script.Run.__init__
     with pytest.MonkeyPatch.context() as monkeypatch, restored_signal_handlers():
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
         monkeypatch.setattr(script.Run, "__init__", lambda run, args: (begun.append(run), begin(run, args))[1])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                script.main()
-            except SystemExit as end:
-                code = end.code
-            except Exception:  # as the interpreter does it
-                traceback.print_exc()
-                code = 1
-    for run in begun:  # what a process gives back when it ends
+        result = call_main(script, *arguments)
+    for run in begun:
         run.lock.close()
         if hasattr(run, "writer"):
             run.writer.close()
     script.Run.progress = None
-    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+    return result
 
 
 def error_line(result: subprocess.CompletedProcess, code: int = 1) -> str:
@@ -393,13 +408,6 @@ class Started:
                 self.process.kill()
                 raise TimeoutError(self.printed())
             time.sleep(0.005)
-
-    def kill_after_checkpoint(self, runs_dir: pathlib.Path, number: int = 1) -> None:
-        """As soon as so many checkpoints have been written, one over the other."""
-        times = set()
-        written = lambda: times.update(path.stat().st_mtime_ns for path in runs_dir.glob("*/checkpoint.pt"))
-        self.wait_for(lambda: written() or len(times) >= number)
-        assert self.end(signal.SIGKILL) == -signal.SIGKILL, self.printed()  # else it was faster
 
     def printed(self) -> str:
         return self.log.read_text().replace("\r", "\n")

@@ -19,16 +19,10 @@ SCRIPTS = [path.stem for path in copies.scripts()]
 # Of values, in tyro's frame: the argument and what pydantic says, of all wrong ones at once; their ranges are tested below.
 WRONG_VALUES = [
     ("--seed -1 --gamma 2 --num-agents 0", "3 validation errors for Args seed Input should be greater than or equal to 0"),
-    ("--seed -1 --gamma 2 --num-agents 0", "gamma Input should be less than or equal to 1"),
-    ("--seed -1 --gamma 2 --num-agents 0", "num_agents Input should be greater than 0"),
     ("--learning-rate nan", "learning_rate Input should be a finite number"),
     ("--selection best", "invalid choice 'best'"),
     ("--seed one", "invalid literal"),
-    ("--seed 1.5", "invalid literal"),
     ("--sed 1", "Perhaps you meant"),
-    ("--seed", "Missing value for argument '--seed'"),
-    ("--gamma high", "could not convert"),
-    ("--resume auto", "Unrecognized options: --resume"),
     ("extra", "Unrecognized options: extra"),
 ]
 

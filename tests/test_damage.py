@@ -11,13 +11,6 @@ import torch
 from conftest import assert_same_end, equal, error_line, go_on, load_script, scalars, snapshot
 
 
-def flip_a_bit_of_a_transition(path):
-    content = bytearray((path / "checkpoint.pt").read_bytes())
-    rows = torch.load(path / "checkpoint.pt", weights_only=True)["parts"]["buffer"]["used_rows"]
-    content[content.index(rows[0].numpy().tobytes())] ^= 4
-    (path / "checkpoint.pt").write_bytes(content)
-
-
 def cut_off(name: str, part: float):
     return lambda path: os.truncate(path / name, int(os.path.getsize(path / name) * part))
 
@@ -48,9 +41,7 @@ NOT_A_ZIP = "BadZipFile: File is not a zip file"
 
 
 @pytest.mark.parametrize("damage, message", [
-    (flip_a_bit_of_a_transition, "BadZipFile: a checksum is wrong"),
     (cut_off("checkpoint.pt", 0.5), NOT_A_ZIP),
-    (cut_off("checkpoint.pt", 0), NOT_A_ZIP),
     (lambda path: (path / "checkpoint.pt").write_bytes(b"not a checkpoint" * 10), NOT_A_ZIP),
     (write({"actors": 1}), "KeyError: 'versions'"),
     (write([1]), "TypeError: "),

@@ -32,7 +32,6 @@ def fill(disk: pathlib.Path, free_kilobytes: int = 0) -> None:
 
 
 # Checkpoints are of steps 50, 100, ... 300, then the weights follow; the fifth write is the checkpoint at 250.
-# Checkpoints are of steps 50, 100, ... 300, then the weights follow; the fifth write is the checkpoint at 250.
 @pytest.mark.parametrize("number, kilobytes, written, step", [(5, 0, "checkpoint", 200), (5, 16, "checkpoint", 200),
                                                               (7, 0, "model", 300)])  # fmt: skip
 def test_full_while_a_file_is_written(number, kilobytes, written, step, tmp_path, runs, monkeypatch):

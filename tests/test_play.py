@@ -1,16 +1,13 @@
 """play.py: the scores are those of `evaluate`, members play alone, videos and a window show it, and what cannot work is refused."""
 
-import contextlib
 import copy
 import dataclasses
-import io
 import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import types
 
 import cv2
@@ -18,58 +15,26 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, command, environment, equal, load_module, load_script, model, only_run, read_csv, run_main, snapshot
-
-TINY = "--eval-interval 0 --batch-size 16 --learning-starts 100 --hidden-dim 8 --replay-ratio 0.25"
-# Whole runs with two resets each, so that the agents differ and the choice is not uniform.
-RUNS = {
-    "minigrid": ("rde_dqn", f"{TINY} --env-id MiniGrid-LavaGapS5-v0 --total-timesteps 600 --reset-interval 80 "
-                 "--buffer-size 500 --eval-episodes 3 --keep-models 3 --num-agents 3 --eval-epsilon 0.3"),
-    "cartpole": ("rde_dqn", f"{TINY} --env-id CartPole-v1 --total-timesteps 500 --reset-interval 80 --buffer-size 500 "
-                 "--eval-episodes 4 --eval-epsilon 0.5 --num-agents 1"),
-    "safety": ("rde_sac_safety", f"{TINY} --env-id SafetyPointMaze-v0 --total-timesteps 400 --reset-interval 60 "
-               "--buffer-size 500 --eval-episodes 2"),
-}  # fmt: skip
-
+from conftest import ROOT, call_main, equal, load_script, model, read_csv, run_script, snapshot
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def play():
-    return load_module("play", ROOT / "play.py")
+    return load_script("play")
 
 
-@pytest.fixture(scope="session")
-def folder(made_once):
-    """Gives the folder of a finished run of RUNS. Made when it is asked for."""
-
-    def get(name: str) -> pathlib.Path:
-        with made_once(f"play-{name}") as (path, to_be_made):
-            if to_be_made:
-                result = run_main(load_script(RUNS[name][0]), *RUNS[name][1].split(), "--runs-dir", path)
-                assert result.returncode == 0, result.stderr
-        return only_run(path)
-
-    return get
-
-
-def run(play, *arguments) -> types.SimpleNamespace:
-    """`main` of play.py in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        monkeypatch.setattr(sys, "argv", ["play.py", *map(str, arguments)])
-        try:
-            play.main()
-        except SystemExit as end:
-            code = end.code
-    return types.SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+@pytest.fixture
+def folder(runs):
+    """Gives the folder of a finished run of RUNS."""
+    return lambda name: runs(name).path
 
 
 def played(play, *arguments) -> list[str]:
-    result = run(play, *arguments)
-    assert result.code == 0 and not result.err, result.err
-    return result.out.splitlines()
+    result = call_main(play, *arguments)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    return result.stdout.splitlines()
 
 
 def scores(lines: list[str], player: str = "") -> list[tuple[str, ...]]:
@@ -89,10 +54,10 @@ def script_of(play, path: pathlib.Path, **changes):
 # ---------------------------------------------------------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("name", ["minigrid", "rde", "drq", "sac", "safety", "cartpole"])
-def test_scores_of_the_final_evaluation(play, folder, runs, name, monkeypatch):
+@pytest.mark.parametrize("name", ["play minigrid", "rde", "drq", "sac", "play safety", "play one agent"])
+def test_scores_of_the_final_evaluation(play, folder, name, monkeypatch):
     """Exactly the values that the run left, by its weights alone, and in what is printed their first digits."""
-    path = folder(name) if name in RUNS else runs(name).path
+    path = folder(name)
     final = [row for row in read_csv(path / "evaluations.csv") if row["phase"] == "final"]
     agents, load_weights, shown, summary = [], play.load_weights, [], play.summary
     monkeypatch.setattr(play, "load_weights", lambda agent, file: (agents.append(agent), load_weights(agent, file)))
@@ -106,7 +71,7 @@ def test_scores_of_the_final_evaluation(play, folder, runs, name, monkeypatch):
 
 def test_weights_that_were_kept_on_the_way(play, folder):
     """--checkpoint takes the weights that were kept at that step, and --like-evaluation its step."""
-    path = folder("minigrid")
+    path = folder("play minigrid")
     for step in (200, 400, 600):
         assert play.find_weights(str(path), str(step)) == (str(path / "models" / f"step_{step:08d}.pt"), step)
     assert play.find_weights(str(path), "final") == play.find_weights(str(path), "newest") == (str(path / "model.pt"), None)
@@ -117,7 +82,7 @@ def test_weights_that_were_kept_on_the_way(play, folder):
 
 def test_an_episode_is_the_same_however_many_there_are(play, folder):
     """And denormal numbers are 0, as in the run."""
-    path = folder("cartpole")
+    path = folder("play one agent")
     before = snapshot(path)
     torch.set_flush_denormal(False)  # the run may have been made in this process, too
     three = scores(played(play, path, "--episodes", 3))
@@ -135,7 +100,7 @@ def test_mean_and_deviation(play):
 
 def test_epsilon(play, folder):
     """In CartPole one step is one random number: with epsilon 1 the actions are those of the generator alone."""
-    path = folder("cartpole")
+    path = folder("play one agent")
     script, _, env, _ = script_of(play, path)
     generator = torch.Generator().manual_seed(script.derive_seed(0, script.EVALUATION, 0))
     env.reset(seed=script.derive_seed(0, script.EVALUATION, 0, 0))
@@ -151,7 +116,7 @@ def test_epsilon(play, folder):
 # --------------------------------------------------------------------------------------------------------------- members
 
 
-@pytest.mark.parametrize("name, changes", [("minigrid", {"eval_epsilon": 0.0}), ("safety", {})])
+@pytest.mark.parametrize("name, changes", [("play minigrid", {"eval_epsilon": 0.0}), ("play safety", {})])
 def test_a_member_alone(play, folder, name, changes):
     """Its proposals are taken always, and the actions are those of an agent all of whose members are that one."""
     path = folder(name)
@@ -179,7 +144,7 @@ def test_a_member_alone(play, folder, name, changes):
 
 
 def test_all_of_them_in_a_table(play, folder):
-    path = folder("minigrid")
+    path = folder("play minigrid")
     lines = played(play, path, "--agent", "all", "--episodes", 2)
     assert scores(lines, "ensemble") == scores(played(play, path, "--episodes", 2))
     assert scores(lines, "agent 1") == scores(played(play, path, "--agent", 1, "--episodes", 2))
@@ -200,7 +165,7 @@ RULES = {  # the arguments of the run that other options stand for
 def test_what_a_reset_costs(play, folder, options):
     """Scores and shares of three fresh networks, each in episodes of its own, against an agent that is reset and evaluated by
     hand."""
-    path = folder("minigrid")
+    path = folder("play minigrid")
     rule = {"": "value (beta 50)", "--beta 0": "value (beta 0)", "--selection advantage": "advantage (beta 5)",
             "--selection advantage --beta 1.5": "advantage (beta 1.5)"}[options]  # fmt: skip
     heading, *lines = played(play, path, *"--reset oldest --fresh-seeds 3 --episodes 4".split(), *options.split())
@@ -244,7 +209,7 @@ def test_after_a_reset_of_safe_rde_cost_is_told_too(play, folder):
 
 
 def test_another_rule_is_played_without_a_reset_too(play, folder):
-    path = folder("safety")
+    path = folder("play safety")
     by_run, uniform = (played(play, path, "--episodes", 2, *more) for more in ((), ("--beta", 0)))
     assert scores(by_run) != scores(uniform)
     assert scores(played(play, path, "--episodes", 2, "--selection", "value")) == scores(by_run)
@@ -280,7 +245,7 @@ def test_an_older_script_knows_one_rule_alone(play, folder, tmp_path):
 
 def test_video(play, folder, tmp_path):
     """One per episode, of as many pictures as there are steps and the beginning, with a text below; and the same scores."""
-    arguments = (folder("minigrid"), "--episodes", 2, "--agent", 1)
+    arguments = (folder("play minigrid"), "--episodes", 2, "--agent", 1)
     lines = played(play, *arguments, "--video", tmp_path, "--show-choice")
     assert scores(lines) == scores(played(play, *arguments))
     files = [f"MiniGrid-LavaGapS5-v0__rde_dqn__agent1__seed0-episode-{i}.mp4" for i in range(2)]
@@ -304,13 +269,8 @@ def test_what_stands_under_a_picture(play):
     assert composition.lines() == []
 
 
-def run_command(*arguments, **variables: str) -> subprocess.CompletedProcess:
-    settings = {"env": environment() | {"SDL_VIDEODRIVER": "x11"} | variables, "capture_output": True, "text": True}
-    return subprocess.run(command("play", *arguments), **settings, timeout=100, check=False)
-
-
 @pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")
-@pytest.mark.parametrize("name", ["cartpole", pytest.param("safety", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["play one agent", pytest.param("play safety", marks=pytest.mark.slow)])
 def test_window(play, folder, name):
     """On a display. A window of OpenGL's beside MuJoCo's pictures would be ended by the X server."""
     reader, writer = os.pipe()
@@ -318,7 +278,7 @@ def test_window(play, folder, name):
     os.close(writer)
     try:
         with os.fdopen(reader) as file:
-            result = run_command(folder(name), "--window", DISPLAY=f":{file.readline().strip()}")
+            result = run_script("play", folder(name), "--window", SDL_VIDEODRIVER="x11", DISPLAY=f":{file.readline().strip()}")
     finally:
         display.terminate()
         display.wait()
@@ -342,7 +302,7 @@ def test_closing_the_window_ends_it(play, monkeypatch):
 
 
 def test_no_display(folder):
-    result = run_command(folder("cartpole"), "--window", DISPLAY="", WAYLAND_DISPLAY="")
+    result = run_script("play", folder("play one agent"), "--window", SDL_VIDEODRIVER="x11", DISPLAY="", WAYLAND_DISPLAY="")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2 and line.startswith("error: --window finds no display ("), result.stderr
 
@@ -351,14 +311,14 @@ def test_no_display(folder):
 
 
 def refused(play, *arguments) -> str:
-    result = run(play, *arguments)
-    (line,) = result.err.splitlines()
-    assert result.code == 2 and line.startswith("error: ") and not result.out
+    result = call_main(play, *arguments)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and not result.stdout
     return line.removeprefix("error: ")
 
 
 WRONG_ARGUMENTS = {  # the run and, by what is said in the end, the arguments beside --video videos
-    "minigrid": {
+    "play minigrid": {
         "--video and --window exclude each other": ["--window"],
         "--agent is 3, but must be one of ensemble, all, 0, 1, 2": ["--agent 3"],
         "add --video FOLDER or --window": ["--video= --show-choice"],
@@ -369,14 +329,14 @@ WRONG_ARGUMENTS = {  # the run and, by what is said in the end, the arguments be
         "plays many episodes side by side and shows none; leave out --video and --window": ["--like-evaluation"],
         "--video file: File exists": ["--video file"],
     },
-    "cartpole": {
+    "play one agent": {
         "--agent is 0, but the run has one agent alone": ["--agent 0"],
         "--agent is all, but the run has one agent alone": ["--agent all"],
         "the run has one agent alone, and nothing is chosen": [
             "--show-choice", "--video= --reset oldest", "--selection value", "--beta 1"],
         "are weights of no step (--keep-models)": ["--checkpoint 5"],
     },
-    "safety": {"--epsilon is for discrete actions, and rde_sac_safety.py has none": ["--epsilon 0.1"]},
+    "play safety": {"--epsilon is for discrete actions, and rde_sac_safety.py has none": ["--epsilon 0.1"]},
 }  # fmt: skip
 
 
@@ -395,14 +355,14 @@ OUT_OF_RANGE = ["--epsilon -0.1", "--epsilon 1.1", "--epsilon nan", "--episodes 
 
 @pytest.mark.parametrize("arguments", OUT_OF_RANGE)
 def test_values_out_of_range(play, tmp_path, arguments):
-    result = run(play, tmp_path, *arguments.split())
-    assert result.code == 2 and not result.out and "Input should be " in result.err and "Traceback" not in result.err
-    assert arguments.split()[0][2:].replace("-", "_") in result.err
+    result = call_main(play, tmp_path, *arguments.split())
+    assert result.returncode == 2 and not result.stdout and "Input should be " in result.stderr
+    assert arguments.split()[0][2:].replace("-", "_") in result.stderr
 
 
 @pytest.fixture
 def copied(folder, tmp_path):
-    return pathlib.Path(shutil.copytree(folder("minigrid"), tmp_path / "copied"))
+    return pathlib.Path(shutil.copytree(folder("play minigrid"), tmp_path / "copied"))
 
 
 def test_wrong_folders(play, copied, tmp_path):
@@ -432,7 +392,7 @@ def test_wrong_weights(play, copied, folder):
     for content in (weights[:middle], weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :]):
         file.write_bytes(content)
         assert refused(play, copied) == f"{file} is damaged, cut off, or holds more than weights"
-    for content in (model(folder("cartpole")), {"epsilon": 1}):
+    for content in (model(folder("play one agent")), {"epsilon": 1}):
         torch.save(content, file)
         assert "are not those of this script's agent" in refused(play, copied)
     file.unlink()
@@ -444,15 +404,15 @@ def test_wrong_weights(play, copied, folder):
 
 def test_other_scripts(play, folder, tmp_path):
     """A changed script is warned about and played; with --run-script the text that made the run. What is no script is refused."""
-    path, source = folder("cartpole"), (ROOT / "rde_dqn.py").read_text()
+    path, source = folder("play one agent"), (ROOT / "rde_dqn.py").read_text()
     ours, other = scores(played(play, path)), tmp_path / "rde_dqn.py"
     warning = f"warning: {other} is not the text that made the run, and is played as it is"
     other.write_text(source.replace("features.float())", "-features.float())"))
-    assert run(play, path, "--scripts-dir", tmp_path).code == 0
+    assert call_main(play, path, "--scripts-dir", tmp_path).returncode == 0
     other.write_text(source + "\n# changed\n")
-    result = run(play, path, "--scripts-dir", tmp_path)
-    assert result.code == 0 and scores(result.out.splitlines()) == ours
-    assert result.err == f"{warning}; --run-script plays with the run's own text\n"
+    result = call_main(play, path, "--scripts-dir", tmp_path)
+    assert result.returncode == 0 and scores(result.stdout.splitlines()) == ours
+    assert result.stderr == f"{warning}; --run-script plays with the run's own text\n"
     assert scores(played(play, path, "--scripts-dir", tmp_path, "--run-script")) == ours
     for text, message in (("def evaluate(): pass", "it has no Agent, Args, EVALUATION, SCRIPT, check_environment,"),
                           ("import no_such_package", "cannot be imported: No module named")):  # fmt: skip
@@ -461,14 +421,14 @@ def test_other_scripts(play, folder, tmp_path):
     # And a text in the run's folder that is not the one that made it.
     copied = pathlib.Path(shutil.copytree(path, tmp_path / "copied"))
     (copied / "rde_dqn.py").write_text(source + "\n# changed\n")
-    result = run(play, copied, "--run-script")
-    assert result.code == 0 and scores(result.out.splitlines()) == ours
-    assert result.err == f"{warning}\n".replace(str(other), str(copied / "rde_dqn.py"))
+    result = call_main(play, copied, "--run-script")
+    assert result.returncode == 0 and scores(result.stdout.splitlines()) == ours
+    assert result.stderr == f"{warning}\n".replace(str(other), str(copied / "rde_dqn.py"))
 
 
 def test_without_the_flag_nothing_in_a_folder_is_executed(play, folder, tmp_path):
-    path = pathlib.Path(shutil.copytree(folder("cartpole"), tmp_path / "run"))
+    path = pathlib.Path(shutil.copytree(folder("play one agent"), tmp_path / "run"))
     for name in ("rde_dqn.py", "args.py", "torch.py", "sitecustomize.py"):
         (path / name).write_text("raise SystemExit('executed')")
-    assert scores(played(play, path)) == scores(played(play, folder("cartpole")))
-    assert run(play, path, "--run-script").code == "executed"
+    assert scores(played(play, path)) == scores(played(play, folder("play one agent")))
+    assert call_main(play, path, "--run-script").returncode == "executed"

@@ -250,8 +250,7 @@ def test_seeds_may_differ_in_what_does_not_matter(tmp_path):
     assert read(tmp_path).drop_duplicates("run").method.value_counts().to_dict() == {"DQN": 2, "SR+DQN": 2, "RDE+DQN value": 2}
 
 
-@pytest.mark.parametrize("name, rare, usual", [("tau", 0.1, 0.2), ("kappa", 0.5, 1.0), ("beta_cost", 50.0, 1.0),
-                                               ("reset_depth", "last1", "full")])  # fmt: skip
+@pytest.mark.parametrize("name, rare, usual", [("kappa", 0.5, 1.0), ("reset_depth", "last1", "full")])
 def test_most_runs_decide_which_arguments_count(tmp_path, name, rare, usual):
     for seed, value in ((1, rare), (2, usual), (3, usual)):
         write_run(tmp_path, **RDE | {"seed": seed, name: value})
@@ -296,11 +295,9 @@ SPOILED = {
     "score that is no number": ("evaluations.csv", lambda text: swap(text, "1.0", "nan", 1), LINE),
     "endless score": ("evaluations.csv", lambda text: swap(text, "1.0", "inf", 1), LINE),
     "episode lost": ("evaluations.csv", lambda text: swap(text, "50,scheduled,2.0\n", ""), "does not have 2 episodes"),
-    "episode doubled": ("evaluations.csv", lambda text: text + "100,final,2.0\n", "does not have 2 episodes"),
+    "episode of another step": ("evaluations.csv", lambda text: swap(text, "50", "40", 1), "does not have 2 episodes"),
     "final cut off": ("evaluations.csv", lambda text: text.split("100,final,2")[0], "there is no complete final evaluation"),
-    "no final": ("evaluations.csv", lambda text: swap(text, "final", "scheduled"), "there is no complete final evaluation"),
     "final too early": ("args.json", lambda text: swap(text, "100", "200"), "there is no complete final evaluation"),
-    "cut game": ("episodes.csv", lambda text: text + "90,1.0", "episodes.csv: line 2 is cut off"),
     "nan game": ("episodes.csv", lambda text: text + "90,nan\n", "episodes.csv: line 2 is cut off, or lacks"),
     "other arguments": ("args.json", lambda text: swap(text, ": 2,", ': 2, "tau": 2,', 1), "runs of DQN: tau 2 instead of 1"),
     "same seed": ("args.json", lambda text: swap(text, '"seed": 2', '"seed": 1'), "another run of the same seed counts"),
@@ -435,11 +432,12 @@ def test_training_curves_over_games_are_of_the_games_means(tmp_path):
 
 
 def test_probability_of_improvement_is_rliables(tmp_path):
-    """Of every pair once, by the final evaluation and by the mean over the run, over the games that both have."""
+    """Of every pair once, by the final evaluation and by the mean over the run, over the games that both have. An interval has
+    a pair of which both have five seeds."""
     random, values = np.random.default_rng(4), {}
     methods = {"DQN": DQN, "SR+DQN": SR, "RDE+DQN value": RDE, "RDE+DQN advantage": ADVANTAGE, "RDE+DQN oldest alone": OLDEST}
     games = [ALIEN, FREEWAY, LAVA]  # no scale is needed
-    for (method, args), num_seeds in zip(methods.items(), (5, 6, 7, 5, 5)):
+    for (method, args), num_seeds in zip(methods.items(), (5, 6, 7, 5, 4)):
         for env_id in games if method != "SR+DQN" else games[::2]:
             scores = random.integers(0, 4, (num_seeds, 2)).astype(float)  # with ties
             values["final", method, env_id], values["whole", method, env_id] = scores[:, 1], scores.mean(axis=1)
@@ -456,7 +454,7 @@ def test_probability_of_improvement_is_rliables(tmp_path):
             np.random.seed(0)
             point, interval = library.get_interval_estimates({"": pair}, function, reps=50)
             low, high = map(plot.number, interval[""].ravel())
-            assert cell == f"{plot.number(point[''][0])} ({low} to {high})"
+            assert cell == plot.number(point[""][0]) + (f" ({low} to {high})" if min(map(len, pair)) >= 5 else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- collapse
@@ -776,17 +774,14 @@ def nothing_covers_another(figure) -> None:
 def test_every_picture_names_its_methods_and_axes_and_nothing_covers_another(figures, name):
     """A method looks alike in all of them; panels that are compared share their axis; below it says what there is."""
     figure, looks = figures[name], plot.looks_of(METHODS)
-    assert figure.bbox.width == 1800
     assert ("▼ right after a reset" in figure.get_supxlabel()) == (name == "learning_curves")
-    assert ("means over a tenth of the run" in figure.get_supxlabel()) == (
-        name in ("training_games", "aggregate_training_games")
-    )
     assert all(axes.get_xlabel() and axes.get_title(loc="left") for axes in figure.axes)
     if name.startswith("collapse"):
         rows = [f"{method}, replay ratio {ratio}" for ratio in (1, 4) for method in METHODS[1:]]
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == rows and not figure.legends
         assert not any(text.get_text() for text in figure.axes[1].get_yticklabels())
     else:
+        assert ("means over a tenth of the run" in figure.get_supxlabel()) == name.endswith("training_games")
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == METHODS
         assert len(figure.axes) == (2 if name.startswith("aggregate") else 4)
@@ -882,12 +877,13 @@ def test_many_games_and_many_methods_fit(tmp_path, num_games):
 
 def test_odd_names_stop_nothing_and_one_run_is_enough(tmp_path, call, capsys):
     """As the name of an environment and of a method: a formula that is none, a cell's border, a file name, a long one."""
-    for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "<b>", "x" * 200]):
+    for i, name in enumerate(["$_$", "a|b", "$\\frac{", "my/odd game-v0", "y" * 26, "x" * 200]):
         write_run(tmp_path / "runs", name=f"run{i}", env_id=name if i % 2 else ALIEN, exp_name=name, seed=i)
     call(tmp_path / "runs")
     table, lines = table_of(tmp_path / "runs" / "results"), capsys.readouterr().out.splitlines()[:7]
     assert "| a\\|b |" in table and "| $_$ |" in table
-    assert max(map(len, lines)) < 100 and "".join(lines).count("…") == 2  # the short table in the terminal
+    shortened = sorted(re.findall(r"x+…|y+…", " ".join(lines)))  # in the short table in the terminal
+    assert max(map(len, lines)) < 100 and shortened == ["x" * 24 + "…"] * 2 + ["y" * 24 + "…"]
     assert {"$_$", "a|b"} <= {row["method"] for row in read_csv(tmp_path / "runs" / "results" / "results.csv")}
     call(tmp_path / "runs" / "run3", "--out-dir", tmp_path / "one")
     assert files_of(tmp_path / "one").keys() == {"learning_curves.png", "results.csv", "table.md", "training_games.csv"}

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import time
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -225,17 +224,6 @@ def test_signals_that_come_again_and_again_destroy_nothing(script, runs, tmp_pat
     assert_same_end(only_run(tmp_path), runs("cartpole").path)
 
 
-def test_stopped_in_the_final_evaluation(copy_of_stopped_run, script, runs):
-    """The checkpoint before it holds all; nothing is learned any more."""
-    arguments = [*arguments_of("cartpole"), "--runs-dir", copy_of_stopped_run.parent]
-    result = stop_when(InEvaluation("final", 5), script, *arguments)
-    assert result.returncode == 143 and "stopped at step 300;" in result.stderr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Agent, "update", None)
-        assert go_on("cartpole", copy_of_stopped_run).returncode == 0
-    assert_same_end(copy_of_stopped_run, runs("cartpole").path)
-
-
 def test_weights_kept_during_a_run_are_the_same_after_a_kill(script, runs, tmp_path):
     """At 4 times of the run, rounded up to a loop step; nothing else changes. Killed between one and the next checkpoint."""
     arguments = [*arguments_of("cartpole"), "--keep-models", 4, "--runs-dir"]
@@ -315,31 +303,6 @@ def test_an_environment_that_raises(script, tmp_path, runs, monkeypatch):
     assert_same_end(path, undisturbed)
 
 
-@pytest.mark.parametrize("game", ["Breakout", "Qbert", "Freeway", "KungFuMaster"])
-def test_an_environment_goes_on_in_another_one_of_the_emulator(rde, game):
-    """Saved at several moments of a game and restored into a fresh environment: the next 200 steps are the same bytes."""
-    args, rng = rde.Args(env_id=f"{game}NoFrameskip-v4"), np.random.default_rng(1)
-
-    def play(envs, num_steps: int, actions: np.random.Generator) -> None:
-        """The same actions in all of them."""
-        for _ in range(num_steps):
-            action = int(actions.integers(3))
-            (observation, *first), *others = (env.step(action) for env in envs)
-            assert all(np.array_equal(observation, other) and rest == first for other, *rest in others)
-            if first[1] or first[2]:
-                (observation, info), *others = (env.reset() for env in envs)
-                assert all(np.array_equal(observation, other) and info.keys() == news.keys() for other, news in others)
-
-    env = rde.make_env(args)
-    env.reset(seed=4)
-    for _ in range(4):
-        play([env], int(rng.integers(20, 120)), rng)
-        file, fresh = io.BytesIO(), rde.make_env(args)
-        torch.save(rde.state_of(env), file)
-        rde.restored(fresh, torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-        play([env, fresh], 200, np.random.default_rng(2))
-
-
 # ------------------------------------------------------------------------------------------------- what is another run
 
 
@@ -394,8 +357,6 @@ def test_which_arguments_make_another_run(script, copy_of_stopped_run):
     differences = ["--seed 5", "--gamma 0.9", "--total-timesteps 2052", "--exp-name a", "--no-cuda", "--capture-video",
                    "--bf16", "--keep-models 2", "--eval-episodes 3", "--beta 50"]  # fmt: skip
     assert len({*map(name_with, differences), name}) == len(differences) + 1
-    arguments = [*arguments_of("cartpole"), "--gamma", "0.9", "--runs-dir", copy_of_stopped_run.parent]
-    assert f"note: {copy_of_stopped_run} is not finished" in stop_when(AtStep(20), script, *arguments).stdout
     # The name has characters that file systems and W&B take.
     name = script.run_name(script.Args(env_id="mine.tasks:Odd/Täsk#1?%", exp_name="a b:c\\d"))
     assert re.fullmatch(r"mine\.tasks-Odd-T-sk-1--__a-b-c-d__1__[0-9a-f]{8}", name)

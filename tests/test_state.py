@@ -36,8 +36,8 @@ class Inner:
 class Everything:
     """One attribute of every kind, and one that is not kept."""
 
-    KEPT = ("module", "optimizer", "generator", "numpy_generator", "tensor", "array", "plain", "inner", "inners", "doubled",
-            "empty")  # fmt: skip
+    KEPT = ("module", "optimizer", "generator", "numpy_generator", "tensor", "array", "mirrored", "single", "plain", "inner",
+            "inners", "doubled", "empty")  # fmt: skip
 
     def __init__(self, seed: int):
         torch.manual_seed(seed)
@@ -45,7 +45,8 @@ class Everything:
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=0.1)
         self.generator, self.numpy_generator = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         self.memory = torch.full((1_000_000,), float(seed))
-        self.tensor, self.array = self.memory[:3], np.full(3, seed)
+        self.tensor, self.array, self.single = self.memory[:3], np.full(3, seed), np.array(seed)
+        self.mirrored = np.arange(seed, seed + 6).reshape(2, 3)[:, ::-1]  # its memory runs backwards
         self.plain: list = [seed, None, "text", (1.5, [True])]
         self.inner, self.inners, self.empty = Inner(seed), [Inner(seed), Inner(seed + 1)], []
         self.not_kept, self.doubled = seed, 2 * seed
@@ -63,7 +64,7 @@ class Everything:
 
 def test_every_kind_of_part_is_restored_in_place():
     first, second = Everything(1), Everything(2)
-    in_place = ("module", "optimizer", "generator", "numpy_generator", "tensor", "array", "inner", "inners")
+    in_place = "module optimizer generator numpy_generator tensor array mirrored single inner inners".split()
     objects = {name: getattr(second, name) for name in in_place}
     weight, moment = second.module.weight, second.inners[1]
     state = through_a_file(rde.state_of(first))
@@ -77,6 +78,7 @@ def test_every_kind_of_part_is_restored_in_place():
     assert first.generator.get_state().equal(second.generator.get_state())
     assert first.numpy_generator.random() == second.numpy_generator.random()
     assert second.tensor.tolist() == second.memory[:3].tolist() == [1, 1, 1] and second.array.tolist() == [1, 1, 1]
+    assert second.mirrored.tolist() == [[3, 2, 1], [6, 5, 4]] and second.single == 1
     assert second.memory[3] == 2  # what lies behind the view is not kept
     assert second.plain == [1, None, "text", (1.5, [True])] and second.empty == []
     assert (second.doubled, second.half) == (2, 1) and second.not_kept == 2
@@ -158,9 +160,11 @@ class Walk(gym.Env):
         return self.place.astype(np.float32), float(self.place[0]), False, over, info
 
 
-@pytest.mark.parametrize(
-    "make", [lambda args, render=False: Noise(mlp_make_env(args, render)), lambda args, render=False: Walk()]
-)
+def noisy(args, render=False):
+    return Noise(mlp_make_env(args, render))
+
+
+@pytest.mark.parametrize("make", [noisy, lambda args, render=False: Walk()])
 def test_an_environment_or_a_wrapper_without_kept_is_kept(make, tmp_path, monkeypatch):
     """In a run, which is stopped in the middle of episodes."""
     put_environments(monkeypatch, mlp, make)
@@ -170,6 +174,18 @@ def test_an_environment_or_a_wrapper_without_kept_is_kept(make, tmp_path, monkey
         assert stop_when(lambda run: run.global_step >= step, mlp, *stopped).returncode == 143
     assert run_main(mlp, *stopped).returncode == 0
     assert_same_end(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
+
+
+def test_gymnasiums_own_wrappers_are_kept():
+    """Running means in objects of their own, two wrappers deep."""
+    envs = [mlp.make_env(mlp.Args(env_id="CartPole-v1")) for _ in range(2)]
+    env, other = (gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(env)) for env in envs)
+    env.reset(seed=1), other.reset(seed=1)
+    play = lambda one, steps: [(one.step(i % 2), one.reset() if i % 9 == 8 else None) for i in range(steps)]
+    play(env, 40)
+    mlp.restored(other, mlp.state_of(env))
+    for (ours, _), (theirs, _) in zip(play(other, 30), play(env, 30)):
+        assert np.array_equal(ours[0], theirs[0]) and ours[1:4] == theirs[1:4]
 
 
 class Colour(enum.Enum):
@@ -186,7 +202,7 @@ def test_what_cannot_be_kept_is_said_before_the_first_step(thing, tmp_path, monk
     made = []
 
     def make(args, render=False):
-        made.append(Noise(mlp_make_env(args, render)))
+        made.append(noisy(args, render))
         made[-1].counts["thing"] = [thing]
         return made[-1]
 

@@ -11,13 +11,14 @@ import sys
 
 import pytest
 import torch
-from test_play import played, run
+from test_play import played
 
 from conftest import (
     QUICK,
     QUICK_CARTPOLE,
     ROOT,
     assert_same_end,
+    call_main,
     environment,
     equal,
     error_line,
@@ -122,9 +123,9 @@ def test_selection_rule(tmp_path):
     (tmp_path / "try").mkdir()
     shutil.copy(tmp_path / "my_rule.py", tmp_path / "try" / "rde_dqn.py")
     options = ["--scripts-dir", tmp_path / "try", "--reset", "oldest", "--episodes", "2"]
-    result = run(load_module("play", ROOT / "play.py"), ROOT / "results" / "lunar_lander", *options)
-    assert result.code == 0 and "try/rde_dqn.py is not the text that made the run" in result.err
-    assert "1 fresh network(s), 2 episode(s) each: return " in result.out
+    result = call_main(load_script("play"), ROOT / "results" / "lunar_lander", *options)
+    assert result.returncode == 0 and "try/rde_dqn.py is not the text that made the run" in result.stderr
+    assert "1 fresh network(s), 2 episode(s) each: return " in result.stdout
 
 
 def test_network(tmp_path, monkeypatch):
