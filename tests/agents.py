@@ -5,6 +5,7 @@ import inspect
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from conftest import load_script
 
@@ -134,6 +135,14 @@ def make_agent(name: str, **arguments):
     return make(script, **{"num_agents": 2} | arguments)
 
 
+def bare_agent(name: str, **arguments):
+    """An agent of any script, without a replay buffer."""
+    script = load_script(name)
+    observation_space = FRAMES if name.endswith("atari") else box(OBSERVATION_DIM)
+    action_space = box(ACTION_DIM) if "sac" in name else gym.spaces.Discrete(NUM_ACTIONS)
+    return script.Agent(script.Args(**arguments), observation_space, action_space, None, CPU)
+
+
 def make_observations(name: str, count: int) -> torch.Tensor:
     """What an agent of a script acts on."""
     if name.endswith("atari"):
@@ -147,6 +156,13 @@ def next_batch(agent, *horizons):
     batch = agent.buffer.sample(agent.args.batch_size, *horizons)
     agent.buffer.generator.set_state(generator_state)
     return batch
+
+
+def reference_features(weights: dict, x: torch.Tensor) -> torch.Tensor:
+    """Of Nature DQN's hidden layer, for (batch, 4, 84, 84) in [0, 1], by plain function calls."""
+    for layer, stride in ((0, 4), (2, 2), (4, 1)):
+        x = F.conv2d(x, weights[f"convolutions.{layer}.weight"], weights[f"convolutions.{layer}.bias"], stride).relu()
+    return (x.flatten(1) @ weights["hidden.weight"].T + weights["hidden.bias"]).relu()
 
 
 def parameters(module) -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ and the videos. The new version may log and keep more. Exit code 1 if anything d
 """
 
 import argparse
-import csv
 import hashlib
 import os
 import pathlib
@@ -20,7 +19,8 @@ import tempfile
 import time
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import read_csv, scalars
 
 ATARI = (
     "--env-id BreakoutNoFrameskip-v4 --total-timesteps 700 --learning-starts 200 --replay-ratio 0.25 --batch-size 4 "
@@ -101,8 +101,7 @@ def run(folder: pathlib.Path, case: str, runs_dir: str) -> tuple[pathlib.Path | 
 
 
 def rows(path: pathlib.Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return [{name: value for name, value in row.items() if name != "wall_seconds"} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if name != "wall_seconds"} for row in read_csv(path)]
 
 
 def difference(old, new, name: str) -> str:
@@ -127,13 +126,6 @@ def difference(old, new, name: str) -> str:
     return "" if old == new else f"{name}: {old!r} became {new!r}"
 
 
-def points(path: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars, as (step, value) in their order; what an evaluation logged that was played again counts once."""
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
-    return {tag: list(dict.fromkeys((event.step, event.value) for event in events.Scalars(tag))) for tag in tags}
-
-
 def videos(path: pathlib.Path, with_content: bool) -> list[tuple[str, str]]:
     """By their step and phase; how the recorder numbers the episodes of a process does not matter."""
     files = [file for file in path.glob("videos/*.mp4") if file.stat().st_size]
@@ -148,7 +140,7 @@ def compare(old_folder: pathlib.Path, new_folder: pathlib.Path, case: str) -> tu
         errors = {"the old version ended with": old_error, "the new version ended with": new_error}
         if old_error or new_error:
             return [f"{name} {error}" for name, error in errors.items() if error], ""
-        files = {"episodes.csv": rows, "evaluations.csv": rows, "TensorBoard": lambda path: points(path.parent)}
+        files = {"episodes.csv": rows, "evaluations.csv": rows, "TensorBoard": lambda path: scalars(path.parent)}
         files["model.pt"] = lambda path: torch.load(path, weights_only=True)
         contents = {name: (read(old / name), read(new / name)) for name, read in files.items()}
         if "--capture-video" in CASES[case][1]:

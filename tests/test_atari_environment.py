@@ -15,15 +15,14 @@ def play_ours(rde, env_id, seed, actions, **kwargs):
     """One row per step: observation to act on next, reward, end, truncation, (return, length) of a finished game."""
     env = make_env(rde, env_id, **kwargs)
     observation, _ = env.reset(seed=seed)
-    yield observation, None, None, None, None, None
+    yield observation, None, None, None, None
     for action in actions:
         observation, reward, terminated, truncated, info = env.step(int(action))
-        last_observation = observation
         if terminated or truncated:
             observation, reset_info = env.reset()
             info = info | reset_info
         game = (info["episode"]["r"], info["episode"]["l"]) if "episode" in info else None
-        yield observation, reward, terminated or truncated, truncated and not terminated, last_observation, game
+        yield observation, reward, terminated or truncated, truncated and not terminated, game
 
 
 def play_stable_baselines3(env_id, seed, actions, **kwargs):
@@ -34,15 +33,14 @@ def play_stable_baselines3(env_id, seed, actions, **kwargs):
         monitor = monitor.env
     envs = VecTransposeImage(VecFrameStack(vec_env, n_stack=4))
     observations = envs.reset()
-    yield observations[0], None, None, None, None, None
+    yield observations[0], None, None, None, None
     for action in actions:
         games_before = len(monitor.get_episode_rewards())
         observations, rewards, dones, infos = envs.step([int(action)])
         game = None
         if len(monitor.get_episode_rewards()) > games_before:
             game = (monitor.get_episode_rewards()[-1], monitor.get_episode_lengths()[-1])
-        last = infos[0].get("terminal_observation")
-        yield observations[0], rewards[0], bool(dones[0]), infos[0]["TimeLimit.truncated"], last, game
+        yield observations[0], rewards[0], bool(dones[0]), infos[0]["TimeLimit.truncated"], game
 
 
 # Breakout waits for FIRE; Freeway has no lives; BankHeist plays its last life at 0 lives; the last two are cut.
@@ -68,8 +66,8 @@ def test_equal_to_stable_baselines3(rde, env_id, num_steps, kwargs):
         assert our_row[0].dtype == their_row[0].dtype == np.uint8
         np.testing.assert_array_equal(our_row[0], their_row[0], err_msg=f"observation at step {step}")
         assert our_row[1:4] == their_row[1:4], f"reward, end, truncation at step {step}"
-        assert our_row[5] == their_row[5], f"return and length of the finished game at step {step}"
-        ends, truncations, games = ends + bool(our_row[2]), truncations + bool(our_row[3]), games + (our_row[5] is not None)
+        assert our_row[4] == their_row[4], f"return and length of the finished game at step {step}"
+        ends, truncations, games = ends + bool(our_row[2]), truncations + bool(our_row[3]), games + (our_row[4] is not None)
     assert (truncations > 0) == bool(kwargs)
     assert games > 0 and (ends > games or env_id.startswith(("Freeway", "Pong")))
 

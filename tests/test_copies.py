@@ -3,7 +3,6 @@
 import ast
 import re
 import shutil
-import subprocess
 import sys
 
 import copies
@@ -45,8 +44,9 @@ def definitions(text: str) -> list[str]:
 
 
 def test_the_atari_scripts_define_the_same_but_for_the_idea():
-    names = ("dqn_atari", "sr_dqn_atari", "rde_dqn_atari")
-    above = {name: set(definitions(copies.parts(ROOT / f"{name}.py")[0])) for name in names}
+    texts = {name: copies.parts(ROOT / f"{name}.py")[0] for name in ("dqn_atari", "sr_dqn_atari", "rde_dqn_atari")}
+    above = {name: set(definitions(text)) for name, text in texts.items()}
+    assert source_of(texts["sr_dqn_atari"], "RESET_LAYERS") == source_of(texts["rde_dqn_atari"], "RESET_LAYERS")
     assert above["sr_dqn_atari"] - above["dqn_atari"] == {"RESET_LAYERS", "resets_due"}
     choice = {"selection_probabilities", "value_scale", "advantage_scale", "DEFAULT_BETA"}
     assert above["rde_dqn_atari"] - above["sr_dqn_atari"] == choice
@@ -116,18 +116,12 @@ def test_a_script_imports_no_other_file_of_the_repository(script):
         assert not siblings & {name.split(".")[0] for name in modules}
 
 
-def run_copies(folder, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, folder / "tests" / "copies.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("script, part", [("sr_dqn_atari", 1), ("dqn_atari", 2), ("rde_sac_dmc", 3), ("rde_dqn_atari", 0)])
-def test_a_copy_that_drifts_is_noticed_and_copied(script, part, tmp_path):
+def test_a_copy_that_drifts_is_noticed_and_copied(script, part, tmp_path, monkeypatch, capsys):
     """In the environments of a suite; in a kind of replay buffer; below the second line. Above the line nothing is touched."""
-    (tmp_path / "tests").mkdir()
-    for file in [*SCRIPTS, ROOT / "tests" / "copies.py"]:
-        shutil.copy(file, tmp_path / file.relative_to(ROOT))
     path = tmp_path / f"{script}.py"
+    for file in SCRIPTS:
+        shutil.copy(file, tmp_path)
     alike = {0: lambda other: False, 1: lambda other: copies.suite(other) == "atari", 3: lambda other: True,
              2: lambda other: copies.kind_of_buffer(other) == copies.kind_of_buffer(path)}[part]  # fmt: skip
     reached = [other.name for other in SCRIPTS if other.name != path.name and alike(other)]
@@ -139,16 +133,13 @@ def test_a_copy_that_drifts_is_noticed_and_copied(script, part, tmp_path):
         return "".join(parts)
 
     path.write_text(drifted(path))
-    texts = lambda: {file.name: file.read_text() for file in tmp_path.glob("*.py")}
-    before, expected = texts(), " ".join(reached) or "none"
-    result = run_copies(tmp_path, path.name, "--check")
-    assert (result.returncode, result.stdout) == (int(bool(reached)), f"different: {expected}\n") and texts() == before
-    result = run_copies(tmp_path, path.name)
-    assert (result.returncode, result.stdout) == (0, f"changed: {expected}\n")
-    assert texts() == before | {other.name: drifted(other) for other in SCRIPTS if other.name in reached}
-    assert run_copies(tmp_path, path.name, "--check").returncode == 0
-
-
-def test_a_source_that_is_no_script():
-    result = run_copies(ROOT, "plot_benchmark.py")
-    assert result.returncode == 2 and "plot_benchmark.py is not one of the scripts" in result.stderr
+    monkeypatch.setattr(copies, "ROOT", tmp_path)
+    for options, said, code in ((["--check"], "different", bool(reached)), ([], "changed", 0), (["--check"], "different", 0)):
+        monkeypatch.setattr(sys, "argv", ["copies.py", path.name, *options])
+        with pytest.raises(SystemExit) as end:
+            copies.main()
+        names = " ".join(reached) if code or not options else ""
+        assert (end.value.code, capsys.readouterr().out) == (code, f"{said}: {names or 'none'}\n")
+    for other in SCRIPTS:
+        expected = drifted(other) if other.name in (path.name, *reached) else other.read_text()
+        assert (tmp_path / other.name).read_text() == expected

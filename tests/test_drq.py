@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import CPU, FRAMES, NUM_ACTIONS, n_step_agent
+from agents import CPU, FRAMES, NUM_ACTIONS, n_step_agent, reference_features, screens
 from conftest import QUICK, equal, load_script, model, only_run, run_main
 
 drq = load_script("rde_drq_atari")
@@ -21,24 +20,11 @@ def make_agent(**arguments):
     return n_step_agent(drq, **arguments)
 
 
-def pictures(seed: int, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (*shape, 84, 84), dtype=np.uint8))
-
-
 # ---------------------------------------------------------------------------------------------------- references, in float64
 
 
-def reference_layers(weights: dict, x: torch.Tensor) -> list[torch.Tensor]:
-    """What the four layers with a ReLU answer."""
-    layers = []
-    for layer, stride in ((0, 4), (2, 2), (4, 1)):
-        x = F.conv2d(x, weights[f"convolutions.{layer}.weight"], weights[f"convolutions.{layer}.bias"], stride).relu()
-        layers.append(x)
-    return [*layers, (x.flatten(1) @ weights["hidden.weight"].T + weights["hidden.bias"]).relu()]
-
-
 def reference_logits(weights: dict, x: torch.Tensor, num_atoms: int) -> torch.Tensor:
-    features = reference_layers(weights, x)[-1]
+    features = reference_features(weights, x)
     value = features @ weights["value.weight"].T + weights["value.bias"]
     advantages = (features @ weights["advantage.weight"].T + weights["advantage.bias"]).view(len(x), -1, num_atoms)
     return torch.stack([value + advantages[:, a] - advantages.mean(1) for a in range(advantages.shape[1])], dim=1)
@@ -188,14 +174,14 @@ def test_two_updates_against_float64(arguments):
 
 def test_every_shift_is_a_window_of_the_picture_with_repeated_edges():
     shifts = torch.cartesian_prod(torch.arange(9), torch.arange(9)).T  # (2, 81)
-    frames = pictures(0, 81, 4)
+    frames = screens(0, 81, 4)
     shifted = drq.random_shift(frames, shifts).double() / 255
     assert torch.equal(shifted, reference_augmentation(frames, shifts, torch.ones(81, 1, 1, 1)))
     assert torch.equal(drq.random_shift(frames, torch.full((2, 81), 4)), frames)
 
 
 def test_acting_is_not_augmented():
-    agents, observations = [make_agent(), make_agent(augmentation=False)], pictures(3, 30, 4)
+    agents, observations = [make_agent(), make_agent(augmentation=False)], screens(3, 30, 4)
     states_before = [agent.buffer.generator.get_state() for agent in agents]
     ours, theirs = (agent.act(observations, torch.Generator().manual_seed(1)) for agent in agents)
     assert torch.equal(ours, theirs) and len(set(ours[1].tolist())) == 2
@@ -223,7 +209,7 @@ def test_saturated_is_what_lies_in_the_outermost_fortieth_at_either_end(value, s
     q_values[0, :, 3 if value > 1 else 4] = value
     monkeypatch.setattr(agent, "q_values", lambda logits: q_values)
     for _ in range(2):
-        agent.act(pictures(0, 2, 4), torch.Generator(), counted=True)
+        agent.act(screens(0, 2, 4), torch.Generator(), counted=True)
     assert agent.scalars()["rde/saturated_values"] == saturated / 2
     assert agent.scalars()["rde/saturated_values"] == 0
     assert "rde/saturated_values" not in make_agent(num_atoms=1).scalars()
@@ -292,8 +278,7 @@ REFUSED = [
 ]  # fmt: skip
 ACCEPTED = [
     "", "--num-atoms 1 --v-min 0 --v-max 0", "--v-min 0 --v-max 1", "--v-min -1 --v-max 0", "--n-step 100 --learning-starts 100",
-    "--n-step 50 --num-envs 2 --learning-starts 100", "--reset-interval 2", "--shrink 0", "--shrink 1", "--n-step 40 --buffer-size 40",
-    "--num-atoms 1000 --width 8", "--anneal --n-step 3",
+    "--n-step 50 --num-envs 2 --learning-starts 100", "--reset-interval 2", "--n-step 40 --buffer-size 40", "--anneal --n-step 3",
 ]  # fmt: skip
 
 

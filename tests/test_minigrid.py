@@ -70,35 +70,20 @@ def test_what_a_mission_names(script, mission, things):
     assert not encoded[:147].any() and (encoded[147:] == things_named(*things)).all()
 
 
-# What the missions of a task name: all that they can, in 300 episodes or more.
-MISSIONS = {
-    "MiniGrid-Fetch-6x6-N2-v0": {((colour, kind),) for colour in COLOURS for kind in ("key", "ball")},
-    "MiniGrid-GoToObject-6x6-N2-v0": {((colour, kind),) for colour in COLOURS for kind in ("key", "ball", "box")},
-    "MiniGrid-PutNear-6x6-N2-v0": None,  # two of 18 things
-    "MiniGrid-GoToDoor-5x5-v0": {((colour, "door"),) for colour in COLOURS},
-    "MiniGrid-LavaGapS5-v0": {(("green", None),)},
-    "MiniGrid-LockedRoom-v0": {((key, "key"), (room, None)) for key in COLOURS for room in COLOURS if room != key},
-}
-
-
-@pytest.mark.parametrize("env_id", MISSIONS)
-def test_missions_look_different_if_and_only_if_they_name_different_things(script, env_id):
-    """As GoToDoor's colours, Fetch's five ways to say it look alike. A mission is seen in every step of its episode."""
-    env, seen, words = make(script, env_id), {}, set()
+@pytest.mark.parametrize("env_id, num_missions", [
+    ("MiniGrid-Fetch-6x6-N2-v0", 6 * 2), ("MiniGrid-GoToObject-6x6-N2-v0", 6 * 3), ("MiniGrid-GoToDoor-5x5-v0", 6),
+    ("MiniGrid-LavaGapS5-v0", 1), ("MiniGrid-LockedRoom-v0", 6 * 5),
+])  # fmt: skip
+def test_missions_look_different_if_and_only_if_they_name_different_things(script, env_id, num_missions):
+    """As GoToDoor's colours; Fetch's five ways to say it look alike. A mission is seen in every step of its episode."""
+    env, seen = make(script, env_id), {}
     for seed in range(300):
         observation, _ = env.reset(seed=seed)
-        mission = env.unwrapped.mission
         assert (env.step(0)[0][147:] == observation[147:]).all()
-        # By words: a colour and the word behind it; in this file's own way.
-        text = mission.replace(",", "").split()
-        things = [(word, text[i + 1] if text[i + 1] in KINDS else None) for i, word in enumerate(text) if word in COLOURS][:2]
-        assert (observation[147:] == things_named(*things)).all(), mission
-        seen.setdefault(observation[147:].tobytes(), set()).add(tuple(things))
-        words.add(mission)
-    assert all(len(things) == 1 for things in seen.values())
-    named = set().union(*seen.values())
-    assert named == MISSIONS[env_id] if MISSIONS[env_id] else len(named) > 150 and all(a != b for a, b in named)
-    assert len(words) == len(named) or "Fetch" in env_id and len(words) == 5 * len(named)
+        words = env.unwrapped.mission.replace(",", "").split()
+        named = tuple(word for word in words if word in COLOURS + KINDS)
+        assert seen.setdefault(observation[147:].tobytes(), named) == named
+    assert len(seen) == len(set(seen.values())) == num_missions
 
 
 # ------------------------------------------------------------------------------------------- rewards, ends, limits, actions
@@ -145,7 +130,6 @@ def test_rewards_and_ends_are_those_of_the_bare_environment(script, env_id, opti
     "env_id, argument, expected",
     [
         ("MiniGrid-LavaGapS7-v0", -1, 100), ("MiniGrid-LavaGapS7-v0", 0, 196), ("MiniGrid-LavaGapS7-v0", 30, 30),
-        ("MiniGrid-SimpleCrossingS9N1-v0", -1, 100), ("MiniGrid-SimpleCrossingS9N1-v0", 0, 324),
         ("MountainCar-v0", -1, 200), ("MountainCar-v0", 0, 200), ("MountainCar-v0", 30, 30),
     ],
 )  # fmt: skip

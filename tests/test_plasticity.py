@@ -1,4 +1,4 @@
-"""What is measured of a network beside its scores. Networks that somebody changed: test_changed_copies.py."""
+"""What is measured of a network beside its scores, also of a network of somebody's own."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from gymnasium.spaces import Discrete
 
 from agents import CPU, FRAMES, make_agent, networks
@@ -60,7 +62,7 @@ def test_plasticity_of_a_network(name):
     script, seen = load_script(name), []
     q_network = networks(make_agent(name, **{"width": 1.0} if "drq" in name else {}))[0]
     observations = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 4, 84, 84), dtype=np.uint8))
-    layers = [module for module in q_network.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))][:4]
+    layers = [module for module in q_network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))][:4]
     hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clamp(min=0))) for layer in layers]
     result = script.plasticity(q_network, observations)
     for hook in hooks:
@@ -132,3 +134,51 @@ def test_a_run_logs_it_with_its_evaluations(runs, name, suffixes):
     for suffix, q_network in zip(suffixes, networks(agent), strict=True):
         for tag, value in script.plasticity(q_network, observations).items():
             assert curves[tag + suffix][-1][1] == pytest.approx(value, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ an encoder of somebody's own
+
+
+class Residual(nn.Module):
+    """With a block whose input is added to its output. `relu` is how it calls its ReLU."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.relu, self.start = relu, nn.Conv2d(4, 6, 8, stride=4)
+        self.first, self.second = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+        self.hidden, self.output = nn.Linear(6 * 400, 10), nn.Linear(10, 5)
+
+    def forward(self, observations):
+        x = self.start(observations)
+        x = x + self.second(self.relu(self.first(self.relu(x))))
+        return self.output(self.relu(self.hidden(self.relu(x).flatten(1))))
+
+
+RELUS = {
+    "F.relu": F.relu, "torch.relu": torch.relu, "a tensor's method": lambda x: x.relu(), "a module": nn.ReLU(),
+    "a module, in place": lambda x, relu=nn.ReLU(inplace=True): relu(x.clone()), "then changed in place": lambda x: F.relu(x).add_(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELUS)
+def test_all_activations_of_a_residual_encoder_are_seen(name):
+    """Whatever calls the ReLU: two in the block, one before and one after the layer of 10."""
+    torch.manual_seed(1)
+    observations, expected = torch.randint(0, 256, (16, 4, 84, 84), dtype=torch.uint8), []
+
+    def relu(x):
+        expected.append(x.clamp(min=0))
+        return expected[-1] + (name == "then changed in place")
+
+    network, inputs = Residual(relu), dqn.network_input(observations)
+    with torch.no_grad():
+        network(inputs)
+        network.relu = RELUS[name]
+        with dqn.Activations() as activations:
+            network(inputs)
+    assert [layer.shape[1] for layer in activations.seen] == [6, 6, 6, 10]
+    for seen, layer in zip(activations.seen, expected, strict=True):
+        torch.testing.assert_close(seen, layer)
+    measured = dqn.plasticity(network, observations)
+    assert measured["plasticity/dormant_units"] == pytest.approx(dqn.dormant_units(expected))
+    assert measured["plasticity/active_units"] == pytest.approx(dqn.active_units(expected), rel=1e-5)

@@ -231,13 +231,12 @@ def test_an_older_script_knows_one_rule_alone(play, folder, tmp_path):
     content = json.loads((path / "args.json").read_text())
     del content["args"]["selection"]
     (path / "args.json").write_text(json.dumps(content))
-    text = (
-        (ROOT / "rde_sac_safety.py").read_text().replace('selection: Literal["value", "advantage"] = "value"', "other: int = 0")
-    )
+    text, argument = (ROOT / "rde_sac_safety.py").read_text(), 'selection: Literal["value", "advantage"] = "value"'
+    text = text.replace(argument, "other: int = 0")
     (tmp_path / "rde_sac_safety.py").write_text(text)
-    result = run(play, path, "--scripts-dir", tmp_path, "--selection", "advantage")
-    assert result.code == 2 and not result.out
-    assert result.err.splitlines()[-1] == "error: --selection: rde_sac_safety.py, as it lies there, has one rule alone"
+    result = call_main(play, path, "--scripts-dir", tmp_path, "--selection", "advantage")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.splitlines()[-1] == "error: --selection: rde_sac_safety.py, as it lies there, has one rule alone"
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures

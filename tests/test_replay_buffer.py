@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_capture import watched
 
 from agents import box
 from conftest import equal, load_script
@@ -199,23 +198,6 @@ def test_environments_have_to_take_turns():
     player.play(0, "go on")
     with pytest.raises(ValueError, match="environment 0 is out of turn"):
         player.play(0, "go on")
-
-
-def test_a_draw_can_be_captured_and_follows_what_is_stored_later():
-    """Nothing of it is fixed on the host: the same operations on the same tensors draw from what has been stored since."""
-    buffer = n_step_buffer(40, 1, 3)
-    player = Player(buffer, 1)
-    for _ in range(10):
-        player.play(0, "go on")
-    n, gamma, steps = torch.tensor([3, 1]), torch.tensor([0.9, 0.8]), torch.zeros(8, dtype=torch.int64)
-    for horizons in ((3, 0.9), (n, gamma)):
-        watch = watched(lambda: buffer.next_frames(buffer.sample(8, *horizons).positions, steps), buffer.generator)  # noqa: B023
-        assert watch.cannot_be_captured == [] and watch.num_draws == 1
-    drawable = buffer.drawable
-    assert drawable.tolist() == [0, 8]
-    for _ in range(40):
-        player.play(0, "go on")
-    assert buffer.drawable is drawable and drawable.tolist() == [10, 38]
 
 
 @pytest.mark.parametrize("num_steps", [7, 30])

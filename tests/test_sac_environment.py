@@ -19,11 +19,6 @@ TINY = (
 ).split()
 
 
-def test_there_are_28_tasks():
-    """All of which test_environments.py plays."""
-    assert len(suite.BENCHMARKING) == 28
-
-
 def test_equal_to_dm_control(sac):
     """Rewards and observations of an environment that is driven directly, over the end of an episode."""
     env, plain = sac.make_env(sac.Args(env_id="walker-run")), suite.load("walker", "run", task_kwargs={"random": 9})
@@ -155,15 +150,6 @@ def test_a_way_to_draw_that_does_not_exist(options, tmp_path):
     assert "finds no way to draw with MUJOCO_GL=nonsense" in result.stderr
     assert result.stderr.endswith("and set MUJOCO_GL=egl\n" if options else "unset it\n")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_that_diverges_says_so(sac, tmp_path, monkeypatch):
-    """At the next point of the curves, whose losses they are; the rewards are too large for float32."""
-    real_step = sac.DeepMindControl.step
-    monkeypatch.setattr(sac.DeepMindControl, "step", lambda env, action: (real_step(env, action)[0], 1e30, False, False, {}))
-    line = error_line(run_main(sac, *TINY, "--runs-dir", tmp_path))
-    assert line.startswith("error: cartpole-balance: not finite any more at step 200: {'critic_loss': [inf")
-    assert line.endswith("try a lower --learning-rate")
 
 
 def test_a_policy_that_diverges_says_so(sac, tmp_path):

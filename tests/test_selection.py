@@ -6,14 +6,13 @@ That the functions are one text in all scripts is seen in test_copies.py.
 import math
 import re
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from agents import ACTION_DIM, CPU, FRAMES, NUM_ACTIONS, OBSERVATION_DIM, box, make_observations, reset_in_turn
+from agents import ACTION_DIM, NUM_ACTIONS, OBSERVATION_DIM, bare_agent, make_observations, reset_in_turn
 from conftest import load_script, scalars
 
 DISCRETE, CONTINUOUS = ["rde_dqn_atari", "rde_drq_atari", "rde_dqn"], ["rde_sac_dmc", "rde_sac_safety"]
@@ -104,10 +103,7 @@ def places(judge: int) -> np.ndarray:
 def make_agent(name: str, **arguments):
     """A small one, of three if nothing else is said, without a replay buffer."""
     small = {"rde_dqn_atari": {}, "rde_drq_atari": {"width": 0.1, "num_atoms": 1}}
-    arguments = {"num_agents": 3} | small.get(name, {"hidden_dim": 2, "num_hidden_layers": 1}) | arguments
-    args = load_script(name).Args(**arguments)
-    actions = box(ACTION_DIM) if name in CONTINUOUS else gym.spaces.Discrete(NUM_ACTIONS)
-    return load_script(name).Agent(args, FRAMES if name in small else box(OBSERVATION_DIM), actions, None, CPU)
+    return bare_agent(name, **{"num_agents": 3} | small.get(name, {"hidden_dim": 2, "num_hidden_layers": 1}) | arguments)
 
 
 def composed(name: str, num_resets: int, offset: float = 0.0, slope: float = 1.0, costs=(0.0, 0.0), **arguments):
@@ -214,32 +210,30 @@ def test_the_oldest_agent_judges(name, arguments, selection, num_resets):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("selection, beta, first, later", [
-    ("value", None, 0, 50), ("advantage", None, 5, 5), ("value", 7.0, 0, 7), ("advantage", 7.0, 7, 7), ("advantage", 0.0, 0, 0),
+@pytest.mark.parametrize("num_agents, selection, beta, first, later", [
+    (3, "value", None, 0, 50), (2, "advantage", None, 5, 5), (5, "value", 7.0, 0, 7), (3, "advantage", 7.0, 7, 7),
+    (1, "advantage", 0.0, 0, 0),
 ])  # fmt: skip
-def test_the_number_of_resets_says_who_judges_and_how(name, selection, beta, first, later):
-    """The default of beta is that of the rule. Set in place: a captured CUDA graph reads the tensors where they are."""
-    agent = make_agent(name, selection=selection, beta=beta)
+def test_the_resets_say_who_judges_and_how(name, num_agents, selection, beta, first, later):
+    """Through three rounds. The default of beta is that of the rule. Set in place: a captured CUDA graph reads the tensors
+    where they are."""
+    agent = make_agent(name, num_agents=num_agents, selection=selection, beta=beta)
     betas = [agent.beta] if name != "rde_sac_safety" or beta is not None else [agent.beta, agent.beta_cost]
     addresses = [tensor.data_ptr() for tensor in (agent.oldest, *betas)]
-    for num_resets, expected in ((0, first), (1, later), (5, later), (0, first)):
-        reset_in_turn(agent, num_resets)
-        assert agent.oldest.tolist() == [num_resets % 3]
-        assert [number.item() for number in betas] == [expected] * len(betas)
-    assert addresses == [tensor.data_ptr() for tensor in (agent.oldest, *betas)]
-    assert re.fullmatch(rf"3 agent\(s\) x [\d,]+ parameters, selection by {selection} \(beta {later:g}\)", agent.summary())
-
-
-@pytest.mark.parametrize("num_agents", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_oldest_agent_through_three_rounds(name, num_agents):
-    agent = make_agent(name, num_agents=num_agents)
     last_reset = {i: i - num_agents for i in range(num_agents)}  # agent 0 counts as the oldest at the start
     for event in range(3 * num_agents):
         oldest = min(last_reset, key=last_reset.get)
-        assert agent.oldest.item() == oldest and agent.beta.item() == (50.0 if event else 0.0)
+        assert (len(agent.resets), agent.oldest.item()) == (event, oldest)
+        assert [number.item() for number in betas] == [later if event else first] * len(betas)
         assert agent.reset() == oldest
         last_reset[oldest] = event
+    for num_resets in (5, 1, 0):
+        reset_in_turn(agent, num_resets)
+        assert agent.oldest.item() == num_resets % num_agents
+        assert [number.item() for number in betas] == [later if num_resets else first] * len(betas)
+    assert addresses == [tensor.data_ptr() for tensor in (agent.oldest, *betas)]
+    choice = f", selection by {selection} (beta {later})" if num_agents > 1 else ""
+    assert re.fullmatch(rf"{num_agents} agent\(s\) x [\d,]+ parameters{re.escape(choice)}", agent.summary())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -300,7 +294,7 @@ def test_random_actions_have_a_generator_of_their_own(name):
 
 @pytest.mark.parametrize("name", ["rde", "drq", "cartpole", "sac", "safety"])
 def test_what_a_run_logs_of_the_choice(name, runs):
-    """Before the first reset the paper's rule is a coin, whose entropy is log 2; afterwards the agent that was reset is seen."""
+    """Before the first reset the paper's rule is a coin, whose entropy is log 2."""
     logged = scalars(runs(name).path)
     resets, acting = logged["rde/reset_agent"], [dict(logged[f"rde/acting_fraction_{i}"]) for i in (0, 1)]
     entropies = [(step, entropy) for step, entropy in logged["rde/choice_entropy"] if acting[0][step] or acting[1][step]]
@@ -309,8 +303,6 @@ def test_what_a_run_logs_of_the_choice(name, runs):
     assert before == pytest.approx([math.log(2)] * len(before), abs=1e-6) and len(before) > 0
     assert 0 <= min(after) and max(after) < math.log(2) + 1e-6
     assert min(after) < math.log(2) - 1e-3 or name == "drq"  # whose values have hardly moved away from one another
-    youngest = [(step, [agent for at, agent in resets if at < step]) for step in acting[0] if step > resets[0][0]]
-    assert logged["rde/youngest_fraction"] == [(step, acting[int(agents[-1])][step]) for step, agents in youngest]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -320,7 +312,6 @@ def test_with_one_agent_both_rules_are_one_to_the_bit(name):
     for selection in ("value", "advantage"):
         agent = make_agent(name, num_agents=1, selection=selection)
         generators = [torch.Generator().manual_seed(i) for i in (1, 2)[: 1 + (name in CONTINUOUS)]]
-        assert re.fullmatch(r"1 agent\(s\) x [\d,]+ parameters", agent.summary())
         reset_in_turn(agent, 1)
         choices.append(agent.act(make_observations(name, 50), *generators, counted=True))
         states.append(torch.cat([generator.get_state() for generator in generators]))

@@ -21,7 +21,6 @@ from conftest import (
     call_main,
     environment,
     equal,
-    error_line,
     load_module,
     load_script,
     model,
@@ -213,15 +212,6 @@ def test_wrapper(tmp_path, monkeypatch, name):
     sticky = [now == last for last, action, now in played if last != action]
     assert len(sticky) > 300 and sum(sticky) / len(sticky) == pytest.approx(0.25, abs=4 * (0.19 / len(sticky)) ** 0.5)
     assert name in play(tmp_path, path)
-
-
-def test_what_of_a_wrapper_cannot_be_kept_is_named_before_the_first_step(tmp_path):
-    text = variant_text("my_logged_actions.py")
-    (tmp_path / "my_forgotten.py").write_text(text.replace('    KEPT = ("env", "generator", "last_action")\n', ""))
-    script = load_script("my_forgotten", tmp_path / "my_forgotten.py")
-    line = error_line(run_main(script, *QUICK_CARTPOLE, "--runs-dir", tmp_path / "runs"))
-    assert line.startswith("error: StickyActions.log is of the class TextIOWrapper, which a checkpoint cannot keep")
-    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
 
 
 def test_environments(tmp_path):
